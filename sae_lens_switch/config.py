@@ -1,0 +1,214 @@
+"""The configs: of the SAEs, and of a language-model run named by its architecture."""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import sae_lens
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+from typing_extensions import override
+
+from sae_lens_switch.optim import scaling_law_lr
+
+Gate = Literal["probability", "one"]
+LoadBalanceScale = Literal["variance", "d_in"]
+BiasStart = Literal["geometric_median", "mean", "zeros"]
+
+# 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
+_DEFAULT_COEFFICIENT = {"d_in": 3.0, "variance": 0.3}
+
+
+@dataclass
+class SwitchSAEConfig(SAEConfig):
+    """
+    Config of a Switch SAE for inference (arXiv 2410.08201).
+
+    Args:
+        n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
+        k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
+        gate (str): "probability": latents are weighted by the router's probability of their expert, as in the paper. "one": they are not.
+    """
+
+    n_experts: int = 16
+    k: int = 32
+    gate: Gate = "probability"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "switch"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _validate_switch(self)
+
+
+@dataclass
+class SwitchTrainingSAEConfig(TrainingSAEConfig):
+    """
+    Config of a Switch SAE for training (arXiv 2410.08201). The defaults are the paper's recipe, except for the scale of the load-balance loss.
+
+    Args:
+        n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
+        k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
+        gate (str): "probability": latents are weighted by the router's probability of their expert, as in the paper. "one": they are not, and the router learns from the load balance alone.
+        load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in".
+        load_balance_scale (str): "variance": the batch's E||x - mean||^2, so that the loss means the same for activations of any size. "d_in": the authors' constant.
+        load_balance_warm_up_steps (int): Steps over which the coefficient rises linearly from 0.
+        normalize_decoder (bool): Scale decoder rows to unit norm after every optimiser step.
+        project_decoder_grad (bool): Before every optimiser step, after clipping, remove from each decoder row's gradient the part parallel to the row. Only with normalize_decoder.
+        decoder_init_norm (float | None): Norm of the decoder rows at the start; the encoder starts as the decoder's transpose.
+        bias_start (str): Where b_dec and b_router start, taken from the first batch: its "geometric_median" (the paper), its "mean", or "zeros".
+        router_start_std (float | None): Standard deviation that the router's logits are scaled to on the first batch, so that routing starts equally sharp for activations of any size. None: as initialised, uniform in +-1/sqrt(d_in), as the authors do.
+        tie_router_bias (bool): The router subtracts b_dec, and b_router follows it: the authors' checkpoints have one vector for both.
+    """
+
+    n_experts: int = 16
+    k: int = 32
+    gate: Gate = "probability"
+    load_balance_coefficient: float | None = None
+    load_balance_scale: LoadBalanceScale = "variance"
+    load_balance_warm_up_steps: int = 0
+    normalize_decoder: bool = True
+    project_decoder_grad: bool = True
+    decoder_init_norm: float | None = 1.0
+    bias_start: BiasStart = "geometric_median"
+    router_start_std: float | None = 1.0
+    tie_router_bias: bool = False
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "switch"
+
+    @override
+    def __post_init__(self) -> None:
+        _validate_choice("load_balance_scale", self.load_balance_scale, LoadBalanceScale)
+        _validate_choice("bias_start", self.bias_start, BiasStart)
+        if self.load_balance_coefficient is None:
+            self.load_balance_coefficient = _DEFAULT_COEFFICIENT[self.load_balance_scale]
+        for name in ("load_balance_coefficient", "load_balance_warm_up_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)!r}")
+        for name in ("router_start_std", "decoder_init_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None; got {value!r}")
+        if self.normalize_decoder and self.decoder_init_norm not in (None, 1.0):
+            raise ValueError(
+                f"decoder_init_norm must be 1.0 or None when normalize_decoder is on; got {self.decoder_init_norm!r}"
+            )
+        super().__post_init__()
+        _validate_switch(self)
+
+
+def _validate_switch(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
+    for name in ("d_in", "d_sae", "n_experts", "k"):
+        value = getattr(cfg, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+    if cfg.d_sae % cfg.n_experts:
+        raise ValueError(f"d_sae must be a multiple of n_experts={cfg.n_experts}; got d_sae={cfg.d_sae}")
+    width = cfg.d_sae // cfg.n_experts
+    if cfg.k > width:
+        raise ValueError(
+            f"k must be at most d_sae / n_experts = {cfg.d_sae} / {cfg.n_experts} = {width}, the latents of one "
+            f"expert; got k={cfg.k}"
+        )
+    _validate_choice("gate", cfg.gate, Gate)
+    if cfg.normalize_activations == "covariance_whitening" and not cfg.apply_b_dec_to_input:
+        raise ValueError(
+            "apply_b_dec_to_input must be True with normalize_activations='covariance_whitening': "
+            "a Switch SAE has no encoder bias that could absorb the mean"
+        )
+
+
+def _validate_choice(name: str, value: object, choices: Any) -> None:
+    allowed = choices.__args__
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+class UnknownFieldError(ValueError, TypeError):
+    """An unknown keyword: a ValueError like all bad input here, a TypeError as Python's own."""
+
+
+class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[Any]):
+    """SAELens's runner config, with the SAE named by its architecture and described in the same call::
+
+        LanguageModelSAERunnerConfig(architecture="switch", d_in=768, d_sae=24576, n_experts=32, k=32,
+                                     model_name="gpt2", hook_name="blocks.8.hook_resid_pre", ...)
+
+    Fields of that architecture's training config build ``sae``; the others go to the runner; ``dtype`` and
+    ``device`` go to both. ``sae_kwargs`` names SAE fields explicitly and wins. ``sae=...`` works as in SAELens.
+    Any architecture registered with SAELens can be named.
+
+    With ``architecture="switch"``, what is not given follows the paper: ``lr = 2e-4 / sqrt(d_sae / 2^14)`` and
+    ``lr_decay_steps`` = the last 20 % of the steps.
+
+    Raises ValueError for an unknown architecture or field, with the nearest known name.
+    """
+
+    def __init__(
+        self,
+        sae: TrainingSAEConfig | None = None,
+        *,
+        architecture: str | None = None,
+        sae_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if (sae is None) == (architecture is None):
+            raise ValueError("give exactly one of architecture='...' and sae=...")
+        runner_fields = {f.name for f in fields(sae_lens.LanguageModelSAERunnerConfig)} - {"sae"}
+        if architecture is None:
+            _reject_unknown(kwargs, runner_fields)
+            if sae_kwargs:
+                raise ValueError(
+                    "sae_kwargs goes with architecture='...'; with sae=... set the fields on the SAE config"
+                )
+            super().__init__(sae=sae, **kwargs)
+            return
+        sae_config_class = _training_config_class(architecture)
+        sae_fields = {f.name for f in fields(sae_config_class)} - {"metadata"}
+        _reject_unknown(kwargs, runner_fields | sae_fields)
+        _reject_unknown(sae_kwargs or {}, sae_fields)
+        own = {name: value for name, value in kwargs.items() if name in sae_fields} | (sae_kwargs or {})
+        missing = {"d_in", "d_sae"} - own.keys()
+        if missing:
+            raise ValueError(f"architecture={architecture!r} needs {' and '.join(sorted(missing))}")
+        sae = sae_config_class(**own)
+        runner = {name: value for name, value in kwargs.items() if name in runner_fields}
+        super().__init__(sae=sae, **(_recipe(sae, runner) | runner))
+
+
+def _recipe(sae: TrainingSAEConfig, runner: dict[str, Any]) -> dict[str, Any]:
+    """The paper's learning rate and decay, for the SAEs that are the paper's."""
+    if not isinstance(sae, SwitchTrainingSAEConfig):
+        return {}
+    stock = sae_lens.LanguageModelSAERunnerConfig
+    steps = runner.get("training_tokens", stock.training_tokens) // runner.get(
+        "train_batch_size_tokens", stock.train_batch_size_tokens
+    )
+    return {"lr": scaling_law_lr(sae.d_sae), "lr_decay_steps": steps // 5}
+
+
+def _training_config_class(architecture: str) -> type[TrainingSAEConfig]:
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}; "
+            f"got {architecture!r}{_nearest(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
+        )
+    return get_sae_training_class(architecture)[1]
+
+
+def _reject_unknown(given: Any, known: Any) -> None:
+    for name in given:
+        if name not in known:
+            raise UnknownFieldError(f"unknown field {name!r}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,88 @@
+"""The router: which expert a token goes to, with what gate, and how evenly the tokens are spread."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """logits_BE and probs_BE over all experts; experts_BA and gates_BA of the A chosen ones (A = 1)."""
+
+    logits_BE: Tensor
+    probs_BE: Tensor
+    experts_BA: Tensor
+    gates_BA: Tensor
+
+
+def router_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for a float64 SAE: a bf16 softmax would send tokens to other experts."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def router_logits(x_BD: Tensor, W_router_DE: Tensor, b_router_D: Tensor) -> Tensor:
+    """(x - b_router) @ W_router, [B, E], in the router's own precision whatever autocast says."""
+    with torch.autocast(x_BD.device.type, enabled=False):
+        return (x_BD.to(W_router_DE.dtype) - b_router_D) @ W_router_DE
+
+
+def assign(logits_BE: Tensor, probs_BE: Tensor) -> Assignment:
+    """Each token's most probable expert; ties go to the first. The gate is its probability."""
+    experts_BA = probs_BE.argmax(dim=-1, keepdim=True)
+    return Assignment(logits_BE, probs_BE, experts_BA, probs_BE.gather(-1, experts_BA))
+
+
+def expert_load(assignment: Assignment) -> Tensor:
+    """Share of the batch that each expert receives, [E], in the router's dtype; sums to 1."""
+    experts = assignment.experts_BA.flatten()
+    counts_E = assignment.probs_BE.new_zeros(assignment.probs_BE.shape[-1])
+    counts_E.index_add_(0, experts, counts_E.new_ones(()).expand(len(experts)))
+    return counts_E / max(1, len(experts))
+
+
+def load_balance_loss(probs_BE: Tensor, load_E: Tensor) -> Tensor:
+    """E * sum_i load_i P_i, P_i the batch mean of p_i: 1 when uniform (arXiv 2410.08201, section 3.3).
+
+    The gradient goes through P only.
+    """
+    return probs_BE.shape[-1] * (load_E.detach() * probs_BE.mean(dim=0)).sum()
+
+
+class RoutingStatistics:
+    """What a training step's routing looked like; every number is computed when asked for, not before."""
+
+    def __init__(self, assignment: Assignment, load_E: Tensor, dead_latents_F: Tensor | None = None) -> None:
+        self.load_E = load_E
+        self._gates_BA = assignment.gates_BA.detach()
+        self._dead_latents_F = dead_latents_F
+
+    @cached_property
+    def dead_latents_E(self) -> Tensor:
+        """Dead latents of each expert, [E]."""
+        E = len(self.load_E)
+        if self._dead_latents_F is None:
+            return torch.zeros(E)
+        return self._dead_latents_F.view(E, -1).sum(1)
+
+    @property
+    def load_entropy(self) -> Tensor:
+        """Entropy of the load in nats; log(E) when uniform, 0 when one expert has everything."""
+        return torch.special.entr(self.load_E).sum()
+
+    @property
+    def gate_mean(self) -> Tensor:
+        return self._gates_BA.mean()
+
+    def metrics(self) -> dict[str, Callable[[], Tensor]]:
+        """Zero-argument callables by name: SAELens evaluates them on logging steps only."""
+        per_expert = {f"dead_latents_expert_{e}": (lambda e=e: self.dead_latents_E[e]) for e in range(len(self.load_E))}
+        return {
+            "expert_load_max": lambda: self.load_E.max(),
+            "expert_load_min": lambda: self.load_E.min(),
+            "expert_load_entropy": lambda: self.load_entropy,
+            "gate_mean": lambda: self.gate_mean,
+            **per_expert,
+        }

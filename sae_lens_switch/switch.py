@@ -1,0 +1,447 @@
+"""The Switch SAE (arXiv 2410.08201): a router sends each activation to one of E small TopK SAEs."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from sae_lens.saes.sae import (
+    SAE,
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from sae_lens_switch_kernels import sparse_decode, switch_encode
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from typing_extensions import override
+
+from sae_lens_switch.codes import SparseCodes
+from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
+from sae_lens_switch.router import (
+    Assignment,
+    RoutingStatistics,
+    assign,
+    expert_load,
+    load_balance_loss,
+    router_dtype,
+    router_logits,
+)
+from sae_lens_switch.start import bias_from_batch
+
+_ROUTER = ("W_router", "b_router")
+# SAELens keeps these as closures over the SAE, which cannot be pickled, and which a copy would share.
+_CLOSURES = ("reshape_fn_in", "reshape_fn_out", "run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
+
+
+class Encoded(NamedTuple):
+    """One pass through router and encoder: codes, or the dense activations where a hook asked to see them."""
+
+    assignment: Assignment
+    codes: SparseCodes | None
+    dense_acts: Tensor | None
+
+
+class _Switch(SAE[Any]):
+    """What training and inference share.
+
+    Router   p = softmax((x - b_router) @ W_router), e = argmax p, in float32 whatever the SAE's dtype
+    Encoder  z = TopK_K(relu((x - b_dec) @ W_enc[:, block e])), f = p_e z
+    Decoder  x_hat = f @ W_dec + b_dec, linear in any dense f
+
+    W_enc [D, F] is the transpose of [F, D] storage, so that a latent's weights are contiguous.
+    """
+
+    W_router: nn.Parameter
+    b_router: nn.Parameter
+
+    def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.hook_sae_router_logits = HookPoint()
+        self.hook_sae_router_probs = HookPoint()
+        self.setup()
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc = nn.Parameter(_latent_major(self.W_enc.data))
+        options = {"dtype": router_dtype(self.dtype), "device": self.device}
+        W_router_DE = torch.empty(self.cfg.d_in, self.cfg.n_experts, **options)
+        self.W_router = nn.Parameter(W_router_DE.uniform_(-1, 1) / self.cfg.d_in**0.5)
+        self.b_router = nn.Parameter(torch.zeros(self.cfg.d_in, **options))
+
+    # Encoding
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense latents [..., F] of x [..., D]: at most k non-zeros a token, all of one expert, gate included."""
+        return self._encode_dense(self._normalized(x))[0]
+
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        """The same latents as ``encode``, without a tensor of width F. Hooks on dense latents do not fire."""
+        x = self._normalized(x)
+        return self._encode_codes(x, self._assign(x))
+
+    def _encode_dense(self, x: Tensor) -> tuple[Tensor, Tensor, Assignment]:
+        assignment = self._assign(x)
+        if _has_hooks(self.hook_sae_acts_pre):
+            acts, pre = self._encode_hooked(x, assignment)
+        else:
+            codes = self._encode_codes(x, assignment)
+            acts, pre = codes.to_dense(), codes.values
+        return self.hook_sae_acts_post(acts), pre, assignment
+
+    @override
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        return self._centered(self._normalized(sae_in))
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """The router's input: x in the SAE's dtype, hook_z flattened, normalised. Once per encode: the hook fires
+        and run-time normalisation remembers its statistics for decode."""
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        return self.run_time_activation_norm_fn_in(x)
+
+    def _centered(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+
+    def _assign(self, x: Tensor) -> Assignment:
+        logits = self.hook_sae_router_logits(router_logits(x, self.W_router, self._router_bias()))
+        return assign(logits, self.hook_sae_router_probs(logits.softmax(dim=-1)))
+
+    def _router_bias(self) -> Tensor:
+        return self.b_router
+
+    def _encode_codes(self, x: Tensor, assignment: Assignment) -> SparseCodes:
+        lead = x.shape[:-1]
+        values, indices = switch_encode(
+            x.reshape(-1, x.shape[-1]),
+            assignment.experts_BA.flatten(),
+            self.W_enc.T,
+            self.cfg.k,
+            self.cfg.n_experts,
+            pre_bias_D=self.b_dec if self.cfg.apply_b_dec_to_input else None,
+        )
+        values = self._gated(values.view(*lead, -1), assignment)
+        return SparseCodes(values, indices.view(*lead, -1), self.cfg.d_sae)
+
+    def _encode_hooked(self, x: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
+        """As ``_encode_codes``, with pre-activations laid out densely for ``hook_sae_acts_pre`` to see and edit.
+
+        Only the chosen expert's block is computed; the others are zero and cannot be selected.
+        """
+        E, M = self.cfg.n_experts, self.cfg.d_sae // self.cfg.n_experts
+        centered_BD = self._centered(x).reshape(-1, x.shape[-1])
+        expert_B = assignment.experts_BA.flatten()
+        pre_BF = centered_BD.new_zeros(len(centered_BD), self.cfg.d_sae)
+        for e in range(E):
+            rows = (expert_B == e).nonzero().flatten()
+            block = slice(e * M, (e + 1) * M)
+            pre_BF[rows, block] = (centered_BD[rows] @ self.W_enc[:, block]).to(pre_BF.dtype)
+        pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], -1))
+        block_indices = assignment.experts_BA * M + torch.arange(M, device=x.device)
+        top = pre.gather(-1, block_indices).topk(self.cfg.k, dim=-1)
+        values = self._gated(top.values.relu(), assignment)
+        return SparseCodes(values, block_indices.gather(-1, top.indices), self.cfg.d_sae).to_dense(), pre
+
+    def _gated(self, values: Tensor, assignment: Assignment) -> Tensor:
+        if self.cfg.gate == "one":
+            return values
+        return values * assignment.gates_BA.to(values.dtype)
+
+    # Decoding
+
+    @override
+    def decode(self, feature_acts: Tensor | SparseCodes) -> Tensor:
+        """x_hat [..., D] of dense latents [..., F] (edited or mixed over experts, as you like) or of SparseCodes."""
+        if isinstance(feature_acts, SparseCodes):
+            values, indices = feature_acts.values, feature_acts.indices
+            K = values.shape[-1]
+            out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
+            out = out.view(*values.shape[:-1], -1)
+        else:
+            out = feature_acts @ self.W_dec
+        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out + self.b_dec))
+        return self.reshape_fn_out(out, self.d_head)
+
+    # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        self.W_router.data *= scaling_factor
+        self.b_router.data /= scaling_factor
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        W, b = self.W_router, self.b_router
+        W.data.copy_(whitening_matrix.to(W) @ W)
+        b.data.copy_(b @ unwhitening_matrix.to(b) + mean.to(b))
+
+    @override
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Fold decoder norms into the encoder where that is exact: when they are equal within each expert.
+
+        Raises NotImplementedError otherwise, since rescaled pre-activations would select other latents.
+        """
+        norms_EM = self.get_W_dec_norm().view(self.cfg.n_experts, -1).float()
+        spread_E = norms_EM.amax(1) / norms_EM.amin(1) - 1
+        if spread_E.max() > 8 * torch.finfo(self.W_dec.dtype).eps * self.cfg.d_in**0.5:
+            raise NotImplementedError(
+                "fold_W_dec_norm is exact for a Switch SAE only if all decoder rows of an expert have the same norm; "
+                f"here they differ by up to a factor of {1 + spread_E.max().item():.4g}"
+            )
+        super().fold_W_dec_norm()
+
+    # Dtype, device, copies
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """A change of dtype leaves the router in float32, bit for bit: bf16 would reroute tokens."""
+        before = {name: getattr(self, name).data for name in _ROUTER}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            parameter = getattr(self, name)
+            wanted = router_dtype(parameter.dtype)
+            if parameter.dtype != wanted:
+                parameter.data = data.to(parameter.device, wanted)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(wanted)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _CLOSURES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.hook_z_reshaping_mode:
+            self.turn_on_forward_pass_hook_z_reshaping()
+        else:
+            self.turn_off_forward_pass_hook_z_reshaping()
+        self._setup_activation_normalization()
+
+    # Files
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+        if self.dtype in _HALF_DTYPES:
+            # SAELens casts every tensor of the file to the SAE's dtype before we see it.
+            state_dict["W_router_rest"] = _rounding_rest(state_dict["W_router"], self.dtype)
+            state_dict["b_router_rest"] = _rounding_rest(state_dict["b_router"], self.dtype)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        expected = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        for name, shape in expected.items():
+            if name not in state_dict:
+                raise ValueError(
+                    f"weights of a {self.cfg.architecture()} SAE must hold {name}; found {sorted(state_dict)}"
+                )
+            found = tuple(state_dict[name].shape)
+            if found != shape:
+                raise ValueError(f"{name} must have shape {shape} by the config; the weights have {found}")
+        state_dict["W_enc"] = _latent_major(state_dict["W_enc"])
+        for name in _ROUTER:
+            rest = state_dict.pop(f"{name}_rest", None)
+            if state_dict[name].dtype in _HALF_DTYPES:
+                state_dict[name] = state_dict[name].float()
+                if rest is not None:
+                    state_dict[name] += rest.float().sum(0)
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """As SAELens's, but each file appears whole or not at all."""
+        return _replace_files(path, super().save_model)
+
+
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _latent_major(W_DF: Tensor) -> Tensor:
+    return W_DF.T.contiguous().T
+
+
+def _rounding_rest(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2, ...]: what rounding t to dtype leaves, and what rounding that leaves; t = round(t) + rest.sum(0)."""
+    first = t - t.to(dtype).float()
+    return torch.stack([first, first - first.to(dtype).float()])
+
+
+def _has_hooks(hook: nn.Module) -> bool:
+    return bool(hook._forward_hooks or hook._backward_hooks or hook._backward_pre_hooks or hook._forward_pre_hooks)
+
+
+def _replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -> tuple[Path, Path]:
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path, prefix=".saving-") as folder:
+        written = save(Path(folder))
+        for file in written:
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        for file in written:
+            os.replace(file, path / file.name)
+    return path / written[0].name, path / written[1].name
+
+
+class SwitchSAE(_Switch, SAE[SwitchSAEConfig]):
+    """A trained Switch SAE. See ``encode``, ``encode_sparse`` and ``decode``."""
+
+
+class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
+    """A Switch SAE in training: reconstruction plus load balance, under SAELens's trainer or any loop.
+
+    Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``.
+    A step makes no tensor of size B x F, unless a hook on the dense latents asks for one.
+    """
+
+    def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self._weights_at_birth = None if self.device.type == "meta" else self._sample_of_weights()
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        coefficient = self.cfg.load_balance_coefficient
+        assert coefficient is not None  # the config resolves None
+        return {"load_balance": TrainCoefficientConfig(coefficient, self.cfg.load_balance_warm_up_steps)}
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense latents [..., F], and the [..., K] pre-activations that were selected."""
+        acts, pre, _ = self._encode_dense(self._normalized(x))
+        return acts, pre
+
+    @override
+    def _router_bias(self) -> Tensor:
+        return self.b_dec.to(self.W_router.dtype) if self.cfg.tie_router_bias else self.b_router
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step's loss and its parts.
+
+        Raises ValueError if the activations are not of width d_in, or if they or the loss are not finite.
+        """
+        x = step_input.sae_in
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"d_in must be the width of the activations, {x.shape[-1]}; got d_in={self.cfg.d_in}")
+        self._start_from_batch(step_input)
+        if self.cfg.normalize_decoder or self.cfg.tie_router_bias:
+            constrain_optimizer_steps(self)
+
+        normalized = self._normalized(x)
+        if _has_hooks(self.hook_sae_acts_pre) or _has_hooks(self.hook_sae_acts_post):
+            acts, hidden_pre, assignment = self._encode_dense(normalized)
+            sae_out, feature_acts = self.decode(acts), acts.detach()
+        else:
+            assignment = self._assign(normalized)
+            codes = self._encode_codes(normalized, assignment)
+            sae_out, feature_acts, hidden_pre = self.decode(codes), codes.detach().to_coo(), codes.values
+
+        mse_loss = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+        load_E = expert_load(assignment)
+        balance = load_balance_loss(assignment.probs_BE, load_E)
+        balance_loss = step_input.coefficients["load_balance"] * self._load_balance_scale(x) * balance
+        loss = mse_loss + balance_loss
+        if not torch.isfinite(loss):
+            raise ValueError(_not_finite(x, step_input.n_training_steps))
+        statistics = RoutingStatistics(assignment, load_E, step_input.dead_neuron_mask)
+        return TrainStepOutput(
+            sae_in=x,
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre.detach(),
+            loss=loss,
+            losses={"mse_loss": mse_loss, "load_balance_loss": balance_loss},
+            metrics={"load_balance": balance.detach(), **statistics.metrics()},
+        )
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
+        x = step_input.sae_in
+        assignment = self._assign(self._normalized(x))
+        balance = load_balance_loss(assignment.probs_BE, expert_load(assignment))
+        return {"load_balance_loss": step_input.coefficients["load_balance"] * self._load_balance_scale(x) * balance}
+
+    @torch.no_grad()
+    def _load_balance_scale(self, x_BD: Tensor) -> Tensor | float:
+        if self.cfg.load_balance_scale == "d_in":
+            return float(self.cfg.d_in)
+        x_BD = x_BD.to(router_dtype(x_BD.dtype))
+        return (x_BD - x_BD.mean(dim=0)).square().sum(dim=-1).mean()
+
+    # The start, and what happens around an optimiser's step
+
+    @torch.no_grad()
+    def _start_from_batch(self, step_input: TrainStepInput) -> None:
+        """On the first batch of all, move the biases into the data and fit the router's sharpness to it.
+
+        Only weights as this SAE was born with them: those of a checkpoint or of another SAE are left alone.
+        """
+        birth, self._weights_at_birth = self._weights_at_birth, None
+        if birth is None or step_input.n_training_steps > 0:
+            return
+        untouched = all(torch.allclose(a, b, rtol=2e-2) for a, b in zip(birth, self._sample_of_weights(), strict=True))
+        if not untouched:
+            return
+        batch = self.run_time_activation_norm_fn_in(step_input.sae_in.to(self.dtype))
+        bias_D = bias_from_batch(batch, self.cfg.bias_start)
+        self.b_dec.copy_(bias_D)
+        self.b_router.copy_(bias_D)
+        if self.cfg.router_start_std is not None:
+            std = router_logits(batch, self.W_router, self.b_router).std()
+            if std > 0:
+                self.W_router.mul_(self.cfg.router_start_std / std)
+
+    def _sample_of_weights(self) -> list[Tensor]:
+        matrices = (self.W_enc, self.W_dec, self.W_router)
+        return [W.detach()[:4, :16].float().cpu() for W in matrices] + [self.b_dec.detach().float().cpu()]
+
+    @torch.no_grad()
+    def before_optimizer_step(self) -> None:
+        """Called after clipping, before the step (see optim.constrain_optimizer_steps)."""
+        if self.cfg.normalize_decoder and self.cfg.project_decoder_grad and self.W_dec.grad is not None:
+            remove_parallel_(self.W_dec.grad, self.W_dec)
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        if self.cfg.normalize_decoder:
+            normalize_rows_(self.W_dec)
+        if self.cfg.tie_router_bias:
+            self.b_router.copy_(self.b_dec)
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        return _replace_files(path, super().save_inference_model)
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        norms_E = self.W_router.detach().norm(dim=0).cpu().numpy()
+        return {**super().log_histograms(), "weights/W_router_norms": norms_E}
+
+
+def _not_finite(x_BD: Tensor, step: int) -> str:
+    bad = ~torch.isfinite(x_BD).all(dim=-1)
+    if bad.any():
+        nan, inf = int(x_BD.isnan().sum()), int(x_BD.isinf().sum())
+        first = int(bad.nonzero()[0, 0])
+        return (
+            f"activations must be finite; training step {step} got {nan} NaN and {inf} infinite values in "
+            f"{int(bad.sum())} of {len(x_BD)} tokens, the first in row {first}. "
+            "The weights are those of the step before."
+        )
+    return (
+        f"the loss of training step {step} is not finite, though the activations are: the learning rate may be too "
+        "high. The weights are those of the step before."
+    )
