@@ -2,9 +2,10 @@
 
 import difflib
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import sae_lens
+from sae_lens.config import T_TRAINING_SAE_CONFIG
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from typing_extensions import override
@@ -135,7 +136,7 @@ class UnknownFieldError(ValueError, TypeError):
     """An unknown keyword: a ValueError like all bad input here, a TypeError as Python's own."""
 
 
-class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[Any]):
+class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """SAELens's runner config, with the SAE named by its architecture and described in the same call::
 
         LanguageModelSAERunnerConfig(architecture="switch", d_in=768, d_sae=24576, n_experts=32, k=32,
@@ -168,7 +169,7 @@ class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[Any]):
                 raise ValueError(
                     "sae_kwargs goes with architecture='...'; with sae=... set the fields on the SAE config"
                 )
-            super().__init__(sae=sae, **kwargs)
+            super().__init__(sae=cast(Any, sae), **kwargs)
             return
         sae_config_class = _training_config_class(architecture)
         sae_fields = {f.name for f in fields(sae_config_class)} - {"metadata"}
@@ -180,7 +181,7 @@ class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[Any]):
             raise ValueError(f"architecture={architecture!r} needs {' and '.join(sorted(missing))}")
         sae = sae_config_class(**own)
         runner = {name: value for name, value in kwargs.items() if name in runner_fields}
-        super().__init__(sae=sae, **(_recipe(sae, runner) | runner))
+        super().__init__(sae=cast(Any, sae), **(_recipe(sae, runner) | runner))
 
 
 def _recipe(sae: TrainingSAEConfig, runner: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +192,10 @@ def _recipe(sae: TrainingSAEConfig, runner: dict[str, Any]) -> dict[str, Any]:
     steps = runner.get("training_tokens", stock.training_tokens) // runner.get(
         "train_batch_size_tokens", stock.train_batch_size_tokens
     )
-    return {"lr": scaling_law_lr(sae.d_sae), "lr_decay_steps": steps // 5}
+    recipe: dict[str, Any] = {"lr": scaling_law_lr(sae.d_sae)}
+    if runner.get("lr_scheduler_name", stock.lr_scheduler_name) == "constant":  # the schedule the paper decays
+        recipe["lr_decay_steps"] = steps // 5
+    return recipe
 
 
 def _training_config_class(architecture: str) -> type[TrainingSAEConfig]:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -37,14 +37,6 @@ from sae_lens_switch.start import bias_from_batch
 _ROUTER = ("W_router", "b_router")
 # SAELens keeps these as closures over the SAE, which cannot be pickled, and which a copy would share.
 _CLOSURES = ("reshape_fn_in", "reshape_fn_out", "run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
-
-
-class Encoded(NamedTuple):
-    """One pass through router and encoder: codes, or the dense activations where a hook asked to see them."""
-
-    assignment: Assignment
-    codes: SparseCodes | None
-    dense_acts: Tensor | None
 
 
 class _Switch(SAE[Any]):
@@ -126,8 +118,8 @@ class _Switch(SAE[Any]):
             self.cfg.n_experts,
             pre_bias_D=self.b_dec if self.cfg.apply_b_dec_to_input else None,
         )
-        values = self._gated(values.view(*lead, -1), assignment)
-        return SparseCodes(values, indices.view(*lead, -1), self.cfg.d_sae)
+        values = self._gated(values.view(*lead, self.cfg.k), assignment)
+        return SparseCodes(values, indices.view(*lead, self.cfg.k), self.cfg.d_sae)
 
     def _encode_hooked(self, x: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
         """As ``_encode_codes``, with pre-activations laid out densely for ``hook_sae_acts_pre`` to see and edit.
@@ -142,7 +134,7 @@ class _Switch(SAE[Any]):
             rows = (expert_B == e).nonzero().flatten()
             block = slice(e * M, (e + 1) * M)
             pre_BF[rows, block] = (centered_BD[rows] @ self.W_enc[:, block]).to(pre_BF.dtype)
-        pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], -1))
+        pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], self.cfg.d_sae))
         block_indices = assignment.experts_BA * M + torch.arange(M, device=x.device)
         top = pre.gather(-1, block_indices).topk(self.cfg.k, dim=-1)
         values = self._gated(top.values.relu(), assignment)
@@ -162,7 +154,7 @@ class _Switch(SAE[Any]):
             values, indices = feature_acts.values, feature_acts.indices
             K = values.shape[-1]
             out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
-            out = out.view(*values.shape[:-1], -1)
+            out = out.view(*values.shape[:-1], self.W_dec.shape[-1])
         else:
             out = feature_acts @ self.W_dec
         out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out + self.b_dec))
@@ -181,9 +173,12 @@ class _Switch(SAE[Any]):
     @torch.no_grad()
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
-        W, b = self.W_router, self.b_router
-        W.data.copy_(whitening_matrix.to(W) @ W)
-        b.data.copy_(b @ unwhitening_matrix.to(b) + mean.to(b))
+        dtype = torch.promote_types(self.W_router.dtype, whitening_matrix.dtype)
+        mean, matrix, inverse = (
+            t.to(self.W_router.device, dtype) for t in (mean, whitening_matrix, unwhitening_matrix)
+        )
+        self.W_router.copy_(matrix @ self.W_router.to(dtype))
+        self.b_router.copy_(self.b_router.to(dtype) @ inverse + mean)
 
     @override
     @torch.no_grad()
@@ -192,9 +187,11 @@ class _Switch(SAE[Any]):
 
         Raises NotImplementedError otherwise, since rescaled pre-activations would select other latents.
         """
-        norms_EM = self.get_W_dec_norm().view(self.cfg.n_experts, -1).float()
+        norms_EM = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1).view(self.cfg.n_experts, -1)
         spread_E = norms_EM.amax(1) / norms_EM.amin(1) - 1
-        if spread_E.max() > 8 * torch.finfo(self.W_dec.dtype).eps * self.cfg.d_in**0.5:
+        # Rows of equal norm differ by their rounding to the dtype, and by the rounding of the norms themselves.
+        tolerance = 2 * torch.finfo(self.dtype).eps + 16 * torch.finfo(norms_EM.dtype).eps
+        if spread_E.max() > tolerance:
             raise NotImplementedError(
                 "fold_W_dec_norm is exact for a Switch SAE only if all decoder rows of an expert have the same norm; "
                 f"here they differ by up to a factor of {1 + spread_E.max().item():.4g}"
@@ -233,10 +230,9 @@ class _Switch(SAE[Any]):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
-        if self.dtype in _HALF_DTYPES:
-            # SAELens casts every tensor of the file to the SAE's dtype before we see it.
-            state_dict["W_router_rest"] = _rounding_rest(state_dict["W_router"], self.dtype)
-            state_dict["b_router_rest"] = _rounding_rest(state_dict["b_router"], self.dtype)
+        for name in _ROUTER:
+            # SAELens casts every tensor of a file to the dtype it is loaded in before we see it.
+            state_dict[f"{name}_parts"] = _bfloat16_parts(state_dict[name])
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -251,11 +247,9 @@ class _Switch(SAE[Any]):
                 raise ValueError(f"{name} must have shape {shape} by the config; the weights have {found}")
         state_dict["W_enc"] = _latent_major(state_dict["W_enc"])
         for name in _ROUTER:
-            rest = state_dict.pop(f"{name}_rest", None)
-            if state_dict[name].dtype in _HALF_DTYPES:
-                state_dict[name] = state_dict[name].float()
-                if rest is not None:
-                    state_dict[name] += rest.float().sum(0)
+            parts = state_dict.pop(f"{name}_parts", None)
+            if state_dict[name].dtype in (torch.bfloat16, torch.float16):
+                state_dict[name] = state_dict[name].float() if parts is None else parts.float().sum(0)
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -263,17 +257,17 @@ class _Switch(SAE[Any]):
         return _replace_files(path, super().save_model)
 
 
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
 def _latent_major(W_DF: Tensor) -> Tensor:
     return W_DF.T.contiguous().T
 
 
-def _rounding_rest(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[2, ...]: what rounding t to dtype leaves, and what rounding that leaves; t = round(t) + rest.sum(0)."""
-    first = t - t.to(dtype).float()
-    return torch.stack([first, first - first.to(dtype).float()])
+def _bfloat16_parts(t: Tensor) -> Tensor:
+    """[3, ...] float32, each part a bfloat16 number: their sum is t to the last bit of float32."""
+    parts, rest = [], t.float()
+    for _ in range(3):
+        parts.append(rest.bfloat16().float())
+        rest = rest - parts[-1]
+    return torch.stack(parts)
 
 
 def _has_hooks(hook: nn.Module) -> bool:

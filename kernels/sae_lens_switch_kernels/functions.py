@@ -104,7 +104,8 @@ class _SparseDecode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BD: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_BD,) = grad_outputs
         values_BK, indices_BK, W_FD = ctx.saved_tensors
         grad_BD = grad_BD.contiguous()
         d_values_BK = d_W_FD = None
@@ -139,7 +140,8 @@ class _SwitchEncode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_values_BK: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_values_BK = grad_outputs[0]
         centered_BD, W_FD, values_BK, indices_BK = ctx.saved_tensors
         # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
         d_pre_BK = grad_values_BK * (values_BK > 0)

