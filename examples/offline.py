@@ -98,8 +98,9 @@ def token_contexts(text: Dataset, model_folder: str | Path, size: int = 128) -> 
     """The text as contexts of `size` tokens, one after the other, in a column `input_ids`, which SAELens takes as is.
 
     The first token of a context has a residual norm of 25,000 in this model, whatever token it is, the others about
-    145. So has its repetition right after it (identical tokens see identical pasts), and so have some special tokens.
-    One in a thousand of these would swamp every average, so contexts with any but the unavoidable first are dropped.
+    145. In one context of seventy the second token has it too, and some special tokens have it anywhere. One in a
+    thousand of these would swamp every average: contexts with special tokens are dropped here, and whoever uses the
+    others should leave out their first two tokens.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -108,7 +109,7 @@ def token_contexts(text: Dataset, model_folder: str | Path, size: int = 128) -> 
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     tokens = [token for row in tokenizer(list(text["text"]))["input_ids"] for token in row]
     contexts = (tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size))
-    return Dataset.from_list([{"input_ids": c} for c in contexts if c[0] != c[1] and special.isdisjoint(c)])
+    return Dataset.from_list([{"input_ids": c} for c in contexts if special.isdisjoint(c)])
 
 
 def _documents(packages: Sequence[str]) -> Iterator[tuple[str, str]]:

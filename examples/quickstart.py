@@ -33,9 +33,9 @@ if TYPE_CHECKING:  # the imports proper are in the functions, after prepare_proc
 HOOK = "model.layers.12"  # the residual stream after layer 12 of 30, counted from 0
 D_IN = 576
 CONTEXT = 128
-BATCH = 1024
-HELD_OUT_CONTEXTS = 64
-DENSITY_STEPS = 100  # firing is counted, and a latent called dead, over this many last training steps
+SKIPPED = 2  # first tokens of a context that the SAE never sees: see offline.token_contexts
+BATCH = 256  # small: the language model takes most of the time, so each of its tokens should count
+DENSITY_STEPS = 400  # firing is counted, and a latent called dead, over this many last training steps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_folder = language_model_folder(args.models)
         text = text_datasets(seed=args.seed)
         train_contexts, held_out_contexts = (token_contexts(part, model_folder, CONTEXT) for part in text)
-        tokens = torch.tensor(held_out_contexts[:HELD_OUT_CONTEXTS]["input_ids"])
+        tokens = torch.tensor(held_out_contexts[: args.held_out_contexts]["input_ids"])
         console.print(f"    {model_folder}; {len(train_contexts):,} contexts of {CONTEXT} tokens")
 
         console.print(
@@ -91,10 +91,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything made")
     parser.add_argument("--models", type=Path, default=Path("runs/models"), help="where the converted model is kept")
-    parser.add_argument("--tokens", type=int, default=250_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=200_000, help="training tokens")
+    parser.add_argument("--held-out-contexts", type=int, default=48, help=f"for evaluation, {CONTEXT} tokens each")
     parser.add_argument("--n-experts", type=int, default=8, help="experts; must divide --d-sae")
     parser.add_argument("--d-sae", type=int, default=4608, help="latents, over all experts")
-    parser.add_argument("--k", type=int, default=32, help="active latents per token")
+    parser.add_argument("--k", type=int, default=48, help="active latents per token")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the text's split and order, and of the SAE")
     return parser.parse_args(argv)
@@ -149,8 +150,8 @@ def make_runner(args: argparse.Namespace, model_folder: Path, text: Any, sae_fol
         model_class_name="AutoModelForCausalLM",
         hook_name=HOOK,
         context_size=CONTEXT,
-        prepend_bos=False,  # it would sometimes make a massive activation of the second token too
-        seqpos_slice=(1, None),  # all but the first token (see token_contexts)
+        prepend_bos=False,
+        seqpos_slice=(SKIPPED, None),
         store_batch_size_prompts=16,
         n_batches_in_buffer=64,
         # How
@@ -197,8 +198,8 @@ class TrainingLog:
                 return output
 
             trainer.step = step
-            # The stock bar moves every 100 steps, which is a minute and a half here.
-            trainer._update_pbar = lambda output, bar: stock_bar(output, bar, update_interval=1)
+            # The stock bar moves every 100 steps, which takes a while here.
+            trainer._update_pbar = lambda output, bar: stock_bar(output, bar, update_interval=4)
             start = time.perf_counter()
             sae = stock_fit(trainer)
             self.seconds = time.perf_counter() - start
@@ -219,9 +220,9 @@ class HeldOut:
 
 
 def evaluate(sae: SAE[Any], model: HookedProxyLM, contexts: Tensor) -> HeldOut:
-    """Reconstruction and CE loss over all tokens but the first of each context, which the model keeps as it is.
+    """Reconstruction and CE loss over all tokens but the first two of each context, which the model keeps as they are.
 
-    SAELens's own evaluation cannot leave the first token out.
+    SAELens's own evaluation cannot leave first tokens out.
     """
     import torch
 
@@ -231,13 +232,13 @@ def evaluate(sae: SAE[Any], model: HookedProxyLM, contexts: Tensor) -> HeldOut:
         (_, loss), cache = model.run_with_cache(
             batch, names_filter=[HOOK], return_type="both", loss_per_token=True, prepend_bos=False
         )
-        losses["without_sae"].append(loss[:, 1:])  # the loss at a token is that of predicting the next one
-        x = cache[HOOK][:, 1:]
+        losses["without_sae"].append(loss[:, SKIPPED:])  # the loss at a token is that of predicting the next one
+        x = cache[HOOK][:, SKIPPED:]
         activations.append(x.flatten(0, 1))
         for name, x_new in {"with_sae": sae(x), "with_ablation": torch.zeros_like(x)}.items():
-            hooks = [(HOOK, lambda acts, x_new=x_new, **_: torch.cat([acts[:, :1], x_new], dim=1))]
+            hooks = [(HOOK, lambda acts, x_new=x_new, **_: torch.cat([acts[:, :SKIPPED], x_new], dim=1))]
             _, loss = model.run_with_hooks(batch, fwd_hooks=hooks, return_type="both", loss_per_token=True)
-            losses[name].append(loss[:, 1:])
+            losses[name].append(loss[:, SKIPPED:])
 
     x = torch.cat(activations)
     codes = sae.encode_sparse(x)
@@ -293,7 +294,7 @@ def print_latents(console: Console, held_out: HeldOut, cfg: Any, tokens: Tensor,
         share = 100 * fired[latent].item() / len(acts)
         console.print(f"[bold]expert {expert}, latent {latent}[/], fires on {share:.2f} % of the tokens:")
         for row in acts[:, latent].topk(4).indices.tolist():
-            context, position = row // (CONTEXT - 1), row % (CONTEXT - 1) + 1
+            context, position = row // (CONTEXT - SKIPPED), row % (CONTEXT - SKIPPED) + SKIPPED
             before, token, after = (
                 "".join("⏎" if c == "\n" else c for c in tokenizer.decode(piece))
                 for piece in (
@@ -324,23 +325,24 @@ def draw(path: Path, args: argparse.Namespace, log: TrainingLog, held_out: HeldO
 def print_table(console: Console, args: argparse.Namespace, metrics: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"Switch SAE of SmolLM2-135M, {HOOK}, on held-out text (first tokens excluded)")
+    table = Table(title=f"{HOOK} of SmolLM2-135M, held-out text, first two tokens excluded")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning", style="dim")
     counted = min(DENSITY_STEPS * BATCH, args.tokens)
-    load = " ".join(f"{100 * share:.1f}" for share in metrics["expert_load"])
+    loads = [f"{100 * share:.1f}" for share in metrics["expert_load"]]
+    load = "\n".join(" ".join(loads[i : i + 4]) for i in range(0, len(loads), 4))
     for name, value, meaning in (
         ("explained variance", f"{metrics['explained_variance']:.4f}", "1 - squared error / variance"),
-        ("MSE", f"{metrics['mse']:,.0f}", "squared error summed over dimensions, mean over tokens"),
+        ("MSE", f"{metrics['mse']:,.0f}", "squared error, summed over d_in"),
         ("L0", f"{metrics['l0']:.1f}", f"active latents per token, of {args.d_sae:,}"),
-        ("CE loss without SAE", f"{metrics['ce_loss_without_sae']:.3f}", "the model as it is, nats per token"),
-        ("CE loss with SAE", f"{metrics['ce_loss_with_sae']:.3f}", "activations replaced by their reconstruction"),
-        ("CE loss with ablation", f"{metrics['ce_loss_with_ablation']:.3f}", "activations replaced by zero"),
+        ("CE loss without SAE", f"{metrics['ce_loss_without_sae']:.3f}", "the model as it is"),
+        ("CE loss with SAE", f"{metrics['ce_loss_with_sae']:.3f}", "activations reconstructed"),
+        ("CE loss with ablation", f"{metrics['ce_loss_with_ablation']:.3f}", "activations set to zero"),
         ("CE loss recovered", f"{metrics['ce_loss_recovered']:.4f}", "share of the gap that the SAE closes"),
-        ("expert load, %", load, f"share of the tokens; uniform is {100 / args.n_experts:.1f}"),
-        ("dead latents", f"{metrics['dead_latents']:,}", f"silent over the last {counted:,} training tokens"),
-        ("tokens/s", f"{metrics['tokens_per_second']:,.0f}", "of training, language model included"),
+        ("expert load, %", load, f"of the tokens; uniform is {100 / args.n_experts:.1f}"),
+        ("dead latents", f"{metrics['dead_latents']:,}", f"silent over {counted:,} tokens"),
+        ("tokens/s", f"{metrics['tokens_per_second']:,.0f}", "training, model included"),
         ("seconds", f"{metrics['seconds']:.0f}", "of the whole run"),
     ):
         table.add_row(name, value, meaning)

@@ -68,7 +68,7 @@ def training_summary(
     n_dead = len(latent_density) - len(fired)
     density_axes.hist(fired.tolist(), bins=50, color=_BLUE)
     density_axes.set(
-        title=f"Latent density ({n_dead:,} of {len(latent_density):,} latents never fired)",
+        title=f"Latent density ({n_dead:,} of {len(latent_density):,} dead)",
         xlabel=r"$\log_{10}$ share of the tokens a latent fires on",
         ylabel="latents",
     )
