@@ -1,9 +1,7 @@
 """The Switch SAE (arXiv 2410.08201): a router sends each activation to one of E small TopK SAEs."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from typing_extensions import override
 
 from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_switch.files import bfloat16_parts, latent_major, replace_files
 from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
 from sae_lens_switch.router import (
     Assignment,
@@ -61,7 +60,7 @@ class _Switch(SAE[Any]):
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.W_enc = nn.Parameter(_latent_major(self.W_enc.data))
+        self.W_enc = nn.Parameter(latent_major(self.W_enc.data))
         options = {"dtype": router_dtype(self.dtype), "device": self.device}
         W_router_DE = torch.empty(self.cfg.d_in, self.cfg.n_experts, **options)
         self.W_router = nn.Parameter(W_router_DE.uniform_(-1, 1) / self.cfg.d_in**0.5)
@@ -232,7 +231,7 @@ class _Switch(SAE[Any]):
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
         for name in _ROUTER:
             # SAELens casts every tensor of a file to the dtype it is loaded in before we see it.
-            state_dict[f"{name}_parts"] = _bfloat16_parts(state_dict[name])
+            state_dict[f"{name}_parts"] = bfloat16_parts(state_dict[name])
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -245,7 +244,7 @@ class _Switch(SAE[Any]):
             found = tuple(state_dict[name].shape)
             if found != shape:
                 raise ValueError(f"{name} must have shape {shape} by the config; the weights have {found}")
-        state_dict["W_enc"] = _latent_major(state_dict["W_enc"])
+        state_dict["W_enc"] = latent_major(state_dict["W_enc"])
         for name in _ROUTER:
             parts = state_dict.pop(f"{name}_parts", None)
             if state_dict[name].dtype in (torch.bfloat16, torch.float16):
@@ -254,37 +253,11 @@ class _Switch(SAE[Any]):
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """As SAELens's, but each file appears whole or not at all."""
-        return _replace_files(path, super().save_model)
-
-
-def _latent_major(W_DF: Tensor) -> Tensor:
-    return W_DF.T.contiguous().T
-
-
-def _bfloat16_parts(t: Tensor) -> Tensor:
-    """[3, ...] float32, each part a bfloat16 number: their sum is t to the last bit of float32."""
-    parts, rest = [], t.float()
-    for _ in range(3):
-        parts.append(rest.bfloat16().float())
-        rest = rest - parts[-1]
-    return torch.stack(parts)
+        return replace_files(path, super().save_model)
 
 
 def _has_hooks(hook: nn.Module) -> bool:
     return bool(hook._forward_hooks or hook._backward_hooks or hook._backward_pre_hooks or hook._forward_pre_hooks)
-
-
-def _replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -> tuple[Path, Path]:
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path, prefix=".saving-") as folder:
-        written = save(Path(folder))
-        for file in written:
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-        for file in written:
-            os.replace(file, path / file.name)
-    return path / written[0].name, path / written[1].name
 
 
 class SwitchSAE(_Switch, SAE[SwitchSAEConfig]):
@@ -417,7 +390,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        return _replace_files(path, super().save_inference_model)
+        return replace_files(path, super().save_inference_model)
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:

@@ -22,6 +22,15 @@ M = F // E
 HOOK, HOOK_Z = "blocks.1.hook_resid_pre", "blocks.0.attn.hook_z"
 CONTEXT = 16
 WORDS = [f"w{i}" for i in range(29)]
+HOOK_SHAPES = {  # the width that each hook of a Switch SAE sees
+    "hook_sae_input": D,
+    "hook_sae_router_logits": E,
+    "hook_sae_router_probs": E,
+    "hook_sae_acts_pre": F,
+    "hook_sae_acts_post": F,
+    "hook_sae_recons": D,
+    "hook_sae_output": D,
+}
 
 
 def switch_config(**fields: Any) -> SwitchSAEConfig:

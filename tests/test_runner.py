@@ -14,6 +14,7 @@ import torch
 from helpers import (
     CONTEXT,
     HOOK,
+    HOOK_SHAPES,
     HOOK_Z,
     D,
     E,
@@ -47,6 +48,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import load_file
 from torch import Tensor
 
+import sae_lens_switch
 from sae_lens_switch import (
     LanguageModelSAERunnerConfig,
     SwitchSAE,
@@ -368,6 +370,21 @@ def test_checkpoints_come_when_due_and_each_loads(tmp_path):
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F).double())
 
 
+def test_a_batch_that_is_not_finite_leaves_the_last_checkpoint_good(tmp_path):
+    batches = activations(6)
+    batches[4][7, 2] = math.nan
+    the_trainer = trainer(training_sae(), batches, n_checkpoints=2, checkpoint_path=str(tmp_path))
+    with pytest.raises(ValueError, match="activations must be finite; training step 4 got 1 NaN"):
+        the_trainer.fit()
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == 1  # due once more than 128 and 256 samples are seen: after the third batch, and after the bad one
+    saved = TrainingSAE.load_from_disk(folders[0])
+    untouched = trainer(training_sae(), activations(6))
+    for _ in zip(range(3), steps(untouched, activations(6)), strict=False):
+        pass
+    assert same_tensors(saved.state_dict(), untouched.sae.state_dict())
+
+
 # --- The runner
 
 
@@ -448,6 +465,37 @@ def test_our_runner_config_trains_every_other_architecture_as_stock_does(archite
         assert type(runner.sae) is sae_class
         weights.append(runner.run().state_dict())
     assert same_tensors(*weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        ({}, D),
+        ({"hook_name": HOOK_Z, "reshape_activations": "hook_z"}, D),
+        ({"hook_name": "blocks.0.attn.hook_q", "hook_head_index": 1}, D // 2),
+    ],
+    ids=str,
+)
+def test_our_runner_refuses_a_d_in_that_is_not_the_models_and_trains_as_the_stock_one_otherwise(
+    options, width, tmp_path, model, dataset
+):
+    def runner(runner_class, name: str, d_in: int):
+        torch.manual_seed(0)
+        cfg = our_config(tmp_path / name, **{**options, "d_in": d_in})
+        return runner_class(cfg, override_dataset=dataset, override_model=model)
+
+    hook_name = options.get("hook_name", HOOK)
+    with pytest.raises(ValueError, match=f"d_in must be .* at {hook_name}, {width}; got d_in={width + 2}"):
+        runner(sae_lens_switch.LanguageModelSAETrainingRunner, "refused", width + 2).run()
+    assert not (tmp_path / "refused" / "output").exists()
+    ours, stock = (
+        runner(runner_class, name, width).run().state_dict()
+        for name, runner_class in (
+            ("ours", sae_lens_switch.LanguageModelSAETrainingRunner),
+            ("stock", LanguageModelSAETrainingRunner),
+        )
+    )
+    assert same_tensors(ours, stock)
 
 
 @pytest.mark.parametrize(
@@ -657,13 +705,8 @@ def sae_for(hook_name: str, kind: str = "inference", **options):
     return switch_sae(metadata=metadata, dtype="float32", **options)
 
 
-@pytest.mark.parametrize("kind", ["inference", "training"])
-@pytest.mark.parametrize("hook_name", [HOOK, HOOK_Z])
-@pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
-def test_run_evals_measures_everything(kind, hook_name, normalize_activations, model, dataset):
-    sae = sae_for(hook_name, kind, normalize_activations=normalize_activations)
-    reshaping = sae.hook_z_reshaping_mode
-    store = ActivationsStore.from_sae(
+def store_for(model, sae, dataset) -> ActivationsStore:
+    return ActivationsStore.from_sae(
         model,
         sae,
         dataset,
@@ -673,6 +716,15 @@ def test_run_evals_measures_everything(kind, hook_name, normalize_activations, m
         train_batch_size_tokens=32,
         total_tokens=1024,
     )
+
+
+@pytest.mark.parametrize("kind", ["inference", "training"])
+@pytest.mark.parametrize("hook_name", [HOOK, HOOK_Z])
+@pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
+def test_run_evals_measures_everything(kind, hook_name, normalize_activations, model, dataset):
+    sae = sae_for(hook_name, kind, normalize_activations=normalize_activations)
+    reshaping = sae.hook_z_reshaping_mode
+    store = store_for(model, sae, dataset)
     metrics, featurewise = run_evals(
         sae, store, model, ActivationScaler(), get_eval_everything_config(4, 2, 2), exclude_special_tokens=[0]
     )
@@ -690,16 +742,7 @@ def test_run_evals_scores_a_perfect_sae_as_perfect(model, dataset):
             parameter.zero_()
         sae.W_dec.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
         sae.W_enc.copy_(sae.W_dec.T)
-    store = ActivationsStore.from_sae(
-        model,
-        sae,
-        dataset,
-        streaming=False,
-        store_batch_size_prompts=4,
-        n_batches_in_buffer=4,
-        train_batch_size_tokens=32,
-        total_tokens=1024,
-    )
+    store = store_for(model, sae, dataset)
     metrics, _ = run_evals(sae, store, model, ActivationScaler(), get_eval_everything_config(4, 1, 1))
     assert metrics["reconstruction_quality"]["explained_variance"] == pytest.approx(1, abs=1e-5)
     assert metrics["reconstruction_quality"]["mse"] == pytest.approx(0, abs=1e-6)
@@ -729,16 +772,9 @@ def test_a_hooked_transformer_runs_with_the_sae_and_caches_its_hooks(hook_name, 
     torch.testing.assert_close(model.run_with_saes(tokens, saes=[sae]), expected, **exactly)
     logits, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    shapes = {
-        "hook_sae_input": D,
-        "hook_sae_router_logits": E,
-        "hook_sae_router_probs": E,
-        "hook_sae_acts_pre": F,
-        "hook_sae_acts_post": F,
-        "hook_sae_recons": D,
-    }
-    for name, width in shapes.items():
-        assert cache[f"{hook_name}.{name}"].shape == (3, CONTEXT, width)
+    for name, width in HOOK_SHAPES.items():
+        assert cache[f"{hook_name}.{name}"].shape[:2] == (3, CONTEXT)
+        assert cache[f"{hook_name}.{name}"][0, 0].numel() == width  # hook_z's output is split into heads again
     assert (cache[f"{hook_name}.hook_sae_acts_post"].count_nonzero(dim=-1) <= K).all()
     with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
     torch.testing.assert_close(with_error, plain, rtol=1e-4, atol=1e-4)

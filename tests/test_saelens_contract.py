@@ -14,6 +14,7 @@ import sae_lens.saes.sae as host
 import torch
 from helpers import (
     HOOK,
+    HOOK_SHAPES,
     HOOK_Z,
     D,
     E,
@@ -228,20 +229,20 @@ OTHER_TRAINING_FIELDS = OTHER_FIELDS | {
 }
 
 
-@pytest.mark.parametrize("options", [{}, OTHER_FIELDS], ids=["default", "other"])
-def test_an_inference_config_survives_to_dict_json_and_from_dict(options):
-    cfg = switch_config(metadata=SAEMetadata(hook_name=HOOK), **options)
-    read = SAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
-    assert type(read) is SwitchSAEConfig
-    assert read == cfg
-    assert read.to_dict() == cfg.to_dict()
-
-
-@pytest.mark.parametrize("options", [{}, OTHER_TRAINING_FIELDS], ids=["default", "other"])
-def test_a_training_config_survives_to_dict_json_and_from_dict(options):
-    cfg = training_config(metadata=SAEMetadata(hook_name=HOOK), **options)
-    read = TrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
-    assert type(read) is SwitchTrainingSAEConfig
+@pytest.mark.parametrize(
+    ("base", "make_config", "options"),
+    [
+        (SAEConfig, switch_config, {}),
+        (SAEConfig, switch_config, OTHER_FIELDS),
+        (TrainingSAEConfig, training_config, {}),
+        (TrainingSAEConfig, training_config, OTHER_TRAINING_FIELDS),
+    ],
+    ids=["inference-default", "inference-other", "training-default", "training-other"],
+)
+def test_a_config_survives_to_dict_json_and_from_dict(base, make_config, options):
+    cfg = make_config(metadata=SAEMetadata(hook_name=HOOK), **options)
+    read = base.from_dict(json.loads(json.dumps(cfg.to_dict())))
+    assert type(read) is type(cfg)
     assert read == cfg
     assert read.to_dict() == cfg.to_dict()
     assert cfg.to_dict()["architecture"] == "switch"
@@ -517,16 +518,6 @@ def test_encode_and_decode_need_no_gradients(kind, mode):
 
 
 # --- Hooks
-
-HOOK_SHAPES = {
-    "hook_sae_input": D,
-    "hook_sae_router_logits": E,
-    "hook_sae_router_probs": E,
-    "hook_sae_acts_pre": F,
-    "hook_sae_acts_post": F,
-    "hook_sae_recons": D,
-    "hook_sae_output": D,
-}
 
 
 def seeing(seen: dict[str, list[Tensor]], name: str):

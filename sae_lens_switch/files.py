@@ -1,0 +1,37 @@
+"""What weights go through on their way to and from files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+
+def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -> tuple[Path, Path]:
+    """Let ``save`` write its two files elsewhere, then move them into ``path``: whole and on disk, or not at all."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path, prefix=".saving-") as folder:
+        written = save(Path(folder))
+        for file in written:
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        for file in written:
+            os.replace(file, path / file.name)
+    return path / written[0].name, path / written[1].name
+
+
+def latent_major(W_DF: Tensor) -> Tensor:
+    """The same [D, F] matrix as the transpose of contiguous [F, D] storage."""
+    return W_DF.T.contiguous().T
+
+
+def bfloat16_parts(t: Tensor) -> Tensor:
+    """[3, ...] float32, each part a bfloat16 number: their sum is t to the last bit of float32."""
+    parts, rest = [], t.float()
+    for _ in range(3):
+        parts.append(rest.bfloat16().float())
+        rest = rest - parts[-1]
+    return torch.stack(parts)
