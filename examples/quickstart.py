@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -35,6 +36,7 @@ D_IN = 576
 CONTEXT = 128
 SKIPPED = 2  # first tokens of a context that the SAE never sees: see offline.token_contexts
 BATCH = 256  # small: the language model takes most of the time, so each of its tokens should count
+PROMPTS = 16  # contexts at a time in the language model
 DENSITY_STEPS = 400  # firing is counted, and a latent called dead, over this many last training steps
 
 
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_folder = language_model_folder(args.models)
         text = text_datasets(seed=args.seed)
         train_contexts, held_out_contexts = (token_contexts(part, model_folder, CONTEXT) for part in text)
+        train_contexts = train_contexts.shuffle(seed=args.seed)  # neighbours come from one document
         tokens = torch.tensor(held_out_contexts[: args.held_out_contexts]["input_ids"])
         console.print(f"    {model_folder}; {len(train_contexts):,} contexts of {CONTEXT} tokens")
 
@@ -91,11 +94,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything made")
     parser.add_argument("--models", type=Path, default=Path("runs/models"), help="where the converted model is kept")
-    parser.add_argument("--tokens", type=int, default=200_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=230_000, help="training tokens")
     parser.add_argument("--held-out-contexts", type=int, default=48, help=f"for evaluation, {CONTEXT} tokens each")
     parser.add_argument("--n-experts", type=int, default=8, help="experts; must divide --d-sae")
     parser.add_argument("--d-sae", type=int, default=4608, help="latents, over all experts")
-    parser.add_argument("--k", type=int, default=48, help="active latents per token")
+    parser.add_argument("--k", type=int, default=32, help="active latents per token")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the text's split and order, and of the SAE")
     return parser.parse_args(argv)
@@ -138,6 +141,7 @@ def make_runner(args: argparse.Namespace, model_folder: Path, text: Any, sae_fol
     from sae_lens_switch import LanguageModelSAERunnerConfig
 
     steps = args.tokens // BATCH
+    contexts = args.tokens / (CONTEXT - SKIPPED)
     cfg = LanguageModelSAERunnerConfig(
         # The SAE
         architecture="switch",
@@ -152,14 +156,16 @@ def make_runner(args: argparse.Namespace, model_folder: Path, text: Any, sae_fol
         context_size=CONTEXT,
         prepend_bos=False,
         seqpos_slice=(SKIPPED, None),
-        store_batch_size_prompts=16,
-        n_batches_in_buffer=64,
+        store_batch_size_prompts=PROMPTS,
+        # Contexts. Shuffled in four parts; what is kept for mixing to the end went through the model for nothing.
+        n_batches_in_buffer=max(2 * PROMPTS, math.ceil(contexts / 4)),
+        activations_mixing_fraction=0.1,
         # How
         training_tokens=args.tokens,
         train_batch_size_tokens=BATCH,
         lr=args.lr,  # a run this short wants more than the paper's law gives
         lr_warm_up_steps=steps // 20,
-        lr_decay_steps=steps // 3,
+        lr_decay_steps=2 * steps // 3,
         dead_feature_window=DENSITY_STEPS,
         feature_sampling_window=steps + 2,  # longer than the run: firing counts are never reset
         seed=args.seed,

@@ -8,6 +8,7 @@ import sae_lens
 from sae_lens.config import T_TRAINING_SAE_CONFIG
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 from typing_extensions import override
 
 from sae_lens_switch.optim import scaling_law_lr
@@ -105,11 +106,41 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         _validate_switch(self)
 
 
-def _validate_switch(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
-    for name in ("d_in", "d_sae", "n_experts", "k"):
+@dataclass
+class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+    """
+    Config of a TopK SAE trained on sparse kernels: SAELens's TopKTrainingSAEConfig, field by field. use_sparse_activations changes nothing: latents are sparse.
+
+    The trained SAE is saved as a plain "topk", and whoever loads it does not need this package.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_topk"
+
+    @override
+    @classmethod
+    def get_inference_config_class(cls) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _validate_whole_numbers(self, "d_in", "d_sae", "k")
+        if self.k > self.d_sae:
+            raise ValueError(f"k must be at most d_sae={self.d_sae}; got k={self.k}")
+
+
+def _validate_whole_numbers(cfg: Any, *names: str) -> None:
+    for name in names:
         value = getattr(cfg, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+
+
+def _validate_switch(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
+    _validate_whole_numbers(cfg, "d_in", "d_sae", "n_experts", "k")
     if cfg.d_sae % cfg.n_experts:
         raise ValueError(f"d_sae must be a multiple of n_experts={cfg.n_experts}; got d_sae={cfg.d_sae}")
     width = cfg.d_sae // cfg.n_experts
@@ -144,7 +175,8 @@ class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[T_TRAIN
 
     Fields of that architecture's training config build ``sae``; the others go to the runner; ``dtype`` and
     ``device`` go to both. ``sae_kwargs`` names SAE fields explicitly and wins. ``sae=...`` works as in SAELens.
-    Any architecture registered with SAELens can be named.
+    Any architecture registered with SAELens can be named; ``"topk"`` means ``"sparse_topk"``, the same on sparse
+    kernels (for SAELens's own, give ``sae=TopKTrainingSAEConfig(...)``).
 
     With ``architecture="switch"``, what is not given follows the paper: ``lr = 2e-4 / sqrt(d_sae / 2^14)`` and
     ``lr_decay_steps`` = the last 20 % of the steps.
@@ -204,7 +236,7 @@ def _training_config_class(architecture: str) -> type[TrainingSAEConfig]:
             f"architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}; "
             f"got {architecture!r}{_nearest(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
         )
-    return get_sae_training_class(architecture)[1]
+    return get_sae_training_class("sparse_topk" if architecture == "topk" else architecture)[1]
 
 
 def _reject_unknown(given: Any, known: Any) -> None:

@@ -37,6 +37,42 @@ def remove_parallel_(grad_FD: Tensor, W_FD: Tensor) -> None:
         grad_rows.addcmul_(along, rows, value=-1)
 
 
+def step_in_memory_order(optimizer: Optimizer) -> None:
+    """From now on, only while it steps, the optimiser sees transposed matrices, such as W_enc, as memory holds them.
+
+    Elementwise nothing changes, but torch's fused steps copy a whole matrix whose rows are not contiguous.
+    """
+    flipped: list[nn.Parameter] = []
+
+    def transpose() -> None:
+        for p in flipped:
+            _transpose(p, optimizer.state.get(p, {}))
+
+    def before(*_: Any) -> None:
+        flipped.extend(p for p in _parameters(optimizer) if p.ndim == 2 and not p.is_contiguous())
+        transpose()
+
+    def after(*_: Any) -> None:
+        transpose()
+        flipped.clear()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
+    grad, p.grad = p.grad, None
+    p.data = p.data.T
+    p.grad = None if grad is None else grad.T
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.ndim == 2:
+            state[name] = value.T
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 class StepConstraint(Protocol):
     """An SAE that has something to do right before and after every optimiser step on its weights."""
 
@@ -73,7 +109,7 @@ def _register_hooks_once() -> None:
 
 
 def _notify(optimizer: Optimizer, method: str) -> None:
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stepped = {id(p) for p in _parameters(optimizer)}
     for sae in list(_constrained):
         if id(sae.W_dec) in stepped:
             getattr(sae, method)()

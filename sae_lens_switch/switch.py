@@ -13,7 +13,7 @@ from sae_lens.saes.sae import (
     TrainStepInput,
     TrainStepOutput,
 )
-from sae_lens_switch_kernels import sparse_decode, switch_encode
+from sae_lens_switch_kernels import sparse_autoencode, sparse_decode, switch_encode
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
@@ -21,6 +21,7 @@ from typing_extensions import override
 from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_switch.files import bfloat16_parts, latent_major, replace_files
+from sae_lens_switch.host import finish_decoding, has_hooks, normalized_input, pre_bias
 from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
 from sae_lens_switch.router import (
     Assignment,
@@ -71,16 +72,16 @@ class _Switch(SAE[Any]):
     @override
     def encode(self, x: Tensor) -> Tensor:
         """Dense latents [..., F] of x [..., D]: at most k non-zeros a token, all of one expert, gate included."""
-        return self._encode_dense(self._normalized(x))[0]
+        return self._encode_dense(normalized_input(self, x))[0]
 
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """The same latents as ``encode``, without a tensor of width F. Hooks on dense latents do not fire."""
-        x = self._normalized(x)
+        x = normalized_input(self, x)
         return self._encode_codes(x, self._assign(x))
 
     def _encode_dense(self, x: Tensor) -> tuple[Tensor, Tensor, Assignment]:
         assignment = self._assign(x)
-        if _has_hooks(self.hook_sae_acts_pre):
+        if has_hooks(self.hook_sae_acts_pre):
             acts, pre = self._encode_hooked(x, assignment)
         else:
             codes = self._encode_codes(x, assignment)
@@ -89,13 +90,7 @@ class _Switch(SAE[Any]):
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        return self._centered(self._normalized(sae_in))
-
-    def _normalized(self, x: Tensor) -> Tensor:
-        """The router's input: x in the SAE's dtype, hook_z flattened, normalised. Once per encode: the hook fires
-        and run-time normalisation remembers its statistics for decode."""
-        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        return self.run_time_activation_norm_fn_in(x)
+        return self._centered(normalized_input(self, sae_in))
 
     def _centered(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
@@ -115,7 +110,7 @@ class _Switch(SAE[Any]):
             self.W_enc.T,
             self.cfg.k,
             self.cfg.n_experts,
-            pre_bias_D=self.b_dec if self.cfg.apply_b_dec_to_input else None,
+            pre_bias_D=pre_bias(self),
         )
         values = self._gated(values.view(*lead, self.cfg.k), assignment)
         return SparseCodes(values, indices.view(*lead, self.cfg.k), self.cfg.d_sae)
@@ -156,8 +151,7 @@ class _Switch(SAE[Any]):
             out = out.view(*values.shape[:-1], self.W_dec.shape[-1])
         else:
             out = feature_acts @ self.W_dec
-        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out + self.b_dec))
-        return self.reshape_fn_out(out, self.d_head)
+        return finish_decoding(self, out + self.b_dec)
 
     # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here
 
@@ -256,10 +250,6 @@ class _Switch(SAE[Any]):
         return replace_files(path, super().save_model)
 
 
-def _has_hooks(hook: nn.Module) -> bool:
-    return bool(hook._forward_hooks or hook._backward_hooks or hook._backward_pre_hooks or hook._forward_pre_hooks)
-
-
 class SwitchSAE(_Switch, SAE[SwitchSAEConfig]):
     """A trained Switch SAE. See ``encode``, ``encode_sparse`` and ``decode``."""
 
@@ -284,7 +274,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Dense latents [..., F], and the [..., K] pre-activations that were selected."""
-        acts, pre, _ = self._encode_dense(self._normalized(x))
+        acts, pre, _ = self._encode_dense(normalized_input(self, x))
         return acts, pre
 
     @override
@@ -304,14 +294,14 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
         if self.cfg.normalize_decoder or self.cfg.tie_router_bias:
             constrain_optimizer_steps(self)
 
-        normalized = self._normalized(x)
-        if _has_hooks(self.hook_sae_acts_pre) or _has_hooks(self.hook_sae_acts_post):
-            acts, hidden_pre, assignment = self._encode_dense(normalized)
+        inputs = normalized_input(self, x)
+        if has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post):
+            acts, hidden_pre, assignment = self._encode_dense(inputs)
             sae_out, feature_acts = self.decode(acts), acts.detach()
         else:
-            assignment = self._assign(normalized)
-            codes = self._encode_codes(normalized, assignment)
-            sae_out, feature_acts, hidden_pre = self.decode(codes), codes.detach().to_coo(), codes.values
+            assignment = self._assign(inputs)
+            sae_out, codes = self._autoencode(inputs, assignment)
+            feature_acts, hidden_pre = codes.to_coo(), codes.values
 
         mse_loss = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         load_E = expert_load(assignment)
@@ -331,13 +321,30 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             metrics={"load_balance": balance.detach(), **statistics.metrics()},
         )
 
+    def _autoencode(self, x: Tensor, assignment: Assignment) -> tuple[Tensor, SparseCodes]:
+        """``_encode_codes`` and ``decode`` at once; the codes are detached."""
+        gated = self.cfg.gate == "probability"
+        result = sparse_autoencode(
+            x,
+            self.W_enc.T,
+            self.W_dec,
+            self.cfg.k,
+            expert_B=assignment.experts_BA.flatten(),
+            n_experts=self.cfg.n_experts,
+            gates_B=assignment.gates_BA.flatten() if gated else None,
+            pre_bias_D=pre_bias(self),
+        )
+        values = self._gated(result.values_BK.detach(), assignment).detach()
+        codes = SparseCodes(values, result.indices_BK, self.cfg.d_sae)
+        return finish_decoding(self, result.out_BD + self.b_dec), codes
+
     @override
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
         x = step_input.sae_in
-        assignment = self._assign(self._normalized(x))
+        assignment = self._assign(normalized_input(self, x))
         balance = load_balance_loss(assignment.probs_BE, expert_load(assignment))
         return {"load_balance_loss": step_input.coefficients["load_balance"] * self._load_balance_scale(x) * balance}
 

@@ -1,7 +1,7 @@
 """Small things the tests share: configs and SAEs of odd little sizes, activations with structure, a random
 language model with its tokenizer and data. Nothing is downloaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
@@ -89,6 +90,13 @@ def trainer(sae: Any, batches: list[Tensor] | Iterator[Tensor], **fields: Any) -
         batches = iter(batches)
     cfg = SAETrainerConfig(**{"lr": 1e-2, "lr_end": 1e-3, **fields})
     return SAETrainer(cfg=cfg, sae=sae, data_provider=batches)
+
+
+def largest_allocation(function: Callable[[], Any]) -> int:
+    """Bytes of the largest piece of memory that torch asks for while the function runs, inside operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    return max(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

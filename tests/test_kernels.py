@@ -4,11 +4,14 @@ import pytest
 import torch
 from sae_lens_switch_kernels import (
     latent_weight_grad,
+    library,
     matmul_at_indices,
     reference,
+    sparse_autoencode,
     sparse_decode,
     switch_encode,
     topk_encode,
+    torch_ops,
 )
 from torch import Tensor
 
@@ -186,12 +189,172 @@ def test_gradcheck_in_float64():
     )
 
 
-def test_gradients_of_gradients_are_refused():
-    values, indices, W, _ = make_codes(5, 4, 9, 3)
-    W.requires_grad_()
-    (grad,) = torch.autograd.grad(sparse_decode(values, indices, W).square().sum(), W, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+def test_the_three_products_are_each_others_derivatives_any_number_of_times():
+    values, indices, W, g = (t.requires_grad_() if t.is_floating_point() else t for t in make_codes(5, 4, 9, 3))
+    for function, inputs in (
+        (lambda v, w: sparse_decode(v, indices, w), (values, W)),
+        (lambda g, w: matmul_at_indices(g, w, indices), (g, W)),
+        (lambda v, g: latent_weight_grad(v, indices, g, 9), (values, g)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+OPTIONS = {
+    "bare": {},
+    "pre-bias": {"pre_bias_D"},
+    "biases and scale": {"pre_bias_D", "bias_F", "scale_F"},
+    "dead latents": {"pre_bias_D", "bias_F", "scale_F", "dead_N"},
+    "dead latents alone": {"dead_N"},
+    "routed": {"expert_B"},
+    "routed and gated": {"expert_B", "gates_B", "pre_bias_D"},
+}
+
+
+def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[str, Tensor | int]]:
+    """What takes a gradient, and what does not."""
+    generator = torch.Generator().manual_seed(3)
+    F = E * M
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    leaves = {"x_BD": normal(B, D) + 1, "W_enc_FD": normal(F, D), "W_dec_FD": normal(F, D)}
+    optional = {"pre_bias_D": normal(D), "bias_F": normal(F), "gates_B": normal(B).sigmoid()}
+    constants: dict = {"k": K}
+    scale, experts = normal(F).exp(), torch.randint(0, E, (B,), generator=generator)
+    dead = torch.randperm(F, generator=generator)[: max(1, F // 2)].sort().values
+    if "scale_F" in names:
+        constants["scale_F"] = scale
+    if "expert_B" in names:
+        constants |= {"expert_B": experts, "n_experts": E}
+    if "dead_N" in names:
+        constants |= {"dead_N": dead, "k_aux": max(1, len(dead) // 2)}
+    return leaves | {n: t for n, t in optional.items() if n in names}, constants
+
+
+@shapes
+@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
+def test_sparse_autoencode_and_all_its_gradients(B, D, E, M, K, names, dense_up_to, monkeypatch):
+    monkeypatch.setitem(library._DENSE_UP_TO, "cpu", dense_up_to)
+    leaves, constants = autoencoder_inputs(B, D, E, M, K, names)
+    upstream = [torch.randn(B, n, dtype=torch.float64) for n in (D, E * M, D)]
+
+    def run(function):
+        inputs = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+        out, values, indices, aux_out = function(**inputs, **constants)
+        results = [out, reference.dense_codes(values, indices, E * M), *([] if aux_out is None else [aux_out])]
+        total = sum((r * u).sum() for r, u in zip(results, upstream, strict=False))
+        grads = torch.autograd.grad(total, list(inputs.values()))
+        return dict(zip(["out", "codes", "aux"], results, strict=False)) | {
+            f"d_{name}": g for name, g in zip(inputs, grads, strict=True)
+        }
+
+    actual, expected = run(sparse_autoencode), run(reference.sparse_autoencode)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(name, actual[name], expected[name])
+
+
+def test_only_the_gradients_that_are_needed_are_made():
+    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B", "gates_B", "pre_bias_D"})
+    leaves["W_dec_FD"].requires_grad_()
+    sparse_autoencode(**leaves, **constants).out_BD.sum().backward()
+    assert leaves["W_dec_FD"].grad is not None
+    assert all(t.grad is None for name, t in leaves.items() if name != "W_dec_FD")
+
+
+def test_gradients_of_the_joint_operators_gradients_are_refused():
+    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B"})
+    W = leaves["W_dec_FD"].requires_grad_()
+    (grad,) = torch.autograd.grad(sparse_autoencode(**leaves, **constants).out_BD.square().sum(), W, create_graph=True)
+    with pytest.raises(RuntimeError, match="autoencode_backward"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(("n_latents", "k"), [(1000, 4), (4099, 3), (9000, 32), (300, 1), (64, 64), (40000, 5)])
+@pytest.mark.parametrize("values", ["random", "ties", "negative", "constant"])
+def test_the_pruned_top_k_is_exact(n_latents, k, values):
+    generator = torch.Generator().manual_seed(n_latents)
+    pre = torch.randn(7, n_latents, generator=generator, dtype=torch.float64)
+    if values == "ties":
+        pre = pre.mul(2).round()
+    elif values == "negative":
+        pre = -pre.abs() - 1
+    elif values == "constant":
+        pre = torch.zeros_like(pre)
+    bias, scale = (torch.randn(n_latents, generator=generator, dtype=torch.float64) for _ in range(2))
+    for options in ({}, {"bias_F": bias, "scale_F": scale.abs()}):
+        found, indices = torch_ops.select_topk(pre.clone(), k, **options)
+        biased = pre + options.get("bias_F", 0)
+        ranked = biased * options.get("scale_F", 1)
+        assert torch.equal(found, biased.gather(1, indices))
+        assert torch.equal(ranked.gather(1, indices).sort(descending=True).values, ranked.topk(k).values)
+        assert all(len(set(row)) == k for row in indices.tolist())
+    if (n_latents, k) == (40000, 5):
+        assert torch_ops._block_count(n_latents, k) > 0  # pruning took place
+
+
+def test_a_dictionary_wider_than_a_tile_gives_the_same_codes(monkeypatch):
+    monkeypatch.setattr(torch_ops, "_TILE_LATENTS", 7)
+    monkeypatch.setattr(torch_ops, "_TILE_ROWS", 5)
+    leaves, constants = autoencoder_inputs(33, 6, 1, 40, 9, {"pre_bias_D", "bias_F", "scale_F"})
+    ours, truth = sparse_autoencode(**leaves, **constants), reference.sparse_autoencode(**leaves, **constants)
+    assert_close("out", ours.out_BD, truth[0])
+    assert_close("codes", *(reference.dense_codes(values, i, 40) for values, i in (ours[1:3], truth[1:3])))
+
+
+OPERATORS = {
+    "sparse_decode": lambda t: (t["values"], t["indices"], t["W"]),
+    "matmul_at_indices": lambda t: (t["g"], t["W"], t["indices"]),
+    "latent_weight_grad": lambda t: (t["values"], t["indices"], t["g"], 8),
+    "encode": lambda t: (t["x"], t["W"], t["bias"], t["scale"], None, None, 3, 1, torch.float64),
+    "autoencode": lambda t: (
+        *(t["x"], t["W"], t["W_dec"], t["gates"], t["bias"], None, None, t["experts"], torch.arange(4)),
+        *(3, 2, 2, torch.float64),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_operators_are_torchs_own_citizens(name):
+    """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
+    values, indices, W, g = make_codes(6, 5, 8, 3)
+    tensors = {"values": values, "W": W, "g": g, "W_dec": W + 1, "x": g - 1, "bias": g[0].clone()}
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    tensors |= {"indices": indices, "scale": W.exp()[:, 0].detach(), "gates": values[:, 0].detach()}
+    arguments = OPERATORS[name](tensors | {"experts": torch.arange(6) % 2})
+    torch.library.opcheck(getattr(library, name), arguments)
+
+
+def test_torch_export_and_compile_trace_through():
+    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B", "gates_B", "pre_bias_D"})
+
+    class Module(torch.nn.Module):
+        def forward(self, x_BD):
+            return sparse_autoencode(**{**leaves, "x_BD": x_BD}, **constants).out_BD
+
+    expected = Module()(leaves["x_BD"])
+    exported = torch.export.export(Module(), (leaves["x_BD"],))
+    assert any("sae_lens_switch.autoencode" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(leaves["x_BD"]), expected, rtol=0, atol=0)
+
+    W = leaves["W_enc_FD"].requires_grad_()
+    grads = []
+    for function in (Module(), torch.compile(Module(), backend="aot_eager", fullgraph=True)):
+        grads.append(torch.autograd.grad(function(leaves["x_BD"]).square().sum(), W)[0])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+def test_vmap_gives_right_numbers_and_functional_gradients_a_clear_error():
+    values, indices, W, _ = make_codes(6, 5, 8, 3)
+    stacked = torch.stack([values, 2 * values])
+    batched = torch.vmap(lambda v: library.sparse_decode(v, indices, W))(stacked)
+    torch.testing.assert_close(batched, torch.stack([reference.sparse_decode(v, indices, W) for v in stacked]))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda W: sparse_decode(values, indices, W).square().sum())(W)
 
 
 def test_bf16_stays_near_float64():

@@ -63,7 +63,8 @@ pytestmark = [
 ]
 exactly = {"rtol": 0, "atol": 0}
 SAE_FIELDS = {"d_in": D, "d_sae": F, "n_experts": E, "k": K}
-STOCK_ARCHITECTURES = sorted(SAE_TRAINING_CLASS_REGISTRY.keys() - {"switch"})
+OURS = {"switch", "sparse_topk"}
+STOCK_ARCHITECTURES = sorted(SAE_TRAINING_CLASS_REGISTRY.keys() - OURS)
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -377,7 +378,9 @@ def test_a_batch_that_is_not_finite_leaves_the_last_checkpoint_good(tmp_path):
     with pytest.raises(ValueError, match="activations must be finite; training step 4 got 1 NaN"):
         the_trainer.fit()
     folders = list(tmp_path.iterdir())
-    assert len(folders) == 1  # due once more than 128 and 256 samples are seen: after the third batch, and after the bad one
+    assert (
+        len(folders) == 1
+    )  # due once more than 128 and 256 samples are seen: after the third batch, and after the bad one
     saved = TrainingSAE.load_from_disk(folders[0])
     untouched = trainer(training_sae(), activations(6))
     for _ in zip(range(3), steps(untouched, activations(6)), strict=False):
@@ -445,7 +448,7 @@ def test_both_runner_configs_train_the_same_sae_with_the_same_settings(tmp_path,
     assert same_tensors(*weights)
 
 
-@pytest.mark.parametrize("architecture", STOCK_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in STOCK_ARCHITECTURES if name != "topk"])
 def test_our_runner_config_trains_every_other_architecture_as_stock_does(architecture, tmp_path, model, dataset):
     sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
     options = {"k": K} if "k" in {f.name for f in fields(config_class)} else {}
@@ -956,10 +959,15 @@ def test_without_an_architecture_it_is_saelens_own_config(tmp_path):
         assert differing == {"checkpoint_path"}
 
 
-@pytest.mark.parametrize("architecture", ["switch", *STOCK_ARCHITECTURES])
+@pytest.mark.parametrize("architecture", [*sorted(OURS), *STOCK_ARCHITECTURES])
 @pytest.mark.parametrize("reader", [LanguageModelSAERunnerConfig, sae_lens.LanguageModelSAERunnerConfig])
 def test_to_dict_json_from_dict_round_trip_through_our_class_and_stocks(architecture, reader, tmp_path):
-    options = {"matryoshka_batchtopk": {"matryoshka_widths": [F // 2, F]}, "switch": {"n_experts": E, "k": K}}
+    options = {
+        "matryoshka_batchtopk": {"matryoshka_widths": [F // 2, F]},
+        "switch": {"n_experts": E, "k": K},
+        "sparse_topk": {"k": K},
+        "topk": {"k": K},
+    }
     cfg = LanguageModelSAERunnerConfig(
         architecture=architecture, d_in=D, d_sae=F, **options.get(architecture, {}), **run_fields(tmp_path, seed=5)
     )

@@ -11,16 +11,20 @@ encoder column and decoder row are both contiguous. Expert e owns latents ``e * 
 """
 
 from sae_lens_switch_kernels.functions import (
+    Reconstruction,
     latent_weight_grad,
     matmul_at_indices,
+    sparse_autoencode,
     sparse_decode,
     switch_encode,
     topk_encode,
 )
 
 __all__ = [
+    "Reconstruction",
     "latent_weight_grad",
     "matmul_at_indices",
+    "sparse_autoencode",
     "sparse_decode",
     "switch_encode",
     "topk_encode",

@@ -51,7 +51,48 @@ def switch_encode(
     return torch.stack(values), torch.stack(indices)
 
 
-def topk_encode(x_BD: Tensor, W_enc_FD: Tensor, k: int, *, pre_bias_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """relu(TopK((x - b) W_enc^T)): one expert that owns every latent."""
-    one_expert = torch.zeros(len(x_BD), dtype=torch.long, device=x_BD.device)
-    return switch_encode(x_BD, one_expert, W_enc_FD, k, 1, pre_bias_D=pre_bias_D)
+def topk_encode(
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    k: int,
+    *,
+    pre_bias_D: Tensor | None = None,
+    bias_F: Tensor | None = None,
+    scale_F: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """relu of the k of (x - b) W_enc^T + bias that are largest when scaled."""
+    pre_BF = (x_BD if pre_bias_D is None else x_BD - pre_bias_D) @ W_enc_FD.T
+    pre_BF = pre_BF if bias_F is None else pre_BF + bias_F
+    indices_BK = (pre_BF if scale_F is None else pre_BF * scale_F).topk(k, dim=1).indices
+    return pre_BF.gather(1, indices_BK).relu(), indices_BK
+
+
+def sparse_autoencode(
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    W_dec_FD: Tensor,
+    k: int,
+    *,
+    expert_B: Tensor | None = None,
+    n_experts: int = 1,
+    gates_B: Tensor | None = None,
+    pre_bias_D: Tensor | None = None,
+    bias_F: Tensor | None = None,
+    scale_F: Tensor | None = None,
+    dead_N: Tensor | None = None,
+    k_aux: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Encode, gate, decode; and the dead latents' own top k_aux, without ReLU, decoded."""
+    if expert_B is None:
+        values_BK, indices_BK = topk_encode(x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F)
+    else:
+        values_BK, indices_BK = switch_encode(x_BD, expert_B, W_enc_FD, k, n_experts, pre_bias_D=pre_bias_D)
+    gated_BK = values_BK if gates_B is None else values_BK * gates_B.unsqueeze(1)
+    out_BD = sparse_decode(gated_BK, indices_BK, W_dec_FD)
+    if dead_N is None:
+        return out_BD, values_BK, indices_BK, None
+    pre_BN = ((x_BD if pre_bias_D is None else x_BD - pre_bias_D) @ W_enc_FD.T)[:, dead_N]
+    pre_BN = pre_BN if bias_F is None else pre_BN + bias_F[dead_N]
+    chosen_BA = (pre_BN if scale_F is None else pre_BN * scale_F[dead_N]).topk(k_aux, dim=1).indices
+    aux_out_BD = sparse_decode(pre_BN.gather(1, chosen_BA), dead_N[chosen_BA], W_dec_FD)
+    return out_BD, values_BK, indices_BK, aux_out_BD

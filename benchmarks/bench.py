@@ -1,0 +1,461 @@
+"""Training steps of sparse autoencoders, side by side: time and memory of ours and of the others.
+
+    make bench        # or: python benchmarks/bench.py --help
+
+One process, one batch, the same weights. First every contestant's loss and gradients are compared with those of the
+one that computes the same function the plain way; only then is anything timed. Rounds go through all contestants in
+turn, so what disturbs the machine disturbs them all; the table has medians over rounds, and ratios. Peak memory is
+that of a process of its own for each. On a machine with a GPU everything runs there, and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# By default OpenMP threads spin while they wait: on a machine that is busy otherwise, that costs a factor of 3.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if os.path.exists("/dev/nvidia0") else "1")
+warnings.filterwarnings("ignore")
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor, nn
+
+from sae_lens_switch import (
+    SparseTopKTrainingSAE,
+    SparseTopKTrainingSAEConfig,
+    SwitchTrainingSAE,
+    SwitchTrainingSAEConfig,
+)
+from sae_lens_switch.optim import step_in_memory_order
+
+LR = 1e-4
+BASELINE = "SAELens topk"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    if args.memory_of:
+        print(json.dumps(peak_memory(args)))
+        return
+    names = [name for name in contestants(args) if not args.only or name in args.only]
+    setting = f"B {args.batch:,}, D {args.d_in:,}, F {args.d_sae:,}, k {args.k}, {args.dtype}, {machine(args)}"
+    print(setting)
+    check_closeness(args, names)
+    runners = {name: contestants(args)[name](args) for name in names}
+    rows = {name: Row() for name in names}
+    encoder = bare_encoder(args)
+    for round_ in range(args.rounds + 1):  # the first warms up
+        encoder_ms = timed(encoder, args.device)
+        for name, runner in runners.items():
+            both, step = timed(runner.forward_backward, args.device), timed(runner.step, args.device)
+            if round_:
+                rows[name].add(both, step, encoder_ms)
+    del runners
+    if not args.no_memory:
+        for name in names:
+            rows[name].peak_bytes = json.loads(child(args, name))
+    report = {"setting": setting, "arguments": vars(args) | {"output": str(args.output)}, "torch": torch.__version__}
+    report["results"] = {name: row.summary(rows.get(BASELINE)) for name, row in rows.items()}
+    if not args.no_width:
+        report["width"] = width(args)
+    print_report(report)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {args.output}")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=4096, help="tokens in a step")
+    parser.add_argument("--d-in", type=int, default=768)
+    parser.add_argument("--d-sae", type=int, default=24576)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--experts", type=int, nargs="*", default=[8, 32, 128], help="of the Switch SAEs")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="*", help="contestants by name")
+    parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure memory")
+    parser.add_argument("--no-width", action="store_true", help="skip the comparison at constant expert width")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def machine(args: argparse.Namespace) -> str:
+    if args.device == "cpu":
+        return f"{torch.get_num_threads()} threads of {platform.machine()}, no GPU"
+    return torch.cuda.get_device_name()
+
+
+# What is measured
+
+
+@dataclass
+class Row:
+    """Milliseconds of each round, and bytes."""
+
+    forward_backward: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    encoder: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def add(self, forward_backward: float, step: float, encoder: float) -> None:
+        self.forward_backward.append(forward_backward)
+        self.step.append(step)
+        self.encoder.append(encoder)
+
+    def summary(self, baseline: Row | None) -> dict[str, Any]:
+        """Ratios are medians of the rounds' own ratios."""
+        over = [] if baseline is None else [b / s for b, s in zip(baseline.step, self.step, strict=True)]
+        return {
+            "forward_backward_ms": statistics.median(self.forward_backward),
+            "step_ms": statistics.median(self.step),
+            "faster_than_SAELens": statistics.median(over) if over else None,
+            "times_the_bare_encoder": statistics.median(s / e for s, e in zip(self.step, self.encoder, strict=True)),
+            "peak_GB": None if self.peak_bytes is None else self.peak_bytes / 1e9,
+        }
+
+
+def timed(call: Callable[[], Any], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def bare_encoder(args: argparse.Namespace) -> Callable[[], Any]:
+    x, W = batch(args), weights(args)[0]
+    return lambda: x @ W
+
+
+def child(args: argparse.Namespace, name: str) -> str:
+    options = [
+        f"--{n}={getattr(args, n.replace('-', '_'))}" for n in ("batch", "d-in", "d-sae", "k", "dtype", "device")
+    ]
+    command = [sys.executable, __file__, *options, "--memory-of", name, "--experts", *map(str, args.experts)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+
+
+def peak_memory(args: argparse.Namespace) -> int:
+    """Of this process on a CPU, of the device's allocator on a GPU, over three steps."""
+    runner = contestants(args)[args.memory_of](args)
+    for _ in range(3):
+        runner.step()
+    if args.device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def check_closeness(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Loss and gradients of each contestant against the plain one of its kind."""
+    truths: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(names, key=lambda n: n != truth_of(n)):
+        kind = truth_of(name)
+        if kind == name:
+            truths[name] = contestants(args)[name](args).gradients()
+        elif kind in truths:
+            gradients = contestants(args)[name](args).gradients()
+            for key in gradients.keys() & truths[kind].keys():
+                a, b = gradients[key], truths[kind][key]
+                error = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+                # Ties within rounding select other latents: a few rows of a few thousand.
+                if error > 0.02:
+                    raise SystemExit(f"{name}: {key} is off from {kind}'s by a ratio of {error:.3g}")
+
+
+def truth_of(name: str) -> str:
+    if "experts" not in name:
+        return BASELINE
+    return "all experts, masked, " + name.split(", ")[-1]
+
+
+def width(args: argparse.Namespace) -> dict[str, float]:
+    """Forward and backward of a Switch SAE with experts of 768 latents, at F and at 8 F."""
+    M = min(768, args.d_sae)
+    saes = {F: Ours(args, switch_sae(args, F // M, F)) for F in (args.d_sae, 8 * args.d_sae)}
+    times: dict[int, list[float]] = {F: [] for F in saes}
+    for round_ in range(args.rounds + 1):
+        for F, runner in saes.items():
+            ms = timed(runner.forward_backward, args.device)
+            if round_:
+                times[F].append(ms)
+    small, large = times.values()
+    ratio = statistics.median(b / a for a, b in zip(small, large, strict=True))
+    return {"ratio": ratio, **{f"F={F}": statistics.median(ms) for F, ms in times.items()}}
+
+
+# Who is measured: the same batch and weights for all
+
+
+def batch(args: argparse.Namespace) -> Tensor:
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    x = torch.randn(args.batch, args.d_in, generator=generator)
+    return x.to(args.device, getattr(torch, args.dtype))
+
+
+def weights(args: argparse.Namespace, F: int | None = None) -> tuple[Tensor, Tensor]:
+    """W_enc [D, F] and W_dec [F, D] of unit rows, each other's transposes."""
+    generator = torch.Generator().manual_seed(args.seed)
+    W_dec = torch.randn(F or args.d_sae, args.d_in, generator=generator).to(args.device, getattr(torch, args.dtype))
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    return W_dec.T.contiguous(), W_dec
+
+
+def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namespace], Any]]:
+    table: dict[str, Callable[[argparse.Namespace], Any]] = {
+        BASELINE: lambda a: Stock(a),
+        "SAELens topk, no rescaling": lambda a: Stock(a, rescale_acts_by_decoder_norm=False),
+        "SAELens topk, sparse mode": lambda a: Stock(
+            a, rescale_acts_by_decoder_norm=False, use_sparse_activations=True
+        ),
+    }
+    try:
+        import sparsify  # noqa: F401
+    except ImportError:
+        print("sparsify is not installed: pip install eai-sparsify")
+    else:
+        table["sparsify"] = Sparsify
+    table["ours: sparse_topk"] = lambda a: Ours(a, sparse_topk(a))
+    for E in args.experts:
+        table[f"all experts, masked, {E} experts"] = lambda a, E=E: Masked(a, E)
+        table[f"ours: switch, {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E))
+    return table
+
+
+class Contestant:
+    """A training step: forward, backward, clipping, Adam. ``forward`` gives the loss."""
+
+    module: nn.Module
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.x = args, batch(args)
+
+    def ready(self) -> None:
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=LR, fused=True)
+        step_in_memory_order(self.optimizer)
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+    def forward_backward(self) -> None:
+        self.forward().backward()
+        self.module.zero_grad()
+
+    def step(self) -> None:
+        self.forward().backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.module.zero_grad()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the squared error alone, latent-major."""
+        loss = self.forward()
+        loss.backward()
+        found = {"loss": loss.detach(), **{n: g for n, g in self.named_gradients().items() if g is not None}}
+        self.module.zero_grad()
+        return found
+
+    def named_gradients(self) -> dict[str, Tensor | None]:
+        m: Any = self.module
+        return {"W_enc": m.W_enc.grad.T, "W_dec": m.W_dec.grad, "b_dec": m.b_dec.grad}
+
+
+class Ours(Contestant):
+    """Our SAEs in a plain loop with torch's fused Adam, dead latents counted; the decoder's constraint included."""
+
+    def __init__(self, args: argparse.Namespace, sae: Any) -> None:
+        super().__init__(args)
+        self.module = sae
+        self.coefficients = {name: float(getattr(c, "value", c)) for name, c in sae.get_coefficients().items()}
+        self.since_fired = torch.zeros(sae.cfg.d_sae, device=args.device)
+        self.ready()
+
+    def forward(self) -> Tensor:
+        output = self.module.training_forward_pass(
+            TrainStepInput(
+                sae_in=self.x,
+                coefficients=self.coefficients,
+                dead_neuron_mask=None,
+                n_training_steps=1,
+                is_logging_step=False,
+            )
+        )
+        self.feature_acts = output.feature_acts
+        return output.loss
+
+    def step(self) -> None:
+        super().step()
+        values, indices = self.feature_acts.values(), self.feature_acts.indices()[1]
+        self.since_fired.add_(1)
+        self.since_fired[indices[values > 0]] = 0
+
+
+def sparse_topk(args: argparse.Namespace) -> SparseTopKTrainingSAE:
+    return with_weights(SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**fields(args))), args)
+
+
+def switch_sae(args: argparse.Namespace, n_experts: int, d_sae: int | None = None) -> SwitchTrainingSAE:
+    options = fields(args) | {"n_experts": n_experts, "d_sae": d_sae or args.d_sae}
+    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, load_balance_coefficient=0.0))
+    sae._weights_at_birth = None  # no start from the first batch: the same weights for all
+    with_weights(sae, args, d_sae)
+    with torch.no_grad():
+        sae.W_router.copy_(router(args, n_experts))
+    return sae
+
+
+def router(args: argparse.Namespace, n_experts: int) -> Tensor:
+    generator = torch.Generator().manual_seed(args.seed + 2)
+    return torch.randn(args.d_in, n_experts, generator=generator).to(args.device) / args.d_in**0.5
+
+
+def fields(args: argparse.Namespace) -> dict[str, Any]:
+    return {"d_in": args.d_in, "d_sae": args.d_sae, "k": args.k, "device": args.device, "dtype": args.dtype}
+
+
+def with_weights(sae: Any, args: argparse.Namespace, F: int | None = None) -> Any:
+    W_enc, W_dec = weights(args, F)
+    with torch.no_grad():
+        sae.W_enc.copy_(W_enc)
+        sae.W_dec.copy_(W_dec)
+    return sae
+
+
+class Stock(Contestant):
+    """SAELens as it is: its TopK SAE, its trainer's step."""
+
+    def __init__(self, args: argparse.Namespace, **options: Any) -> None:
+        super().__init__(args)
+        self.module = with_weights(TopKTrainingSAE(TopKTrainingSAEConfig(**fields(args), **options)), args)
+        cfg = SAETrainerConfig(
+            lr=LR,
+            lr_end=LR,
+            total_training_samples=10**9,
+            train_batch_size_samples=args.batch,
+            device=args.device,
+            autocast=False,
+            n_checkpoints=0,
+            checkpoint_path=None,
+        )
+        self.trainer = SAETrainer(cfg=cfg, sae=self.module, data_provider=iter([]))
+
+    def forward(self) -> Tensor:
+        return self.module.training_forward_pass(
+            TrainStepInput(
+                sae_in=self.x, coefficients={}, dead_neuron_mask=None, n_training_steps=1, is_logging_step=False
+            )
+        ).loss
+
+    def step(self) -> None:
+        self.kept = self.trainer.step(self.x)  # as its fit() keeps the last output
+        self.trainer.n_training_steps += 1
+
+
+class Masked(Contestant):
+    """The Switch formula as the authors' code goes about it: all experts, then a mask, then a top-k over all."""
+
+    def __init__(self, args: argparse.Namespace, n_experts: int) -> None:
+        super().__init__(args)
+        W_enc, W_dec = weights(args)
+        parameters = {
+            "W_enc": W_enc,
+            "W_dec": W_dec,
+            "b_dec": torch.zeros(args.d_in),
+            "W_router": router(args, n_experts).to(W_enc.dtype),
+        }
+        self.module = nn.Module()
+        for name, data in parameters.items():
+            self.module.register_parameter(name, nn.Parameter(data.to(args.device, W_enc.dtype)))
+        self.width = args.d_sae // n_experts
+        self.ready()
+
+    def forward(self) -> Tensor:
+        m: Any = self.module
+        gate, expert = (self.x @ m.W_router).softmax(-1).max(-1)
+        pre = (self.x - m.b_dec) @ m.W_enc
+        owner = torch.arange(pre.shape[1], device=pre.device) // self.width
+        acts = pre.relu() * gate.unsqueeze(1) * (owner == expert.unsqueeze(1))
+        top = acts.topk(self.args.k, dim=-1, sorted=False)
+        sparse = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
+        return (sparse @ m.W_dec + m.b_dec - self.x).square().sum(-1).mean()
+
+
+class Sparsify(Contestant):
+    """EleutherAI's SparseCoder, with its own projection and normalisation of the decoder, and torch's fused Adam."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        from sparsify import SparseCoder
+        from sparsify.config import SparseCoderConfig
+
+        cfg = SparseCoderConfig(num_latents=args.d_sae, k=args.k)
+        self.module = SparseCoder(args.d_in, cfg, device=args.device, dtype=getattr(torch, args.dtype))
+        W_dec = weights(args)[1]
+        with torch.no_grad():
+            self.module.encoder.weight.copy_(W_dec)
+            self.module.W_dec.copy_(W_dec)
+        # Its loss is a share of the variance; in the units of the others:
+        self.scale = (self.x - self.x.mean(0)).square().sum() / args.batch
+        self.ready()
+
+    def forward(self) -> Tensor:
+        return self.scale * self.module(self.x).fvu
+
+    def named_gradients(self) -> dict[str, Tensor | None]:
+        m: Any = self.module
+        return {"W_enc": m.encoder.weight.grad, "W_dec": m.W_dec.grad, "b_dec": m.b_dec.grad}
+
+    def step(self) -> None:
+        m: Any = self.module
+        m.set_decoder_norm_to_unit_norm()
+        self.forward().backward()
+        m.remove_gradient_parallel_to_decoder_directions()
+        torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        self.optimizer.step()
+        m.zero_grad()
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(f"{'':34}{'fwd+bwd':>10}{'step':>10}{'vs SAELens':>12}{'x @ W_enc':>11}{'peak':>9}")
+    for name, r in report["results"].items():
+        over = "" if r["faster_than_SAELens"] is None else f"{r['faster_than_SAELens']:.1f} x"
+        peak = "" if r["peak_GB"] is None else f"{r['peak_GB']:.2f} GB"
+        print(
+            f"{name:34}{r['forward_backward_ms']:7.0f} ms{r['step_ms']:7.0f} ms{over:>12}"
+            f"{r['times_the_bare_encoder']:>9.2f} x{peak:>9}"
+        )
+    if "width" in report:
+        (small, a), (large, b) = list(report["width"].items())[1:]
+        print(
+            f"switch, experts of constant width, fwd+bwd: {small} {a:.0f} ms, {large} {b:.0f} ms, "
+            f"ratio {report['width']['ratio']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Who belongs to whom: the tokens of each latent, the tokens of each expert. Built once a step, read many times."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LatentIndex(NamedTuple):
+    """The transpose of indices_BK, as in a CSR matrix.
+
+    order_N:   [B * K], positions in the flattened indices_BK sorted by latent; position // K is the token.
+               Positions of one latent ascend, so a sum over them has one fixed order.
+    starts_F1: [F + 1]; latent f owns order_N[starts_F1[f] : starts_F1[f + 1]]
+    """
+
+    order_N: Tensor
+    starts_F1: Tensor
+
+
+def latent_index(indices_BK: Tensor, n_latents: int) -> LatentIndex:
+    """One stable sort of B * K numbers; no host synchronisation."""
+    by_latent, order_N = indices_BK.flatten().sort(stable=True)
+    ends = torch.arange(n_latents + 1, device=indices_BK.device, dtype=indices_BK.dtype)
+    return LatentIndex(order_N, torch.searchsorted(by_latent, ends))
+
+
+class LatentGrads(NamedTuple):
+    """What one walk of a LatentIndex gives.
+
+    dW_dec_FD:  sum over the latent's (b, j) of values[b, j] g[b]
+    dW_enc_FD:  sum of d_pre[b, j] x[b], or None if not asked for
+    d_b_enc_F:  sum of d_pre[b, j], or None likewise
+    fired_F:    int32, how many of its values are positive
+    """
+
+    dW_dec_FD: Tensor
+    dW_enc_FD: Tensor | None
+    d_b_enc_F: Tensor | None
+    fired_F: Tensor
+
+
+class ExpertGroups(NamedTuple):
+    """Tokens sorted by expert, in their own order within an expert.
+
+    order_B:    [B], the token in each row of the sorted batch; None if the rows are sorted as they are
+    offsets_E1: [E + 1]; expert e owns the sorted rows offsets_E1[e] to offsets_E1[e + 1]
+    """
+
+    order_B: Tensor | None
+    offsets_E1: Tensor
+
+    def sorted(self, t: Tensor) -> Tensor:
+        return t if self.order_B is None else t.index_select(0, self.order_B)
+
+    def unsorted(self, t: Tensor) -> Tensor:
+        return t if self.order_B is None else torch.empty_like(t).index_copy_(0, self.order_B, t)
+
+
+def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:
+    by_expert, order_B = expert_B.sort(stable=True)
+    ends = torch.arange(n_experts + 1, device=expert_B.device, dtype=expert_B.dtype)
+    return ExpertGroups(order_B, torch.searchsorted(by_expert, ends))
+
+
+def one_group(n_tokens: int, device: torch.device) -> ExpertGroups:
+    """All tokens belong to one expert."""
+    return ExpertGroups(None, torch.tensor([0, n_tokens], device=device))
