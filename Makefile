@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU := 2.13.0
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: install quickstart test test-slow lint clean
+.PHONY: install quickstart test test-slow bench kernels-report gpu-check lint clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,20 @@ test: install
 # The real language model, full training runs, everything marked slow.
 test-slow: install
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Ours beside the others, in one process: a table, and runs/bench.json.
+bench: install
+	$(PIP) install --quiet -e ".[bench]"
+	$(BIN)/python benchmarks/bench.py
+
+# What the compiler makes of every kernel, for four kinds of GPU. None is needed.
+kernels-report: install
+	$(BIN)/python -m sae_lens_switch_kernels.report
+
+# On a machine with a GPU: the kernel tests and the benchmark there, in one file to attach to an issue.
+gpu-check: install
+	$(PIP) install --quiet -e ".[bench]"
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 # By default OpenMP threads spin while they wait: on a machine that is busy otherwise, that costs a factor of 3.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if os.path.exists("/dev/nvidia0") else "1")
 warnings.filterwarnings("ignore")
 

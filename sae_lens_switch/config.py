@@ -120,8 +120,7 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         return "sparse_topk"
 
     @override
-    @classmethod
-    def get_inference_config_class(cls) -> type[SAEConfig]:
+    def get_inference_config_class(self) -> type[SAEConfig]:
         return TopKSAEConfig
 
     @override

@@ -5,6 +5,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+import torch
+
+# Before Triton: without a GPU its kernels are interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 import pytest
 from helpers import tiny_dataset, tiny_model
 

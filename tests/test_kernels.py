@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sae_lens_switch_kernels import (
     latent_weight_grad,
     library,
@@ -255,6 +257,27 @@ def test_sparse_autoencode_and_all_its_gradients(B, D, E, M, K, names, dense_up_
     assert actual.keys() == expected.keys()
     for name in expected:
         assert_close(name, actual[name], expected[name])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 20),
+    D=st.integers(1, 24),
+    E=st.integers(1, 5),
+    M=st.integers(1, 12),
+    K=st.integers(1, 12),
+    names=st.sampled_from(sorted(OPTIONS)),
+    seed=st.integers(0, 100),
+)
+def test_sparse_autoencode_on_shapes_nobody_thought_of(B, D, E, M, K, names, seed):
+    if "expert_B" not in OPTIONS[names]:
+        E = 1
+    leaves, constants = autoencoder_inputs(B, D, E, M, min(K, M), OPTIONS[names])
+    leaves["x_BD"] = leaves["x_BD"] * (1 + seed) - seed  # all pre-activations negative for some
+    ours, truth = (f(**leaves, **constants) for f in (sparse_autoencode, reference.sparse_autoencode))
+    assert_close("out", ours[0], truth[0], 1e-10)
+    assert_close("values", ours[1].sort(1).values, truth[1].sort(1).values, 1e-10)
+    assert all(len(set(row)) == min(K, M) for row in ours.indices_BK.tolist())
 
 
 def test_only_the_gradients_that_are_needed_are_made():

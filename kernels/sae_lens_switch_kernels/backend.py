@@ -1,26 +1,137 @@
-"""Which form of the primitives runs: Triton's on a GPU that it has proven itself on, plain torch's elsewhere."""
+"""Which form of a primitive runs: Triton's on a GPU where it has proven itself, plain torch's everywhere else.
+
+The kernels were written without a GPU at hand. So the first time that one is to run on a device, in a dtype, it is
+compared with the plain form on a small case; if it disagrees or fails there, that is said once and the plain form
+runs instead, then and for the rest of the process.
+"""
 
 import os
+import warnings
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels import torch_ops
+from sae_lens_switch_kernels.index import ExpertGroups, expert_groups, latent_index
+
+PRIMITIVES = (
+    "sparse_decode",
+    "matmul_at_indices",
+    "latent_weight_grads",
+    "topk_encode",
+    "grouped_decode",
+    "grouped_matmul_at_indices",
+    "grouped_weight_grad",
+)
+# The error of a small case in units of its root mean square: TF32 and bf16 keep 10 and 8 bits.
+_TOLERATED = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def primitives(t: Tensor) -> ModuleType:
-    """torch_ops or triton_ops, by the tensor's device. SAE_LENS_SWITCH_BACKEND=torch or triton overrides."""
+def primitives(t: Tensor) -> "ModuleType | SelfChecked":
+    """The primitives for a tensor's device and dtype. SAE_LENS_SWITCH_BACKEND=torch or triton overrides the device."""
     choice = os.environ.get("SAE_LENS_SWITCH_BACKEND", "")
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"SAE_LENS_SWITCH_BACKEND must be 'torch' or 'triton' if set; got {choice!r}")
-    if choice == "triton":
-        return _triton_ops()
-    return torch_ops
+    on_triton = t.device.type == "cuda" if choice == "" else choice == "triton"
+    if not on_triton or t.dtype not in _TOLERATED or not _triton_imports():  # the kernels accumulate in float32
+        return torch_ops
+    return SelfChecked(t.device, t.dtype)
+
+
+class SelfChecked:
+    """The Triton primitives of one device and dtype, each replaced by the plain one if it fails its check."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._key = device, dtype
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        module = _triton_ops() if _proven(name, *self._key) else torch_ops
+        return getattr(module, name)
 
 
 @cache
-def _triton_ops() -> ModuleType:
-    from sae_lens_switch_kernels import triton_ops
+def _proven(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        complaint = _compare(name, device, dtype)
+    except Exception as error:  # noqa: BLE001, whatever a compiler or a driver may raise
+        complaint = f"failed with {type(error).__name__}: {error}"
+    if complaint:
+        warnings.warn(
+            f"sae_lens_switch_kernels: the Triton kernel of {name} {complaint}, on {device} in {dtype}. Plain torch "
+            "runs in its place, with the same results and slower. `make gpu-check` writes a report worth sending.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not complaint
 
-    return triton_ops
+
+@cache
+def _triton_imports() -> bool:
+    try:
+        _triton_ops()
+    except Exception as error:  # noqa: BLE001, an absent or broken Triton must not break training
+        warnings.warn(
+            f"sae_lens_switch_kernels: no Triton kernels ({type(error).__name__}: {error}). Plain torch runs in their "
+            "place, with the same results and slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _triton_ops() -> ModuleType:
+    return import_module("sae_lens_switch_kernels.triton_ops")
+
+
+def _compare(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What is wrong with the Triton form, or nothing."""
+    arguments = _small_case(device, dtype)[name]
+    ours, plain = (_tensors(getattr(m, name)(*arguments)) for m in (_triton_ops(), torch_ops))
+    if name == "topk_encode":  # which of two nearly equal latents wins is open: compare what was selected
+        (values_BK, indices_BK), (plain_BK, _) = ours, plain
+        x_BD, W_FD, *_ = arguments
+        chosen_BK = torch_ops.matmul_at_indices(x_BD, W_FD, indices_BK)
+        ours, plain = [values_BK.sort(1).values, values_BK], [plain_BK.sort(1).values, chosen_BK]
+    for a, b in zip(ours, plain, strict=True):
+        error = ((a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt()).item()
+        if not error <= _TOLERATED[dtype]:
+            return f"is off by {error:.2g} of the plain form's size"
+    return ""
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+
+
+def _small_case(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every primitive: 72 tokens unevenly over 4 experts of 48 latents, one latent on every token."""
+    B, D, M, E, K = 72, 80, 48, 4, 5
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    expert_B = torch.randint(0, E, (B,), generator=generator).clamp(max=E - 2)  # the last has no token
+    order_B, offsets_E1 = expert_groups(expert_B.to(device), E)
+    groups = ExpertGroups(None, offsets_E1)
+    first_B1 = expert_B.to(device)[order_B].unsqueeze(1) * M  # type: ignore[index]
+    indices_BK = torch.rand(B, M - 1, generator=generator).topk(K, dim=1).indices.to(device) + 1
+    indices_BK[:, 0] = 0
+    indices_BK += first_B1
+    values_BK, x_BD, g_BD, W_FD = normal(B, K), normal(B, D), normal(B, D), normal(E * M, D)
+    index = latent_index(indices_BK, E * M)
+    return {
+        "sparse_decode": (values_BK, indices_BK, W_FD),
+        "matmul_at_indices": (g_BD, W_FD, indices_BK),
+        "latent_weight_grads": (index, values_BK, g_BD, normal(B, K), x_BD),
+        "topk_encode": (x_BD, W_FD, K, groups, None, None, dtype),
+        "grouped_decode": (values_BK, indices_BK, W_FD, groups, dtype),
+        "grouped_matmul_at_indices": (g_BD, W_FD, indices_BK, groups, dtype),
+        "grouped_weight_grad": (values_BK, indices_BK, g_BD, E * M, groups, dtype),
+    }

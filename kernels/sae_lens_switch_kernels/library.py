@@ -5,7 +5,6 @@ any number of times. `encode` is differentiated through them. `autoencode` is bo
 training: what encoder and decoder share in the backward pass is made once. Its gradient has no gradient.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from sae_lens_switch_kernels.index import ExpertGroups, expert_groups, latent_in
 
 # Experts of at most this many latents an active one are computed densely: the matrix product then beats the gather.
 # On a CPU measured (kernels/README.md), on a GPU predicted from its bandwidth and matrix rate.
-_DENSE_UP_TO = {"cpu": 32}
+_DENSE_UP_TO = {"cpu": 4}
 _DENSE_UP_TO_ON_GPU = 128
 
 
@@ -312,7 +311,7 @@ class _Codes:
     """The products of codes at fixed indices: sparse, or dense within each expert where experts are small."""
 
     def __init__(
-        self, p: ModuleType, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
+        self, p: Any, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
     ) -> None:
         self.p, self.indices_BK, self.n_latents, self.dense_options = p, indices_BK, n_latents, (groups, dtype)
         M, K = n_latents // (len(groups.offsets_E1) - 1), indices_BK.shape[1]
@@ -347,7 +346,7 @@ def _check_range(name: str, t: Tensor, end: int) -> None:
         if low < 0 or high >= max(end, 1):
             raise ValueError(f"{name} must lie in [0, {end}); got values from {low} to {high}")
     else:  # reading a value back would stall a GPU every call, so there it is an assertion on the device
-        torch._assert_async(((t >= 0) & (t < end)).all(), f"{name} must lie in [0, {end})")
+        torch.ops.aten._assert_async.msg(((t >= 0) & (t < end)).all(), f"{name} must lie in [0, {end})")
 
 
 def _groups(x_BD: Tensor, expert_B: Tensor | None, n_experts: int) -> ExpertGroups:

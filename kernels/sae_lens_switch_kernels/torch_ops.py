@@ -6,7 +6,7 @@ Where several routes of torch's own lead to a result, the one taken is the faste
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_lens_switch_kernels.index import ExpertGroups, LatentGrads, LatentIndex
+from sae_lens_switch_kernels.memory import empty_large
 
-# Pre-activations are made and searched a tile at a time: rows enough for the matrix product to run at full speed,
-# and latents few enough that a dictionary of any width takes the same memory.
-_TILE_ROWS = 512
+# Pre-activations are made a tile at a time: rows enough for the matrix product to run at full speed, latents few
+# enough that a dictionary of any width takes the same memory. They are searched a few rows at a time, in cache.
+_TILE_ROWS = 1024
 _TILE_LATENTS = 1 << 15
-# Gathered rows [rows, K, D] of the generic route, likewise.
-_CHUNK_ELEMENTS = 1 << 18
+_SEARCH_ELEMENTS = 1 << 21
+# Rows of a weight gradient, or gathered rows [rows, K, D] of the generic route, likewise.
+_CHUNK_ELEMENTS = 1 << 20
 
 
 def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
@@ -57,22 +59,38 @@ def latent_weight_grads(
 ) -> LatentGrads:
     """Both weight gradients over one index: 2BKD flops each instead of 2BFD, sums in the order of the index."""
     tokens_N = torch.div(index.order_N, max(1, values_BK.shape[1]), rounding_mode="floor")
-    starts_F = index.starts_F1[:-1]
-
-    def transposed(v_BK: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor]:
-        v_N = v_BK.flatten()[index.order_N]
-        if not len(v_N):
-            return y_BD.new_zeros(len(starts_F), y_BD.shape[1]), v_N
-        return F.embedding_bag(tokens_N, y_BD, starts_F, mode="sum", per_sample_weights=v_N), v_N
-
-    dW_dec_FD, values_N = transposed(values_BK, g_BD)
+    values_N = values_BK.flatten()[index.order_N]
+    dW_dec_FD = _segment_sums(values_N, tokens_N, index.starts_F1, g_BD)
     counted_N1 = F.pad((values_N > 0).cumsum(0, dtype=torch.int32), (1, 0))
     fired_F = counted_N1[index.starts_F1].diff()
     if d_pre_BK is None or x_BD is None:
         return LatentGrads(dW_dec_FD, None, None, fired_F)
-    dW_enc_FD, d_pre_N = transposed(d_pre_BK, x_BD)
+    d_pre_N = d_pre_BK.flatten()[index.order_N]
+    dW_enc_FD = _segment_sums(d_pre_N, tokens_N, index.starts_F1, x_BD)
     d_b_enc_F = torch.segment_reduce(d_pre_N, "sum", offsets=index.starts_F1, initial=0, unsafe=True)
     return LatentGrads(dW_dec_FD, dW_enc_FD, d_b_enc_F, fired_F)
+
+
+def _segment_sums(values_N: Tensor, tokens_N: Tensor, starts_F1: Tensor, y_BD: Tensor) -> Tensor:
+    """out[f] = sum over segment f of values[n] y[tokens[n]]."""
+    n_latents, D = len(starts_F1) - 1, y_BD.shape[1]
+    if not len(values_N):
+        return y_BD.new_zeros(n_latents, D)
+    if y_BD.device.type != "cpu":
+        return F.embedding_bag(tokens_N, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_N)
+    # A few rows at a time: they are summed in a buffer that stays in cache, then written once.
+    out_FD = empty_large(n_latents, D, dtype=y_BD.dtype, device=y_BD.device)
+    rows = max(1, _CHUNK_ELEMENTS // D)
+    edges = [*starts_F1[:-1:rows].tolist(), len(values_N)]
+    for low, (start, end) in zip(range(0, n_latents, rows), pairwise(edges), strict=True):
+        part, high = slice(start, end), min(low + rows, n_latents)
+        if start == end:
+            out_FD[low:high] = 0
+            continue
+        starts = starts_F1[low:high] - start
+        sums = F.embedding_bag(tokens_N[part], y_BD, starts, mode="sum", per_sample_weights=values_N[part])
+        out_FD[low:high] = sums
+    return out_FD
 
 
 def topk_encode(
@@ -83,28 +101,32 @@ def topk_encode(
     bias_F: Tensor | None,
     scale_F: Tensor | None,
     dtype: torch.dtype,
+    select: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of (x W_e^T + bias) * scale a row: pre-activations without the scale, and indices over all F.
 
-    2BDM flops: only the block of a row's own expert is computed, a tile of rows at a time.
+    2BDM flops: only the block of a row's own expert is computed, a tile of rows at a time. ``select`` searches a
+    tile, ``select_topk`` unless given.
     """
     values_BK = W_FD.new_empty(len(x_BD), k)
     indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
-    for block, tile, buffer in _tiles(len(W_FD), groups, dtype, _TILE_LATENTS):
-        x_RD, values, indices = x_BD[tile].to(dtype), [], []
+    for block, tile, buffer in _tiles(len(x_BD), len(W_FD), groups, dtype, _TILE_LATENTS):
+        x_RD, found = x_BD[tile].to(dtype), []
         for low in range(block.start, block.stop, _TILE_LATENTS):
             part = slice(low, min(low + _TILE_LATENTS, block.stop))
             pre_RP = torch.mm(x_RD, W_FD[part].to(dtype).T, out=buffer[:, : part.stop - low])
             bias, scale = (None if t is None else t[part] for t in (bias_F, scale_F))
-            v, i = select_topk(pre_RP, min(k, part.stop - low), bias, scale)
-            values.append(v.to(W_FD.dtype))
-            indices.append(i + low)
-        v, i = torch.cat(values, 1), torch.cat(indices, 1)
-        if v.shape[1] > k:  # the k largest of all are among the k largest of each part
-            best = (v if scale_F is None else v * scale_F[i]).topk(k, dim=1, sorted=False).indices
-            v, i = v.gather(1, best), i.gather(1, best)
-        values_BK[tile], indices_BK[tile] = v, i
+            values, indices = (select or select_topk)(pre_RP, min(k, part.stop - low), bias, scale)
+            found.append((values.to(W_FD.dtype), indices.add_(low)))
+        values_BK[tile], indices_BK[tile] = found[0] if len(found) == 1 else _best(found, k, scale_F)
     return values_BK, indices_BK
+
+
+def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k best of all, which are among the k best of each part."""
+    values, indices = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
+    best_RK = (values if scale_F is None else values * scale_F[indices]).topk(k, dim=1, sorted=False).indices
+    return values.gather(1, best_RK), indices.gather(1, best_RK)
 
 
 def grouped_decode(
@@ -112,7 +134,7 @@ def grouped_decode(
 ) -> Tensor:
     """sparse_decode as one dense product an expert, 2BMD flops: faster while M / K is small."""
     out_BD = W_FD.new_empty(len(values_BK), W_FD.shape[1])
-    for block, tile, buffer_RM in _tiles(len(W_FD), groups, dtype):
+    for block, tile, buffer_RM in _tiles(len(values_BK), len(W_FD), groups, dtype):
         acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
         _mm(out_BD[tile], acts_RM, W_FD[block].to(dtype))
     return out_BD
@@ -123,7 +145,7 @@ def grouped_matmul_at_indices(
 ) -> Tensor:
     """matmul_at_indices as one dense product an expert."""
     out_BK = g_BD.new_empty(indices_BK.shape)
-    for block, tile, buffer_RM in _tiles(len(W_FD), groups, dtype):
+    for block, tile, buffer_RM in _tiles(len(g_BD), len(W_FD), groups, dtype):
         torch.mm(g_BD[tile].to(dtype), W_FD[block].to(dtype).T, out=buffer_RM)
         out_BK[tile] = buffer_RM.gather(1, indices_BK[tile] - block.start)
     return out_BK
@@ -133,9 +155,9 @@ def grouped_weight_grad(
     values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
     """latent_weight_grad as one dense product an expert."""
-    grad_FD = g_BD.new_empty(n_latents, g_BD.shape[1])
+    grad_FD = empty_large(n_latents, g_BD.shape[1], dtype=g_BD.dtype, device=g_BD.device)
     written = 0
-    for block, tile, buffer_RM in _tiles(n_latents, groups, dtype):
+    for block, tile, buffer_RM in _tiles(len(g_BD), n_latents, groups, dtype):
         acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
         g_RD = g_BD[tile].to(dtype)
         if block.stop > written:  # the first tile of this expert
@@ -151,13 +173,14 @@ def grouped_weight_grad(
 
 
 def _tiles(
-    n_latents: int, groups: ExpertGroups, dtype: torch.dtype, widest: int | None = None
+    n_tokens: int, n_latents: int, groups: ExpertGroups, dtype: torch.dtype, widest: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Each expert's latents with each tile of its rows, and one buffer [rows, M or widest] lent to all in turn."""
-    offsets = groups.offsets_E1.tolist()
+    one = len(groups.offsets_E1) == 2  # then nothing needs to be read back from the device
+    offsets = [0, n_tokens] if one else groups.offsets_E1.tolist()
     M = n_latents // (len(offsets) - 1)
     rows = min(_TILE_ROWS, max((end - start for start, end in pairwise(offsets)), default=0))
-    buffer = torch.empty(rows, min(M, widest or M), dtype=dtype, device=groups.offsets_E1.device)
+    buffer = empty_large(rows, min(M, widest or M), dtype=dtype, device=groups.offsets_E1.device)
     for e, (start, end) in enumerate(pairwise(offsets)):
         for low in range(start, end, max(1, rows)):
             high = min(low + rows, end)
@@ -180,31 +203,51 @@ def select_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k largest of (pre + bias) * scale a row, exact, in no particular order: pre + bias there, and where.
 
-    The k largest of a row lie in the k blocks with the largest maxima. So: one pass for the maxima of n blocks,
-    then two small top-k, over the maxima and over the k winning blocks, instead of one over all F.
     May overwrite pre.
     """
-    if bias_F is not None:
-        pre_RF.add_(bias_F)
-    scaled_RF = pre_RF if scale_F is None else pre_RF * scale_F
-    n = _block_count(scaled_RF.shape[1], k)
+    rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
+    scratch = pre_RF.new_empty(0 if scale_F is None else min(rows, len(pre_RF)), pre_RF.shape[1])
+    found = []
+    for part in pre_RF.split(rows):
+        ranked = part if bias_F is None else part.add_(bias_F)
+        if scale_F is not None:
+            ranked = torch.mul(ranked, scale_F, out=scratch[: len(part)])
+        indices = _top_indices(ranked, k)
+        found.append((part.gather(1, indices), indices))
+    values_RK, indices_RK = found[0] if len(found) == 1 else (torch.cat(t) for t in zip(*found, strict=True))
+    return values_RK, indices_RK
+
+
+def _top_indices(ranked_RF: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row are.
+
+    They lie in the k blocks with the largest maxima. So: one pass for the maxima of n blocks, then two small top-k,
+    over the maxima and over the k winning blocks, instead of one over all F.
+    """
+    n = _block_count(ranked_RF.shape[1], k)
     if n == 0:
-        indices_RK = scaled_RF.topk(k, dim=1, sorted=False).indices
-    else:
-        # Block j is columns j, j + n, j + 2n, ...: the maxima are then elementwise maxima of contiguous rows. The
-        # columns that are left over, fewer than n, are candidates all.
-        height = scaled_RF.shape[1] // n
-        blocks_RHN = scaled_RF[:, : height * n].unflatten(1, (height, n))
-        winners_RK = blocks_RHN.amax(dim=1).topk(k, dim=1, sorted=False).indices
-        candidates = blocks_RHN.gather(2, winners_RK.unsqueeze(1).expand(-1, height, -1)).flatten(1)
-        candidates = torch.cat([candidates, scaled_RF[:, height * n :]], dim=1)
-        place_RK = candidates.topk(k, dim=1, sorted=False).indices
-        in_blocks_RK = winners_RK.gather(1, place_RK % k) + n * (place_RK // k)
-        indices_RK = torch.where(place_RK < height * k, in_blocks_RK, place_RK + height * (n - k))
-    return pre_RF.gather(1, indices_RK), indices_RK
+        return ranked_RF.topk(k, dim=1, sorted=False).indices
+    # Block j is columns j, j + n, j + 2n, ...: the maxima are then elementwise maxima of contiguous rows. The
+    # columns that are left over, fewer than n, are candidates all.
+    height = ranked_RF.shape[1] // n
+    blocks_RHN = ranked_RF[:, : height * n].unflatten(1, (height, n))
+    winners_RK = blocks_RHN.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = blocks_RHN.gather(2, winners_RK.unsqueeze(1).expand(-1, height, -1)).flatten(1)
+    if height * n < ranked_RF.shape[1]:
+        candidates = torch.cat([candidates, ranked_RF[:, height * n :]], dim=1)
+    place_RK = candidates.topk(k, dim=1, sorted=False).indices
+    in_blocks_RK = winners_RK.gather(1, place_RK % k).add_(place_RK // k, alpha=n)
+    if candidates.shape[1] == height * k:
+        return in_blocks_RK
+    return torch.where(place_RK < height * k, in_blocks_RK, place_RK + height * (n - k))
 
 
 def _block_count(n_latents: int, k: int) -> int:
-    """Blocks, near the least of what the two small top-k see, n + k * n_latents / n; 0 where they see too much."""
-    n = 64 * max(1, round((k * n_latents) ** 0.5 / 64))
-    return n if n >= 2 * k and 4 * (n + k * n_latents / n) < n_latents else 0
+    """Blocks for the pruned top-k, or 0 where one top-k over all is as fast.
+
+    Measured on a CPU: torch's top-k costs five times less a value from 64 k values on, so that many maxima at least;
+    and the fewest columns left over.
+    """
+    if n_latents < 4 * 64 * k:
+        return 0
+    return min(range(64 * k, min(128 * k, n_latents // 4) + 1, 64), key=lambda n: n_latents % n)

@@ -1,0 +1,130 @@
+"""Gather rows of W: sum them (sparse_decode) or dot them with a vector (matmul_at_indices).
+
+    out[b]    = sum_j values[b, j] W[indices[b, j]]        2BKD flops, K rows of W read a token
+    out[b, j] = <g[b], W[indices[b, j]]>                   the same
+
+Both are bound by the gather. sparse_decode runs over (tokens, slices of D), tokens fastest: the programs under way
+at one time share a slice [F, BLOCK_D] of W, which L2 may hold when it cannot hold W. matmul_at_indices cannot split
+D without adding partial sums; it runs over (tokens, groups of slots), reads g[b] once a group, and reduces once.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_lens_switch_kernels.blocks import cdiv, row_block, rows_in_flight
+from sae_lens_switch_kernels.launch import Traffic, arch_of, launch, load_row
+
+
+@triton.jit
+def _sparse_decode_kernel(
+    values,  # [B, K]
+    indices,  # [B, K]
+    W,  # [F, D]
+    out,  # [B, D]
+    K,
+    D,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    # A tile of rows, not an unrolled loop: all its loads are issued before the first is used, also in the tail.
+    for first in range(0, K, ROWS):
+        j = first + tl.arange(0, ROWS)
+        latent = tl.load(indices + b * K + j, mask=j < K, other=0).to(tl.int64)
+        value = tl.load(values + b * K + j, mask=j < K, other=0.0).to(tl.float32)
+        rows = load_row(W + latent[:, None] * D + d[None, :], (j < K)[:, None] & (d < D)[None, :])
+        acc += tl.sum(value[:, None] * rows.to(tl.float32), 0)
+    tl.store(out + b * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _matmul_at_indices_kernel(
+    g,  # [B, D]
+    W,  # [F, D]
+    indices,  # [B, K]
+    out,  # [B, K]
+    K,
+    D,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    latent = tl.load(indices + b * K + j, mask=j < K, other=0).to(tl.int64)
+    acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        g_D = load_row(g + b * D + d, d < D).to(tl.float32)
+        rows = load_row(W + latent[:, None] * D + d[None, :], (j < K)[:, None] & (d < D)[None, :])
+        acc += rows.to(tl.float32) * g_D[None, :]
+    tl.store(out + b * K + j, tl.sum(acc, 1).to(out.dtype.element_ty), mask=j < K)
+
+
+def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+    """out[b] = sum_j values[b, j] W[indices[b, j]], shape [B, D], in W's dtype."""
+    B, K = indices_BK.shape
+    D = W_FD.shape[1]
+    out_BD = W_FD.new_empty(B, D)
+    BLOCK_D, num_warps = row_block(D, arch_of(W_FD.device).lanes)
+    launch(
+        _sparse_decode_kernel,
+        (B, cdiv(D, BLOCK_D)),
+        num_warps,
+        values=values_BK.contiguous(),
+        indices=indices_BK.contiguous(),
+        W=W_FD.contiguous(),
+        out=out_BD,
+        K=K,
+        D=D,
+        ROWS=rows_in_flight(W_FD.itemsize),
+        BLOCK_D=BLOCK_D,
+    )
+    return out_BD
+
+
+def sparse_decode_traffic(
+    B: int, K: int, F: int, D: int, itemsize: int, index_itemsize: int = 8, lanes: int = 32
+) -> Traffic:
+    slices = cdiv(D, row_block(D, lanes)[0])
+    return Traffic(
+        flops=2 * B * K * D,
+        streamed=B * K * (itemsize + index_itemsize) * slices + B * D * itemsize,
+        gathered=B * K * D * itemsize,
+        pool=min(F, B * K) * D * itemsize,
+        passes=slices,
+    )
+
+
+def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
+    """out[b, j] = <g[b], W[indices[b, j]]>, shape [B, K], in g's dtype."""
+    B, K = indices_BK.shape
+    D = W_FD.shape[1]
+    out_BK = g_BD.new_empty(B, K)
+    BLOCK_D, num_warps = row_block(D, arch_of(W_FD.device).lanes)
+    BLOCK_K = rows_in_flight(W_FD.itemsize)
+    launch(
+        _matmul_at_indices_kernel,
+        (B, cdiv(K, BLOCK_K)),
+        num_warps,
+        g=g_BD.contiguous(),
+        W=W_FD.contiguous(),
+        indices=indices_BK.contiguous(),
+        out=out_BK,
+        K=K,
+        D=D,
+        BLOCK_K=BLOCK_K,
+        BLOCK_D=BLOCK_D,
+    )
+    return out_BK
+
+
+def matmul_at_indices_traffic(B: int, K: int, F: int, D: int, itemsize: int, index_itemsize: int = 8) -> Traffic:
+    return Traffic(
+        flops=2 * B * K * D,
+        streamed=B * K * (itemsize + index_itemsize) + B * D * itemsize,
+        gathered=B * K * D * itemsize,
+        pool=min(F, B * K) * D * itemsize,
+    )

@@ -1,0 +1,178 @@
+"""Matrix products with one weight matrix an expert; rows are sorted by expert, offsets[e]:offsets[e + 1] are e's.
+
+    grouped_encode:       out[r] = x[r] W_e^T       2BDM flops instead of the 2BDF of all experts
+    grouped_decode:       out[r] = a[r] W_e
+    grouped_weight_grad:  dW_e   = a_e^T g_e
+
+Tiles of rows never straddle experts, so no row is computed for an expert it does not belong to. How many tiles an
+expert has is known to the device alone; programs are launched for the most there can be, cdiv(B, rows) + E - 1, and
+find their tile themselves: tile i of expert e is number offsets[e] // rows + e + i, a different number for every
+tile, since an expert's last tile begins before offsets[e + 1].
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_lens_switch_kernels.blocks import cdiv, gemm_blocks, next_power_of_2
+from sae_lens_switch_kernels.launch import Traffic, arch_of, launch, load_row
+
+
+@triton.jit
+def _grouped_matmul_kernel(
+    a,  # [B, C]
+    W,  # [E * M, D]: C = D and N = M if TRANSPOSED, else C = M and N = D
+    offsets,  # [E + 1]
+    out,  # [B, N]
+    E,
+    C,
+    N,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // n_tiles
+    experts = tl.arange(0, BLOCK_E)
+    first_tiles = tl.load(offsets + experts, mask=experts < E, other=0).to(tl.int32) // BLOCK_R + experts
+    e = tl.max(tl.where((first_tiles <= tile) & (experts < E), experts, 0), 0)
+    start = tl.load(offsets + e).to(tl.int32)
+    end = tl.load(offsets + e + 1).to(tl.int32)
+    start += (tile - start // BLOCK_R - e) * BLOCK_R
+    if start >= end:
+        return
+
+    r = start.to(tl.int64) + tl.arange(0, BLOCK_R)
+    n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    W += tl.cast(e, tl.int64) * C * N
+    acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        a_RC = load_row(a + r[:, None] * C + c[None, :], (r < end)[:, None] & (c < C)[None, :])
+        if TRANSPOSED:
+            w_CN = tl.trans(load_row(W + n[:, None].to(tl.int64) * C + c[None, :], (n < N)[:, None] & (c < C)[None, :]))
+        else:
+            w_CN = load_row(W + c[:, None].to(tl.int64) * N + n[None, :], (c < C)[:, None] & (n < N)[None, :])
+        acc = tl.dot(a_RC, w_CN, acc, input_precision=PRECISION)
+    tl.store(out + r[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), (r < end)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _grouped_weight_grad_kernel(
+    a,  # [B, M]
+    g,  # [B, D]
+    offsets,  # [E + 1]
+    out,  # [E * M, D]
+    M,
+    D,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    d_tiles = tl.cdiv(D, BLOCK_D)
+    e = tl.program_id(0) // (m_tiles * d_tiles)
+    m = tl.program_id(0) // d_tiles % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(0) % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(offsets + e).to(tl.int64)
+    end = tl.load(offsets + e + 1).to(tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(start, end, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        a_RM = load_row(a + r[:, None] * M + m[None, :], (r < end)[:, None] & (m < M)[None, :])
+        g_RD = load_row(g + r[:, None] * D + d[None, :], (r < end)[:, None] & (d < D)[None, :])
+        acc = tl.dot(tl.trans(a_RM), g_RD, acc, input_precision=PRECISION)
+    rows = (e.to(tl.int64) * M + m)[:, None]
+    tl.store(out + rows * D + d[None, :], acc.to(out.dtype.element_ty), (m < M)[:, None] & (d < D)[None, :])
+
+
+def grouped_encode(x_BD: Tensor, W_FD: Tensor, offsets_E1: Tensor) -> Tensor:
+    """out[r] = x[r] W_e^T, shape [B, M], for the expert e that owns row r."""
+    return _grouped_matmul(x_BD, W_FD, offsets_E1, transposed=True)
+
+
+def grouped_decode(a_BM: Tensor, W_FD: Tensor, offsets_E1: Tensor) -> Tensor:
+    """out[r] = a[r] W_e, shape [B, D], for the expert e that owns row r."""
+    return _grouped_matmul(a_BM, W_FD, offsets_E1, transposed=False)
+
+
+def _grouped_matmul(a_BC: Tensor, W_FD: Tensor, offsets_E1: Tensor, transposed: bool) -> Tensor:
+    B, C = a_BC.shape
+    E = len(offsets_E1) - 1
+    N = len(W_FD) // E if transposed else W_FD.shape[1]
+    out_BN = a_BC.new_empty(B, N)
+    precision = _precision(a_BC)
+    # Tiles of half an expert's average share: rarely is a tile nearly empty because an expert has a few rows more.
+    blocks = gemm_blocks(
+        cdiv(B, 2 * E),
+        N,
+        a_BC.dtype,
+        arch_of(a_BC.device),
+        tf32=precision == "tf32",
+        inner_contiguous=transposed,
+    )
+    tiles = cdiv(B, blocks.rows) + E - 1 if B else 0
+    launch(
+        _grouped_matmul_kernel,
+        (tiles * cdiv(N, blocks.columns),),
+        blocks.num_warps,
+        blocks.num_stages,
+        a=a_BC.contiguous(),
+        W=W_FD.contiguous(),
+        offsets=offsets_E1.contiguous(),
+        out=out_BN,
+        E=E,
+        C=C,
+        N=N,
+        TRANSPOSED=transposed,
+        PRECISION=precision,
+        BLOCK_E=next_power_of_2(E),
+        BLOCK_R=blocks.rows,
+        BLOCK_N=blocks.columns,
+        BLOCK_C=blocks.inner,
+    )
+    return out_BN
+
+
+def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor) -> Tensor:
+    """dW_e = a_e^T g_e, shape [F, D]; zero for an expert without rows."""
+    M, D, E = a_BM.shape[1], g_BD.shape[1], len(offsets_E1) - 1
+    out_FD = g_BD.new_empty(E * M, D)
+    precision = _precision(g_BD)
+    blocks = gemm_blocks(M, D, g_BD.dtype, arch_of(g_BD.device), tf32=precision == "tf32")
+    launch(
+        _grouped_weight_grad_kernel,
+        (E * cdiv(M, blocks.rows) * cdiv(D, blocks.columns),),
+        blocks.num_warps,
+        blocks.num_stages,
+        a=a_BM.contiguous(),
+        g=g_BD.contiguous(),
+        offsets=offsets_E1.contiguous(),
+        out=out_FD,
+        M=M,
+        D=D,
+        PRECISION=precision,
+        BLOCK_M=blocks.rows,
+        BLOCK_D=blocks.columns,
+        BLOCK_R=blocks.inner,
+    )
+    return out_FD
+
+
+def _precision(t: Tensor) -> str:
+    """What torch's own matrix products do with float32. For other dtypes it means nothing."""
+    matmul = torch.backends.cuda.matmul
+    # From torch 2.9 on, allow_tf32 raises once its successor has been set.
+    setting = getattr(matmul, "fp32_precision", "none")
+    tf32 = matmul.allow_tf32 if setting == "none" else setting == "tf32"
+    return "tf32" if tf32 and t.dtype == torch.float32 else "ieee"
+
+
+def grouped_traffic(B: int, D: int, M: int, E: int, itemsize: int) -> Traffic:
+    """Of any of the three: each multiplies and each moves rows of D, rows of M and the weights of every expert."""
+    return Traffic(flops=2 * B * D * M, streamed=(B * D + B * M + E * M * D) * itemsize + 8 * (E + 1))

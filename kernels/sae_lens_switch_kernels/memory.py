@@ -1,0 +1,37 @@
+"""Large CPU tensors in memory that is used again. A weight gradient is new memory every step, which the kernel hands
+out a page at a time; that takes longer than the sums that fill it."""
+
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 1 << 22
+_SIZES_KEPT, _BLOCKS_KEPT = 4, 3
+_free: dict[int, list[mmap.mmap]] = {}
+
+
+def empty_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty; on a CPU in a block that an earlier such tensor has left, in huge pages where there are any."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if device.type != "cpu" or size < _SMALLEST or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(*shape, dtype=dtype, device=device)
+    try:
+        block = _free[size].pop()
+    except (KeyError, IndexError):
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    # torch holds the view as long as any tensor on this memory lives.
+    view = memoryview(block)
+    weakref.finalize(view, _give_back, block).atexit = False
+    return torch.frombuffer(view, dtype=dtype).view(shape)
+
+
+def _give_back(block: mmap.mmap) -> None:
+    blocks = _free.setdefault(len(block), [])
+    if len(blocks) < _BLOCKS_KEPT:
+        blocks.append(block)
+    while len(_free) > _SIZES_KEPT:  # sizes that came first are of SAEs that are gone, most likely
+        del _free[next(iter(_free))]

@@ -1,0 +1,80 @@
+"""The primitives on Triton, under the names of torch_ops. Imported only where a GPU asks for it.
+
+Each is a launcher, or a launcher between a few small torch operations; none waits for the device.
+"""
+
+import torch
+from torch import Tensor
+
+from sae_lens_switch_kernels import torch_ops
+from sae_lens_switch_kernels.decode import matmul_at_indices, sparse_decode
+from sae_lens_switch_kernels.encode import select_topk
+from sae_lens_switch_kernels.grouped import grouped_decode as decode_dense
+from sae_lens_switch_kernels.grouped import grouped_encode as encode_dense
+from sae_lens_switch_kernels.grouped import grouped_weight_grad as weight_grad_dense
+from sae_lens_switch_kernels.index import ExpertGroups
+from sae_lens_switch_kernels.latents import latent_weight_grads
+
+__all__ = [
+    "grouped_decode",
+    "grouped_matmul_at_indices",
+    "grouped_weight_grad",
+    "latent_weight_grads",
+    "matmul_at_indices",
+    "sparse_decode",
+    "topk_encode",
+]
+
+
+def topk_encode(
+    x_BD: Tensor,
+    W_FD: Tensor,
+    k: int,
+    groups: ExpertGroups,
+    bias_F: Tensor | None,
+    scale_F: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """One expert: tiles of torch's own matrix product, searched by select_topk. Several: one grouped product."""
+    if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
+        return torch_ops.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
+    pre_BM = encode_dense(x_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
+    values_BK, indices_BK = select_topk(pre_BM, k)
+    return values_BK.to(W_FD.dtype), indices_BK + _first_latents(groups, len(x_BD), len(W_FD))
+
+
+def grouped_decode(
+    values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
+) -> Tensor:
+    acts_BM = _dense_in_expert(values_BK, indices_BK, len(W_FD), groups, dtype)
+    return decode_dense(acts_BM, W_FD.to(dtype), groups.offsets_E1).to(W_FD.dtype)
+
+
+def grouped_matmul_at_indices(
+    g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
+) -> Tensor:
+    out_BM = encode_dense(g_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
+    return out_BM.gather(1, indices_BK - _first_latents(groups, len(g_BD), len(W_FD))).to(g_BD.dtype)
+
+
+def grouped_weight_grad(
+    values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
+) -> Tensor:
+    acts_BM = _dense_in_expert(values_BK, indices_BK, n_latents, groups, dtype)
+    return weight_grad_dense(acts_BM, g_BD.to(dtype), groups.offsets_E1).to(g_BD.dtype)
+
+
+def _first_latents(groups: ExpertGroups, n_tokens: int, n_latents: int) -> Tensor:
+    """[B, 1], the first latent of the expert that owns each sorted row."""
+    rows_B = torch.arange(n_tokens, device=groups.offsets_E1.device, dtype=groups.offsets_E1.dtype)
+    expert_B = torch.searchsorted(groups.offsets_E1, rows_B, right=True) - 1
+    return (expert_B * (n_latents // (len(groups.offsets_E1) - 1))).unsqueeze(1)
+
+
+def _dense_in_expert(
+    values_BK: Tensor, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
+) -> Tensor:
+    """[B, M], each row's codes among the latents of its own expert."""
+    M = n_latents // (len(groups.offsets_E1) - 1)
+    local_BK = indices_BK - _first_latents(groups, len(values_BK), n_latents)
+    return values_BK.new_zeros(len(values_BK), M, dtype=dtype).scatter_add_(1, local_BK, values_BK.to(dtype))

@@ -1,0 +1,122 @@
+"""What the compiler makes of the kernels, on a machine without a GPU; and the arithmetic behind the predictions."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from sae_lens_switch_kernels.blocks import Arch, candidate_block, gemm_blocks, row_block  # noqa: E402
+from sae_lens_switch_kernels.decode import matmul_at_indices_traffic, sparse_decode_traffic  # noqa: E402
+from sae_lens_switch_kernels.encode import select_topk_traffic  # noqa: E402
+from sae_lens_switch_kernels.grouped import grouped_traffic  # noqa: E402
+from sae_lens_switch_kernels.latents import latent_weight_grads_traffic  # noqa: E402
+from sae_lens_switch_kernels.launch import Traffic  # noqa: E402
+
+KERNELS = {
+    "sparse_decode",
+    "matmul_at_indices",
+    "latent",
+    "piece",
+    "block_maxima",
+    "candidates",
+    "grouped_matmul",
+    "grouped_weight_grad",
+}
+
+
+def compile_all(file, *arguments: str) -> list[dict]:
+    # An interpreted kernel cannot be compiled: the report runs in a process of its own.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "sae_lens_switch_kernels.report", "--json", str(file), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())["kernels"]
+
+
+def assert_good_code(rows: list[dict], archs: set[str], widths: set[int]) -> None:
+    for name in KERNELS:
+        mine = [row for row in rows if row["kernel"] == name]
+        assert {row["arch"] for row in mine} == archs, name
+        assert {D for row in mine for D in row["widths"]} == widths, name
+        assert {dtype for row in mine for dtype in row["dtypes"]} >= {"fp32", "bf16"}, name
+    for row in rows:
+        assert row["spill_bytes"] == row["local_bytes"] == 0, f"spills: {row}"
+        assert row["atomics"] == 0, f"atomics, so the order of a sum would be open: {row}"
+        assert row["row_loads_narrow"] == 0, f"rows read in pieces of less than 128 bits: {row}"
+        assert row["row_loads_128"] > 0, f"no row read was found: {row}"
+
+
+def test_no_spills_no_atomics_wide_loads(tmp_path):
+    rows = compile_all(tmp_path / "report.json", "--quick")
+    assert_good_code(rows, {"sm_90", "gfx942"}, {768, 4096})
+
+
+@pytest.mark.slow
+def test_no_spills_no_atomics_wide_loads_everywhere(tmp_path):
+    rows = compile_all(tmp_path / "report.json")
+    assert_good_code(rows, {"sm_80", "sm_90", "sm_100", "gfx942"}, {576, 768, 2304, 4096, 8192, 16384})
+
+
+def test_traffic_is_what_the_formulas_say():
+    B, K, F, D, E, M = 4096, 32, 32768, 768, 32, 1024
+    slices = 3  # of D, 256 columns each; each reads the indices again
+
+    assert sparse_decode_traffic(B, K, F, D, itemsize=2, index_itemsize=4) == Traffic(
+        flops=2 * B * K * D,
+        streamed=slices * B * K * (2 + 4) + B * D * 2,
+        gathered=B * K * D * 2,
+        pool=F * D * 2,
+        passes=slices,
+    )
+    assert matmul_at_indices_traffic(B, K, F, D, itemsize=2, index_itemsize=4) == Traffic(
+        flops=2 * B * K * D,
+        streamed=B * K * (2 + 4) + B * D * 2,
+        gathered=B * K * D * 2,
+        pool=F * D * 2,
+    )
+    assert latent_weight_grads_traffic(B, K, F, D, itemsize=4) == Traffic(
+        flops=2 * 2 * B * K * D,
+        streamed=slices * (8 * B * K + 8 * (F + 1) + 2 * 4 * B * K) + 2 * 4 * F * D + 4 * F + 4 * F,
+        gathered=2 * 4 * B * K * D,
+        pool=2 * 4 * B * D,
+        passes=slices,
+    )
+    assert latent_weight_grads_traffic(B, K, F, D, itemsize=4, encoder=False) == Traffic(
+        flops=2 * B * K * D,
+        streamed=slices * (8 * B * K + 8 * (F + 1) + 4 * B * K) + 4 * F * D + 4 * F,
+        gathered=4 * B * K * D,
+        pool=4 * B * D,
+        passes=slices,
+    )
+    # b = sqrt(F / k) = 32: 1024 maxima and 1024 candidates a row
+    assert select_topk_traffic(B, F, K, itemsize=2, vectors=2) == Traffic(
+        flops=2 * B * (F + 1024),
+        streamed=2 * B * F + 4 * B * 1024 + 8 * B * K + (2 + 4) * B * 1024,
+        gathered=2 * 4 * (B // 4 * F + B * 1024),
+        pool=2 * 4 * F,
+    )
+    assert grouped_traffic(B, D, M, E, itemsize=2) == Traffic(
+        flops=2 * B * D * M, streamed=2 * (B * D + B * M + E * M * D) + 8 * (E + 1)
+    )
+
+
+def test_blocks_follow_from_shape_and_architecture():
+    import torch
+
+    assert row_block(48, lanes=32) == (64, 1)
+    assert row_block(768, lanes=32) == (256, 1)
+    assert row_block(768, lanes=64) == (512, 1)
+    assert row_block(16384, lanes=32, max_warps=4) == (1024, 4)
+    assert [candidate_block(F, 32) for F in (32, 96, 512, 32768, 65536)] == [1, 2, 4, 32, 64]
+    hopper, consumer, amd = Arch(32, 232448), Arch(32, 101376), Arch(64, 65536)
+    for arch in (hopper, consumer, amd):
+        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+            for inner_contiguous in (False, True):
+                blocks = gemm_blocks(4096, 4096, dtype, arch, tf32=tf32, inner_contiguous=inner_contiguous)
+                used = (blocks.rows + blocks.columns) * blocks.inner * dtype.itemsize * blocks.num_stages
+                assert used <= arch.shared
+    assert gemm_blocks(5, 3, torch.bfloat16, hopper).rows == 16
