@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -25,8 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# By default OpenMP threads spin while they wait: on a machine that is busy otherwise, that costs a factor of 3.
-# os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if os.path.exists("/dev/nvidia0") else "1")
 warnings.filterwarnings("ignore")
 
@@ -65,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for round_ in range(args.rounds + 1):  # the first warms up
         encoder_ms = timed(encoder, args.device)
         for name, runner in runners.items():
-            both, step = timed(runner.forward_backward, args.device), timed(runner.step, args.device)
+            step_ms = timed(runner.step, args.device)
             if round_:
-                rows[name].add(both, step, encoder_ms)
+                rows[name].add(runner.forward_backward_ms, step_ms, encoder_ms)
     del runners
     if not args.no_memory:
         for name in names:
@@ -90,8 +89,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--d-sae", type=int, default=24576)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--experts", type=int, nargs="*", default=[8, 32, 128], help="of the Switch SAEs")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128], help="of the Switch SAEs")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="*", help="contestants by name")
@@ -114,14 +113,14 @@ def machine(args: argparse.Namespace) -> str:
 
 @dataclass
 class Row:
-    """Milliseconds of each round, and bytes."""
+    """Milliseconds of each round, and bytes. What SAELens's trainer spends before its optimiser cannot be seen."""
 
-    forward_backward: list[float] = field(default_factory=list)
+    forward_backward: list[float | None] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     encoder: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
-    def add(self, forward_backward: float, step: float, encoder: float) -> None:
+    def add(self, forward_backward: float | None, step: float, encoder: float) -> None:
         self.forward_backward.append(forward_backward)
         self.step.append(step)
         self.encoder.append(encoder)
@@ -130,7 +129,9 @@ class Row:
         """Ratios are medians of the rounds' own ratios."""
         over = [] if baseline is None else [b / s for b, s in zip(baseline.step, self.step, strict=True)]
         return {
-            "forward_backward_ms": statistics.median(self.forward_backward),
+            "forward_backward_ms": statistics.median(times)
+            if (times := [t for t in self.forward_backward if t])
+            else None,
             "step_ms": statistics.median(self.step),
             "faster_than_SAELens": statistics.median(over) if over else None,
             "times_the_bare_encoder": statistics.median(s / e for s, e in zip(self.step, self.encoder, strict=True)),
@@ -162,12 +163,15 @@ def child(args: argparse.Namespace, name: str) -> str:
 
 
 def peak_memory(args: argparse.Namespace) -> int:
-    """Of this process on a CPU, of the device's allocator on a GPU, over three steps."""
+    """Of this process on a CPU, of the device's allocator on a GPU, over two steps."""
     runner = contestants(args)[args.memory_of](args)
-    for _ in range(3):
+    for _ in range(2):
         runner.step()
     if args.device != "cpu":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with that of the parent process
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -201,9 +205,10 @@ def width(args: argparse.Namespace) -> dict[str, float]:
     times: dict[int, list[float]] = {F: [] for F in saes}
     for round_ in range(args.rounds + 1):
         for F, runner in saes.items():
-            ms = timed(runner.forward_backward, args.device)
+            runner.forward_backward()
+            runner.module.zero_grad()
             if round_:
-                times[F].append(ms)
+                times[F].append(runner.forward_backward_ms)
     small, large = times.values()
     ratio = statistics.median(b / a for a, b in zip(small, large, strict=True))
     return {"ratio": ratio, **{f"F={F}": statistics.median(ms) for F, ms in times.items()}}
@@ -241,8 +246,9 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
     else:
         table["sparsify"] = Sparsify
     table["ours: sparse_topk"] = lambda a: Ours(a, sparse_topk(a))
+    E = 32 if 32 in args.experts else args.experts[0]  # the number makes no difference to its time
+    table[f"all experts, masked, {E} experts"] = lambda a, E=E: Masked(a, E)
     for E in args.experts:
-        table[f"all experts, masked, {E} experts"] = lambda a, E=E: Masked(a, E)
         table[f"ours: switch, {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E))
     return table
 
@@ -251,6 +257,7 @@ class Contestant:
     """A training step: forward, backward, clipping, Adam. ``forward`` gives the loss."""
 
     module: nn.Module
+    forward_backward_ms: float | None = None  # of the last step
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.x = args, batch(args)
@@ -263,11 +270,10 @@ class Contestant:
         raise NotImplementedError
 
     def forward_backward(self) -> None:
-        self.forward().backward()
-        self.module.zero_grad()
+        self.forward_backward_ms = timed(lambda: self.forward().backward(), self.args.device)
 
     def step(self) -> None:
-        self.forward().backward()
+        self.forward_backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
         self.module.zero_grad()
@@ -433,7 +439,7 @@ class Sparsify(Contestant):
     def step(self) -> None:
         m: Any = self.module
         m.set_decoder_norm_to_unit_norm()
-        self.forward().backward()
+        self.forward_backward()
         m.remove_gradient_parallel_to_decoder_directions()
         torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
         self.optimizer.step()
@@ -445,10 +451,8 @@ def print_report(report: dict[str, Any]) -> None:
     for name, r in report["results"].items():
         over = "" if r["faster_than_SAELens"] is None else f"{r['faster_than_SAELens']:.1f} x"
         peak = "" if r["peak_GB"] is None else f"{r['peak_GB']:.2f} GB"
-        print(
-            f"{name:34}{r['forward_backward_ms']:7.0f} ms{r['step_ms']:7.0f} ms{over:>12}"
-            f"{r['times_the_bare_encoder']:>9.2f} x{peak:>9}"
-        )
+        both = "" if r["forward_backward_ms"] is None else f"{r['forward_backward_ms']:.0f} ms"
+        print(f"{name:34}{both:>10}{r['step_ms']:7.0f} ms{over:>12}{r['times_the_bare_encoder']:>9.2f} x{peak:>9}")
     if "width" in report:
         (small, a), (large, b) = list(report["width"].items())[1:]
         print(

@@ -259,6 +259,58 @@ def test_sparse_autoencode_and_all_its_gradients(B, D, E, M, K, names, dense_up_
         assert_close(name, actual[name], expected[name])
 
 
+@pytest.fixture
+def uninitialised_memory_is_nan(monkeypatch):
+    """An operator that forgets part of its output is found out, whatever the memory held before."""
+
+    def poisoned(make):
+        def run(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(torch.nan if t.is_floating_point() else -(2**31))
+
+        return run
+
+    monkeypatch.setattr(torch_ops, "empty_large", poisoned(torch_ops.empty_large))
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
+@pytest.mark.parametrize("names", ["dead latents", "routed and gated"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "expanded"])
+def test_layouts_unwritten_memory_and_bits(names, layout, dense_up_to, monkeypatch):
+    """Any strides in, every element of every result written, and the same bits on every run."""
+    monkeypatch.setitem(library._DENSE_UP_TO, "cpu", dense_up_to)
+    E = 4 if "expert_B" in OPTIONS[names] else 1
+    leaves, constants = autoencoder_inputs(40, 6, E, 20 // E, 3, OPTIONS[names])
+    if "expert_B" in constants:
+        constants["expert_B"] = constants["expert_B"].clamp(max=E - 2)  # the last expert has no token
+    lay_out = {
+        "contiguous": lambda t: t,
+        "transposed": lambda t: t.mT.contiguous().mT if t.ndim == 2 else t,
+        "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        "expanded": lambda t: t,
+    }[layout]
+    leaves = {name: lay_out(t) for name, t in leaves.items()}
+    g = torch.ones((), dtype=torch.float64).expand(40, 6) if layout == "expanded" else lay_out(random_like(40, 6))
+
+    def run(function):
+        given = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+        out, values, _, aux_out = function(**given, **constants)
+        outs = [out] if aux_out is None else [out, aux_out]
+        return [out, values.sort(1).values, *torch.autograd.grad(outs, list(given.values()), [g] * len(outs))]
+
+    first, second, truth = run(sparse_autoencode), run(sparse_autoencode), run(reference.sparse_autoencode)
+    for a, b, c in zip(first, second, truth, strict=True):
+        assert torch.equal(a, b)
+        assert_close("result", a, c)
+
+
+def random_like(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 20),
@@ -321,7 +373,8 @@ def test_the_pruned_top_k_is_exact(n_latents, k, values):
 
 def test_a_dictionary_wider_than_a_tile_gives_the_same_codes(monkeypatch):
     monkeypatch.setattr(torch_ops, "_TILE_LATENTS", 7)
-    monkeypatch.setattr(torch_ops, "_TILE_ROWS", 5)
+    monkeypatch.setitem(torch_ops._TILE_ROWS, "cpu", 5)
+    monkeypatch.setattr(torch_ops, "_PRODUCT_LATENTS", 3)
     leaves, constants = autoencoder_inputs(33, 6, 1, 40, 9, {"pre_bias_D", "bias_F", "scale_F"})
     ours, truth = sparse_autoencode(**leaves, **constants), reference.sparse_autoencode(**leaves, **constants)
     assert_close("out", ours.out_BD, truth[0])

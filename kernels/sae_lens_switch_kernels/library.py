@@ -127,9 +127,9 @@ def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(x_BD, W_FD, pre_bias_D, *output)
 
 
-def _encode_backward(ctx: Any, grad_BK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _encode_backward(ctx: Any, grad_BK: Tensor, grad_indices: None) -> tuple[Tensor | None, ...]:
     x_BD, W_FD, pre_bias_D, values_BK, indices_BK = ctx.saved_tensors
-    needs_x, needs_W, needs_pre_bias, needs_bias, *_ = ctx.needs_input_grad
+    needs_x, needs_W, needs_pre_bias, needs_bias = ctx.needs_input_grad[:4]
     # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
     d_pre_BK = grad_BK * (values_BK > 0)
     d_bias_F = d_pre_BK.new_zeros(len(W_FD)).index_add(0, indices_BK.flatten(), d_pre_BK.flatten())
@@ -310,9 +310,7 @@ autoencode.register_autograd(_autoencode_backward, setup_context=_autoencode_set
 class _Codes:
     """The products of codes at fixed indices: sparse, or dense within each expert where experts are small."""
 
-    def __init__(
-        self, p: Any, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, p: Any, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype) -> None:
         self.p, self.indices_BK, self.n_latents, self.dense_options = p, indices_BK, n_latents, (groups, dtype)
         M, K = n_latents // (len(groups.offsets_E1) - 1), indices_BK.shape[1]
         self.dense = K * _DENSE_UP_TO.get(indices_BK.device.type, _DENSE_UP_TO_ON_GPU) >= M

@@ -8,6 +8,7 @@ Where several routes of torch's own lead to a result, the one taken is the faste
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,15 @@ from sae_lens_switch_kernels.index import ExpertGroups, LatentGrads, LatentIndex
 from sae_lens_switch_kernels.memory import empty_large
 
 # Pre-activations are made a tile at a time: rows enough for the matrix product to run at full speed, latents few
-# enough that a dictionary of any width takes the same memory. They are searched a few rows at a time, in cache.
-_TILE_ROWS = 1024
+# enough that a dictionary of any width takes the same memory. On a CPU the product takes a block of latents at a time,
+# whose weights stay in cache, and the tile is searched a few rows at a time, likewise.
+_TILE_ROWS = {"cpu": 512}
+_TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
+_PRODUCT_LATENTS = 1 << 10
 _SEARCH_ELEMENTS = 1 << 21
-# Rows of a weight gradient, or gathered rows [rows, K, D] of the generic route, likewise.
-_CHUNK_ELEMENTS = 1 << 20
+# Gathered rows [rows, K, D] of the generic route, likewise.
+_CHUNK_ELEMENTS = 1 << 18
 
 
 def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
@@ -35,17 +39,10 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor
 def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
     """out[b, j] = <g[b], W[i[b, j]]> (MatmulAtSparseIndices): 2BKD flops instead of 2BFD."""
     B, K = indices_BK.shape
-    if g_BD.device.type == "cpu" and g_BD.dtype in (torch.float32, torch.float64):
-        with warnings.catch_warnings():  # torch calls its CSR layout beta, once a process
-            warnings.simplefilter("ignore", UserWarning)
-            pattern = torch.sparse_csr_tensor(
-                torch.arange(0, B * K + 1, K) if K else torch.zeros(B + 1, dtype=torch.long),
-                indices_BK.flatten(),
-                g_BD.new_zeros(B * K),
-                (B, len(W_FD)),
-                check_invariants=False,
-            )
-            return torch.sparse.sampled_addmm(pattern, g_BD, W_FD.T, beta=0).values().view(B, K)
+    if _has_csr(g_BD):
+        starts_B1 = torch.arange(B + 1) * K
+        pattern = _csr(starts_B1, indices_BK.flatten(), g_BD.new_zeros(B * K), (B, len(W_FD)))
+        return torch.sparse.sampled_addmm(pattern, g_BD, W_FD.T, beta=0).values().view(B, K)
     out_BK = g_BD.new_empty(B, K)
     rows = max(1, _CHUNK_ELEMENTS // max(1, K * g_BD.shape[1]))
     for start in range(0, B, rows):
@@ -76,21 +73,22 @@ def _segment_sums(values_N: Tensor, tokens_N: Tensor, starts_F1: Tensor, y_BD: T
     n_latents, D = len(starts_F1) - 1, y_BD.shape[1]
     if not len(values_N):
         return y_BD.new_zeros(n_latents, D)
-    if y_BD.device.type != "cpu":
+    if not _has_csr(y_BD):
         return F.embedding_bag(tokens_N, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_N)
-    # A few rows at a time: they are summed in a buffer that stays in cache, then written once.
     out_FD = empty_large(n_latents, D, dtype=y_BD.dtype, device=y_BD.device)
-    rows = max(1, _CHUNK_ELEMENTS // D)
-    edges = [*starts_F1[:-1:rows].tolist(), len(values_N)]
-    for low, (start, end) in zip(range(0, n_latents, rows), pairwise(edges), strict=True):
-        part, high = slice(start, end), min(low + rows, n_latents)
-        if start == end:
-            out_FD[low:high] = 0
-            continue
-        starts = starts_F1[low:high] - start
-        sums = F.embedding_bag(tokens_N[part], y_BD, starts, mode="sum", per_sample_weights=values_N[part])
-        out_FD[low:high] = sums
-    return out_FD
+    matrix_FB = _csr(starts_F1, tokens_N, values_N, (n_latents, len(y_BD)))
+    return torch.addmm(out_FD, matrix_FB, y_BD, beta=0, out=out_FD)
+
+
+def _has_csr(t: Tensor) -> bool:
+    """Whether torch has compressed sparse products for it, and fast ones."""
+    return t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64)
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():  # torch calls the layout beta, once a process
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 def topk_encode(
@@ -108,18 +106,73 @@ def topk_encode(
     2BDM flops: only the block of a row's own expert is computed, a tile of rows at a time. ``select`` searches a
     tile, ``select_topk`` unless given.
     """
+    E, device = len(groups.offsets_E1) - 1, x_BD.device
+    M = len(W_FD) // E
     values_BK = W_FD.new_empty(len(x_BD), k)
-    indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
-    for block, tile, buffer in _tiles(len(x_BD), len(W_FD), groups, dtype, _TILE_LATENTS):
-        x_RD, found = x_BD[tile].to(dtype), []
-        for low in range(block.start, block.stop, _TILE_LATENTS):
-            part = slice(low, min(low + _TILE_LATENTS, block.stop))
-            pre_RP = torch.mm(x_RD, W_FD[part].to(dtype).T, out=buffer[:, : part.stop - low])
-            bias, scale = (None if t is None else t[part] for t in (bias_F, scale_F))
-            values, indices = (select or select_topk)(pre_RP, min(k, part.stop - low), bias, scale)
-            found.append((values.to(W_FD.dtype), indices.add_(low)))
-        values_BK[tile], indices_BK[tile] = found[0] if len(found) == 1 else _best(found, k, scale_F)
-    return values_BK, indices_BK
+    indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=device)
+    # Several experts share a tile, and one search, where nothing else than their weights tells them apart.
+    alone = E == 1 or M > _TILE_LATENTS or bias_F is not None or scale_F is not None
+    rows = _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
+    offsets = _offsets(groups, len(x_BD))
+    buffer = empty_large(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=dtype, device=device)
+    for tile in _row_tiles(offsets, rows, alone):
+        low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
+        found = []
+        for part in range(0, M, _TILE_LATENTS):
+            width = min(M - part, _TILE_LATENTS)
+            pre_RP = buffer[: high - low, :width]
+            for e, start, end in tile:
+                block = slice(e * M + part, e * M + part + width)
+                _product(x_BD[start:end].to(dtype), W_FD[block].to(dtype), pre_RP[start - low : end - low])
+            block = slice(expert * M + part, expert * M + part + width)
+            bias, scale = (None if t is None else t[block] for t in (bias_F, scale_F))
+            values, indices = (select or select_topk)(pre_RP, min(k, width), bias, scale)
+            found.append((values.to(W_FD.dtype), indices.add_(part)))
+        scale = None if scale_F is None else scale_F[expert * M : (expert + 1) * M]
+        values_BK[low:high], indices_BK[low:high] = found[0] if len(found) == 1 else _best(found, k, scale)
+    return values_BK, indices_BK if E == 1 else indices_BK.add_(first_latents(groups, len(x_BD), len(W_FD)))
+
+
+def first_latents(groups: ExpertGroups, n_tokens: int, n_latents: int) -> Tensor:
+    """[B, 1], the first latent of the expert that owns each sorted row."""
+    offsets_E1 = groups.offsets_E1
+    rows_B = torch.arange(n_tokens, device=offsets_E1.device, dtype=offsets_E1.dtype)
+    expert_B = torch.searchsorted(offsets_E1, rows_B, right=True) - 1
+    return (expert_B * (n_latents // (len(offsets_E1) - 1))).unsqueeze(1)
+
+
+class _Rows(NamedTuple):
+    expert: int
+    start: int
+    end: int
+
+
+def _row_tiles(offsets: list[int], rows: int, alone: bool) -> Iterator[list[_Rows]]:
+    """Tiles of at most ``rows`` sorted rows, each as the runs of one expert that it holds; ``alone``: only one."""
+    tile, room = [], rows
+    for expert, (start, end) in enumerate(pairwise(offsets)):
+        while start < end:
+            stop = min(end, start + room)
+            tile.append(_Rows(expert, start, stop))
+            room -= stop - start
+            start = stop
+            if alone or room == 0:
+                yield tile
+                tile, room = [], rows
+    if tile:
+        yield tile
+
+
+def _offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
+    # Of one group they are known: nothing needs to be read back from a GPU.
+    return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
+
+
+def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> Tensor:
+    block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" else len(W_PD)
+    for low in range(0, len(W_PD), block):
+        torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])
+    return out_RP
 
 
 def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,18 +226,16 @@ def grouped_weight_grad(
 
 
 def _tiles(
-    n_tokens: int, n_latents: int, groups: ExpertGroups, dtype: torch.dtype, widest: int | None = None
+    n_tokens: int, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each expert's latents with each tile of its rows, and one buffer [rows, M or widest] lent to all in turn."""
-    one = len(groups.offsets_E1) == 2  # then nothing needs to be read back from the device
-    offsets = [0, n_tokens] if one else groups.offsets_E1.tolist()
-    M = n_latents // (len(offsets) - 1)
-    rows = min(_TILE_ROWS, max((end - start for start, end in pairwise(offsets)), default=0))
-    buffer = empty_large(rows, min(M, widest or M), dtype=dtype, device=groups.offsets_E1.device)
-    for e, (start, end) in enumerate(pairwise(offsets)):
-        for low in range(start, end, max(1, rows)):
-            high = min(low + rows, end)
-            yield slice(e * M, (e + 1) * M), slice(low, high), buffer[: high - low]
+    """Each expert's latents with each tile of its rows, and one buffer [rows, M] lent to all in turn."""
+    device = groups.offsets_E1.device
+    M = n_latents // (len(groups.offsets_E1) - 1)
+    rows = _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
+    buffer = empty_large(min(rows, n_tokens), M, dtype=dtype, device=device)
+    for (tile,) in _row_tiles(_offsets(groups, n_tokens), rows, alone=True):
+        block, tile_rows = slice(tile.expert * M, (tile.expert + 1) * M), slice(tile.start, tile.end)
+        yield block, tile_rows, buffer[: tile.end - tile.start]
 
 
 def _scatter(buffer_RM: Tensor, values_RK: Tensor, indices_RK: Tensor) -> Tensor:

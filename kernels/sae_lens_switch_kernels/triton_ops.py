@@ -40,7 +40,7 @@ def topk_encode(
         return torch_ops.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
     pre_BM = encode_dense(x_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
     values_BK, indices_BK = select_topk(pre_BM, k)
-    return values_BK.to(W_FD.dtype), indices_BK + _first_latents(groups, len(x_BD), len(W_FD))
+    return values_BK.to(W_FD.dtype), indices_BK + torch_ops.first_latents(groups, len(x_BD), len(W_FD))
 
 
 def grouped_decode(
@@ -54,7 +54,7 @@ def grouped_matmul_at_indices(
     g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
     out_BM = encode_dense(g_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
-    return out_BM.gather(1, indices_BK - _first_latents(groups, len(g_BD), len(W_FD))).to(g_BD.dtype)
+    return out_BM.gather(1, indices_BK - torch_ops.first_latents(groups, len(g_BD), len(W_FD))).to(g_BD.dtype)
 
 
 def grouped_weight_grad(
@@ -64,17 +64,10 @@ def grouped_weight_grad(
     return weight_grad_dense(acts_BM, g_BD.to(dtype), groups.offsets_E1).to(g_BD.dtype)
 
 
-def _first_latents(groups: ExpertGroups, n_tokens: int, n_latents: int) -> Tensor:
-    """[B, 1], the first latent of the expert that owns each sorted row."""
-    rows_B = torch.arange(n_tokens, device=groups.offsets_E1.device, dtype=groups.offsets_E1.dtype)
-    expert_B = torch.searchsorted(groups.offsets_E1, rows_B, right=True) - 1
-    return (expert_B * (n_latents // (len(groups.offsets_E1) - 1))).unsqueeze(1)
-
-
 def _dense_in_expert(
     values_BK: Tensor, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
     """[B, M], each row's codes among the latents of its own expert."""
     M = n_latents // (len(groups.offsets_E1) - 1)
-    local_BK = indices_BK - _first_latents(groups, len(values_BK), n_latents)
+    local_BK = indices_BK - torch_ops.first_latents(groups, len(values_BK), n_latents)
     return values_BK.new_zeros(len(values_BK), M, dtype=dtype).scatter_add_(1, local_BK, values_BK.to(dtype))
