@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything made")
     parser.add_argument("--models", type=Path, default=Path("runs/models"), help="where the converted model is kept")
-    parser.add_argument("--tokens", type=int, default=230_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=200_000, help="training tokens")
     parser.add_argument("--held-out-contexts", type=int, default=48, help=f"for evaluation, {CONTEXT} tokens each")
     parser.add_argument("--n-experts", type=int, default=8, help="experts; must divide --d-sae")
     parser.add_argument("--d-sae", type=int, default=4608, help="latents, over all experts")

@@ -237,9 +237,11 @@ def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[st
 
 @shapes
 @pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
-def test_sparse_autoencode_and_all_its_gradients(B, D, E, M, K, names, dense_up_to, monkeypatch):
-    monkeypatch.setitem(library._DENSE_UP_TO, "cpu", dense_up_to)
+@pytest.mark.parametrize("route", ["sparse", "sparse without MKL", "dense within experts"])
+def test_sparse_autoencode_and_all_its_gradients(B, D, E, M, K, names, route, monkeypatch):
+    monkeypatch.setitem(library._DENSE_UP_TO, "cpu", 10**9 if route == "dense within experts" else 0)
+    if route == "sparse without MKL":
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     leaves, constants = autoencoder_inputs(B, D, E, M, K, names)
     upstream = [torch.randn(B, n, dtype=torch.float64) for n in (D, E * M, D)]
 
@@ -522,6 +524,31 @@ def test_bad_encoder_arguments_are_refused(change, message):
         switch_encode(*(arguments | change).values())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"W_dec_FD": torch.zeros(8, 5)}, r"W_dec_FD must have shape \(9, 5\); got \(8, 5\)"),
+        ({"W_dec_FD": torch.zeros(9, 5).double()}, "must share a dtype"),
+        ({"k": 10}, "k must be between 1 and F / n_experts = 9; got k=10"),
+        ({"n_experts": 3}, "expert_B must be given for n_experts=3"),
+        ({"expert_B": torch.full((4,), 3), "n_experts": 3}, r"expert_B must lie in \[0, 3\)"),
+        ({"expert_B": torch.zeros(4), "n_experts": 3}, "expert_B must be int32 or int64"),
+        ({"gates_B": torch.zeros(3)}, r"gates_B must have shape \(4,\); got \(3,\)"),
+        ({"pre_bias_D": torch.zeros(4)}, r"pre_bias_D must have shape \(5,\)"),
+        ({"bias_F": torch.zeros(5)}, r"bias_F must have shape \(9,\)"),
+        ({"scale_F": torch.zeros(9).double()}, "scale_F and W_enc_FD must share a dtype"),
+        ({"dead_N": torch.tensor([9]), "k_aux": 1}, r"dead_N must lie in \[0, 9\)"),
+        ({"dead_N": torch.tensor([1, 2]), "k_aux": 3}, "k_aux must be between 1 and the 2 dead latents; got k_aux=3"),
+        ({"dead_N": torch.tensor([1, 2])}, "got k_aux=0"),
+        ({"scale_F": torch.zeros(9, device="meta")}, "must share a device"),
+    ],
+)
+def test_bad_arguments_of_the_joint_operator_are_refused(change, message):
+    arguments = {"x_BD": torch.zeros(4, 5), "W_enc_FD": torch.zeros(9, 5), "W_dec_FD": torch.zeros(9, 5), "k": 2}
+    with pytest.raises(ValueError, match=message):
+        sparse_autoencode(**(arguments | change))
+
+
 def test_an_empty_batch_gives_empty_codes_and_zero_gradients():
     W = torch.randn(9, 5, requires_grad=True)
     values, indices = switch_encode(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long), W, 2, 3)
@@ -529,4 +556,9 @@ def test_an_empty_batch_gives_empty_codes_and_zero_gradients():
     out = sparse_decode(values, indices, W)
     assert out.shape == (0, 5)
     out.sum().backward()
+    assert torch.equal(W.grad, torch.zeros(9, 5))
+    W.grad = None
+    joint = sparse_autoencode(torch.zeros(0, 5), W, W, 2, expert_B=torch.zeros(0, dtype=torch.long), n_experts=3)
+    assert joint.out_BD.shape == (0, 5)
+    joint.out_BD.sum().backward()
     assert torch.equal(W.grad, torch.zeros(9, 5))

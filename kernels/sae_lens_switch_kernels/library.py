@@ -16,7 +16,7 @@ from sae_lens_switch_kernels.index import ExpertGroups, expert_groups, latent_in
 
 # Experts of at most this many latents an active one are computed densely: the matrix product then beats the gather.
 # On a CPU measured (kernels/README.md), on a GPU predicted from its bandwidth and matrix rate.
-_DENSE_UP_TO = {"cpu": 4}
+_DENSE_UP_TO = {"cpu": 2}
 _DENSE_UP_TO_ON_GPU = 128
 
 

@@ -81,8 +81,8 @@ def _segment_sums(values_N: Tensor, tokens_N: Tensor, starts_F1: Tensor, y_BD: T
 
 
 def _has_csr(t: Tensor) -> bool:
-    """Whether torch has compressed sparse products for it, and fast ones."""
-    return t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64)
+    """Whether torch has compressed sparse products for it, which on a CPU come from MKL: not on Arm, say."""
+    return t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
