@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -199,8 +200,8 @@ def truth_of(name: str) -> str:
 
 
 def width(args: argparse.Namespace) -> dict[str, float]:
-    """Forward and backward of a Switch SAE with experts of 768 latents, at F and at 8 F."""
-    M = min(768, args.d_sae)
+    """Forward and backward of a Switch SAE with experts of 768 latents, or a divisor, at F and at 8 F."""
+    M = math.gcd(768, args.d_sae)
     saes = {F: Ours(args, switch_sae(args, F // M, F)) for F in (args.d_sae, 8 * args.d_sae)}
     times: dict[int, list[float]] = {F: [] for F in saes}
     for round_ in range(args.rounds + 1):

@@ -1,0 +1,47 @@
+"""The benchmark runs, says what it compared, and refuses to time what does not compute the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--batch", "64", "--d-in", "48", "--d-sae", "384", "--k", "4", "--experts", "4", "--rounds", "1"]
+
+
+def test_a_small_benchmark_measures_every_contestant(tmp_path):
+    command = [sys.executable, "benchmarks/bench.py", *SMALL, "--output", str(tmp_path / "bench.json")]
+    names = ["SAELens topk", "ours: sparse_topk", "all experts, masked, 4 experts", "ours: switch, 4 experts"]
+    result = subprocess.run([*command, "--no-memory", "--only", *names], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert list(report["results"]) == names
+    for name, row in report["results"].items():
+        assert row["step_ms"] > 0
+        assert name in result.stdout
+    assert report["width"]["ratio"] > 0
+    alone = subprocess.run([*command, "--memory-of", names[1]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(alone.stdout.splitlines()[-1]) > 0
+    assert "no GPU" in report["setting"] or os.path.exists("/dev/nvidia0")
+
+
+def test_a_contestant_that_computes_something_else_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench
+
+    args = bench.parse_args([*SMALL, "--device", "cpu"])
+    names = ["SAELens topk", "ours: sparse_topk"]
+    bench.check_closeness(args, names)
+    right = bench.sparse_topk
+
+    def wrong(args):
+        sae = right(args)
+        sae.W_dec.data *= 1.1
+        return sae
+
+    monkeypatch.setattr(bench, "sparse_topk", wrong)
+    with pytest.raises(SystemExit, match="ours: sparse_topk: .* is off from SAELens topk's by a ratio of"):
+        bench.check_closeness(args, names)
