@@ -129,10 +129,9 @@ class Row:
     def summary(self, baseline: Row | None) -> dict[str, Any]:
         """Ratios are medians of the rounds' own ratios."""
         over = [] if baseline is None else [b / s for b, s in zip(baseline.step, self.step, strict=True)]
+        both = [ms for ms in self.forward_backward if ms is not None]
         return {
-            "forward_backward_ms": statistics.median(times)
-            if (times := [t for t in self.forward_backward if t])
-            else None,
+            "forward_backward_ms": statistics.median(both) if both else None,
             "step_ms": statistics.median(self.step),
             "faster_than_SAELens": statistics.median(over) if over else None,
             "times_the_bare_encoder": statistics.median(s / e for s, e in zip(self.step, self.encoder, strict=True)),

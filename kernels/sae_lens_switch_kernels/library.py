@@ -300,8 +300,7 @@ def _autoencode_backward(ctx: Any, grad_out_BD, grad_values_BK, _i, grad_aux_BD,
     grads = autoencode_backward(
         grad_out_BD, grad_values_BK, grad_aux_BD, *ctx.saved_tensors, *ctx.constants, needs[0], needs[4]
     )
-    d_x, dW_enc, dW_dec, d_gates, d_pre_bias, d_bias = (g if n else None for g, n in zip(grads, needs, strict=False))
-    return d_x, dW_enc, dW_dec, d_gates, d_pre_bias, (grads[5] if needs[5] else None), *[None] * 7
+    return *(g if needed else None for g, needed in zip(grads, needs[:6], strict=True)), *[None] * 7
 
 
 autoencode.register_autograd(_autoencode_backward, setup_context=_autoencode_setup)

@@ -2,7 +2,7 @@
 
 None of them makes a [B, F] tensor. They know nothing of autograd; library.py joins them into gradients.
 Where several routes of torch's own lead to a result, the one taken is the fastest measured on a CPU
-(kernels/README.md has the numbers).
+(benchmarks/primitives.py).
 """
 
 import warnings

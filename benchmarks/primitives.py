@@ -1,0 +1,91 @@
+"""The choices behind the CPU path, timed: torch's routes to one result side by side, and what bounds a step's width.
+
+python benchmarks/primitives.py    # about a minute on two cores; B 4096, D 768, F 24,576, K 32
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from sae_lens_switch_kernels import library, sparse_autoencode, torch_ops
+
+B, D, N_LATENTS, K, ROUNDS = 4096, 768, 24576, 32, 7
+
+
+def compare(title: str, routes: dict[str, Callable[[], object]]) -> None:
+    """Median milliseconds of each route, taken in turn; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in routes}
+    for round_ in range(ROUNDS + 1):
+        for name, route in routes.items():
+            start = time.perf_counter()
+            route()
+            if round_:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    print(f"{title:52}" + "   ".join(f"{name} {statistics.median(ms):.0f} ms" for name, ms in times.items()))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(B, D), torch.randn(B, D)
+    W_enc, W_dec = (torch.randn(N_LATENTS, D).div_(D**0.5).requires_grad_() for _ in range(2))
+
+    pre = torch.randn(512, N_LATENTS)
+    compare(
+        "top-k of 512 rows",
+        {"torch.topk": lambda: pre.topk(K, sorted=False), "pruned": lambda: torch_ops.select_topk(pre, K)},
+    )
+
+    def step(n_experts: int, k: int, dense_up_to: int) -> None:
+        library._DENSE_UP_TO["cpu"] = dense_up_to
+        expert = torch.arange(B) % n_experts
+        sparse_autoencode(x, W_enc, W_dec, k, expert_B=expert, n_experts=n_experts).out_BD.backward(g)
+        W_enc.grad = W_dec.grad = None
+
+    chosen_sums = torch_ops._segment_sums
+
+    def bag_sums(values_N, tokens_N, starts_F1, y_BD):
+        return F.embedding_bag(tokens_N, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_N)
+
+    def step_summing_by(sums) -> None:
+        torch_ops._segment_sums = sums
+        step(32, K, 0)
+        torch_ops._segment_sums = chosen_sums
+
+    compare(
+        "forward, backward; E 32, k 32; weight gradients by",
+        {
+            "embedding_bag": lambda: step_summing_by(bag_sums),
+            "CSR product into used memory": lambda: step_summing_by(chosen_sums),
+        },
+    )
+    chosen = library._DENSE_UP_TO["cpu"]
+    for n_experts, k in ((32, 32), (128, 32), (256, 32), (128, 64), (128, 128)):
+        compare(
+            f"forward, backward; E {n_experts}, k {k}, M / k {N_LATENTS / n_experts / k:g}",
+            {
+                "sparse": lambda E=n_experts, k=k: step(E, k, 0),
+                "dense within experts": lambda E=n_experts, k=k: step(E, k, 10**9),
+            },
+        )
+    library._DENSE_UP_TO["cpu"] = chosen
+
+    wide = torch.randn(8 * N_LATENTS, D)
+    both = [torch.zeros_like(wide) for _ in range(2)]
+    compare("writing both gradients of 8 F latents", {"zero_": lambda: [t.zero_() for t in both]})
+
+    def encode(n_experts: int) -> None:
+        for rows, W in zip(x.chunk(n_experts), wide[: 768 * n_experts].chunk(n_experts), strict=True):
+            torch.mm(rows, W.T)
+
+    compare(
+        "encoder products, 768 latents an expert",
+        {f"E {n_experts}": lambda E=n_experts: encode(E) for n_experts in (32, 256)},
+    )
+
+
+if __name__ == "__main__":
+    main()
