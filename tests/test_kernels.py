@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens_switch_kernels import (
+    RowGrads,
     latent_weight_grad,
     library,
     matmul_at_indices,
@@ -210,6 +211,7 @@ OPTIONS = {
     "dead latents alone": {"dead_N"},
     "routed": {"expert_B"},
     "routed and gated": {"expert_B", "gates_B", "pre_bias_D"},
+    "dead latents by expert": {"expert_B", "gates_B", "pre_bias_D", "dead_N"},
 }
 
 
@@ -261,6 +263,45 @@ def test_sparse_autoencode_and_all_its_gradients(B, D, E, M, K, names, route, mo
         assert_close(name, actual[name], expected[name])
 
 
+@shapes
+@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS.keys())
+def test_row_grads_are_the_rows_of_the_dense_gradients_that_are_not_zero(B, D, E, M, K, names):
+    leaves, constants = autoencoder_inputs(B, D, E, M, K, names)
+    upstream = [torch.randn(B, n, dtype=torch.float64) for n in (D, D)]
+
+    def gradients(**options):
+        inputs = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+        result = sparse_autoencode(**inputs, **constants, **options)
+        outs = [result.out_BD] if result.aux_out_BD is None else [result.out_BD, result.aux_out_BD]
+        torch.autograd.backward(outs, upstream[: len(outs)])
+        return {name: t.grad for name, t in inputs.items()}
+
+    expected, rows = gradients(), RowGrads()
+    actual = gradients(row_grads=rows)
+    assert rows.rows_R is not None
+    assert torch.equal(rows.rows_R, rows.rows_R.unique())
+    for name, row_grad in (("W_enc_FD", rows.dW_enc_RD), ("W_dec_FD", rows.dW_dec_RD), ("bias_F", rows.d_bias_R)):
+        if name in leaves:
+            assert actual[name] is None
+            actual[name] = torch.zeros_like(leaves[name]).index_copy(0, rows.rows_R, row_grad)
+    for name in expected:
+        assert_close(name, actual[name], expected[name])
+
+
+def test_row_grads_hold_one_backward_pass_at_a_time_and_are_as_long_as_the_active_latents():
+    leaves, constants = autoencoder_inputs(5, 4, 1, 1000, 3, set())
+    rows = RowGrads()
+    inputs = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    losses = [sparse_autoencode(**inputs, **constants, row_grads=rows).out_BD.sum() for _ in range(2)]
+    losses[0].backward()
+    assert rows.dW_enc_RD is not None
+    assert len(rows.dW_enc_RD) <= 5 * 3
+    with pytest.raises(RuntimeError, match="row_grads still holds an earlier backward pass"):
+        losses[1].backward()
+    rows.clear()
+    assert rows.rows_R is None
+
+
 @pytest.fixture
 def uninitialised_memory_is_nan(monkeypatch):
     """An operator that forgets part of its output is found out, whatever the memory held before."""
@@ -279,7 +320,7 @@ def uninitialised_memory_is_nan(monkeypatch):
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
 @pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
-@pytest.mark.parametrize("names", ["dead latents", "routed and gated"])
+@pytest.mark.parametrize("names", ["dead latents", "routed and gated", "dead latents by expert"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "expanded"])
 def test_layouts_unwritten_memory_and_bits(names, layout, dense_up_to, monkeypatch):
     """Any strides in, every element of every result written, and the same bits on every run."""

@@ -19,9 +19,11 @@ from sae_lens_switch_kernels.functions import (
     switch_encode,
     topk_encode,
 )
+from sae_lens_switch_kernels.index import RowGrads
 
 __all__ = [
     "Reconstruction",
+    "RowGrads",
     "latent_weight_grad",
     "matmul_at_indices",
     "sparse_autoencode",

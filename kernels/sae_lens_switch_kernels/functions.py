@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels import library
+from sae_lens_switch_kernels.index import RowGrads
 
 
 class Reconstruction(NamedTuple):
@@ -114,13 +115,17 @@ def sparse_autoencode(
     scale_F: Tensor | None = None,
     dead_N: Tensor | None = None,
     k_aux: int = 0,
+    row_grads: RowGrads | None = None,
 ) -> Reconstruction:
     """``topk_encode`` or, with expert_B, ``switch_encode``; a gate a token; then ``sparse_decode``: one operator.
 
     For training: forward and backward share the grouping of tokens and the index of latents. Experts so small that
     a dense product beats the gather are computed densely within the expert.
     dead_N: latents whose own k_aux largest (scaled, as above) reconstruct into aux_out_BD (Gao et al. 2024, A.2);
-    only their rows are read, and get a gradient from it.
+    only their rows are read, and get a gradient from it. With expert_B: those of the token's own expert, all of them
+    where it has fewer than k_aux, weighted by the gate, which gets no gradient from them.
+    row_grads: where backward leaves the gradients of W_enc, W_dec and bias, of the active latents alone; these get
+    none then, and nothing in the step but the weights is as long as the dictionary.
     Differentiable once, in x, W_enc, W_dec, gates, pre_bias and bias, from out, values and aux_out.
     Raises ValueError as the functions it joins.
     """
@@ -133,10 +138,13 @@ def sparse_autoencode(
         _check_device("dead_N", dead_N, "x_BD", x_BD)
         if not 1 <= k_aux <= len(dead_N):
             raise ValueError(f"k_aux must be between 1 and the {len(dead_N)} dead latents; got k_aux={k_aux}")
-    out_BD, values_BK, indices_BK, aux_out_BD, *_ = library.autoencode(
-        *(x_BD, W_enc_FD, W_dec_FD, gates_B, pre_bias_D, bias_F, scale_F, expert_B, dead_N),
-        *(k, k_aux, n_experts, dtype),
-    )
+    inputs = x_BD, W_enc_FD, W_dec_FD, gates_B, pre_bias_D, bias_F, scale_F, expert_B, dead_N
+    constants = k, k_aux, n_experts, dtype
+    if row_grads is None:
+        outputs = library.autoencode(*inputs, *constants)
+    else:
+        outputs = library.AutoencodeRows.apply(row_grads, *inputs, *constants)
+    out_BD, values_BK, indices_BK, aux_out_BD, *_ = outputs
     return Reconstruction(out_BD, values_BK, indices_BK, None if dead_N is None else aux_out_BD)
 
 

@@ -1,5 +1,6 @@
 """Who belongs to whom: the tokens of each latent, the tokens of each expert. Built once a step, read many times."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,33 @@ def latent_index(indices_BK: Tensor, n_latents: int) -> LatentIndex:
     by_latent, order_N = indices_BK.flatten().sort(stable=True)
     ends = torch.arange(n_latents + 1, device=indices_BK.device, dtype=indices_BK.dtype)
     return LatentIndex(order_N, torch.searchsorted(by_latent, ends))
+
+
+def active_latent_index(indices_BK: Tensor) -> tuple[Tensor, LatentIndex]:
+    """The latents that occur, ascending, and the index over these alone: nothing is as long as the dictionary.
+
+    How many there are is read back from the device.
+    """
+    by_latent, order_N = indices_BK.flatten().sort(stable=True)
+    rows_R, counts_R = by_latent.unique_consecutive(return_counts=True)
+    return rows_R, LatentIndex(order_N, torch.nn.functional.pad(counts_R.cumsum(0), (1, 0)))
+
+
+@dataclass
+class RowGrads:
+    """Weight gradients of a step's active latents alone, written by the backward pass that it was given to.
+
+    rows_R:    the latents, ascending, each once; None until a backward pass has run
+    dW_enc_RD, dW_dec_RD, d_bias_R: their rows of the gradients; those of all other latents are zero
+    """
+
+    rows_R: Tensor | None = None
+    dW_enc_RD: Tensor | None = None
+    dW_dec_RD: Tensor | None = None
+    d_bias_R: Tensor | None = None
+
+    def clear(self) -> None:
+        self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = None
 
 
 class LatentGrads(NamedTuple):

@@ -5,14 +5,21 @@ any number of times. `encode` is differentiated through them. `autoencode` is bo
 training: what encoder and decoder share in the backward pass is made once. Its gradient has no gradient.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from sae_lens_switch_kernels.backend import primitives
-from sae_lens_switch_kernels.index import ExpertGroups, expert_groups, latent_index, one_group
+from sae_lens_switch_kernels.index import (
+    ExpertGroups,
+    RowGrads,
+    active_latent_index,
+    expert_groups,
+    latent_index,
+    one_group,
+)
 
 # Experts of at most this many latents an active one are computed densely: the matrix product then beats the gather.
 # On a CPU measured (kernels/README.md), on a GPU predicted from its bandwidth and matrix rate.
@@ -179,11 +186,11 @@ def autoencode(
         aux_out_BD, aux_values_BA, aux_indices_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         if dead_N is not None:
             _check_range("dead_N", dead_N, len(W_enc_FD))
-            W_dead, bias, scale = (None if t is None else t[dead_N] for t in (W_enc_FD, bias_F, scale_F))
-            everyone = one_group(len(x_BD), x_BD.device)
-            aux_values_BA, aux_indices_BA = p.topk_encode(centered_BD, W_dead, k_aux, everyone, bias, scale, dtype)
-            aux = _Codes(p, aux_indices_BA, len(dead_N), everyone, dtype)
-            aux_out_BD = groups.unsorted(aux.decode(aux_values_BA, W_dec_FD[dead_N]))
+            dead = _dead_latents(dead_N, groups, len(W_enc_FD), k_aux)
+            aux_values_BA, aux_indices_BA = dead.encode(p, centered_BD, W_enc_FD, k_aux, bias_F, scale_F, dtype)
+            aux = _Codes(p, aux_indices_BA, len(dead.rows_N), groups, dtype)
+            aux_acts_BA = _gated(aux_values_BA, gates_B, groups)
+            aux_out_BD = groups.unsorted(aux.decode(aux_acts_BA, W_dec_FD[dead.rows_N]))
     return (
         groups.unsorted(out_BD),
         groups.unsorted(values_BK),
@@ -232,40 +239,170 @@ def autoencode_backward(
     needs_pre_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, W_enc, W_dec, gates, pre-bias and bias; empty where not needed."""
-    p = primitives(x_BD)
-    groups = _groups(x_BD, expert_B, n_experts)
-    if not centered_BD.numel():
-        centered_BD = x_BD
-    values_BK, indices_BK = groups.sorted(values_BK), groups.sorted(indices_BK)
-    acts_BK = _gated(values_BK, gates_B, groups)
-    g_BD = x_BD.new_zeros(x_BD.shape) if grad_out_BD is None else groups.sorted(grad_out_BD).contiguous()
-    codes = _Codes(p, indices_BK, len(W_dec_FD), groups, dtype)
-    d_values_BK = codes.at_indices(g_BD, W_dec_FD)
-    d_gates_B = x_BD.new_empty(0)
-    if gates_B is not None:
-        d_gates_B = groups.unsorted((d_values_BK * values_BK).sum(1).to(gates_B.dtype))
-        d_values_BK = _gated(d_values_BK, gates_B, groups)
-    if grad_values_BK is not None:
-        d_values_BK = d_values_BK + groups.sorted(grad_values_BK)
-    # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
-    d_pre_BK = d_values_BK * (values_BK > 0)
-    dW_dec_FD, dW_enc_FD, d_bias_F = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD)
-    d_x_BD = codes.decode(d_pre_BK, W_enc_FD) if needs_x else x_BD.new_empty(0)
+    backward = _Backward(x_BD, centered_BD, W_enc_FD, W_dec_FD, gates_B, expert_B, dead_N, n_experts, dtype)
+    codes = values_BK, indices_BK, aux_values_BA, aux_indices_BA
+    return backward(grad_out_BD, grad_values_BK, grad_aux_BD, *codes, needs_x, needs_pre_bias)
 
-    if dead_N is not None and grad_aux_BD is not None:
-        g_BD = groups.sorted(grad_aux_BD).contiguous()
-        aux = _Codes(p, aux_indices_BA, len(dead_N), one_group(len(x_BD), x_BD.device), dtype)
-        d_aux_BA = aux.at_indices(g_BD, W_dec_FD[dead_N])
-        for grad, dead in zip(
-            (dW_dec_FD, dW_enc_FD, d_bias_F), aux.weight_grads(aux_values_BA, g_BD, d_aux_BA, centered_BD), strict=True
-        ):
-            grad.index_add_(0, dead_N, dead)
-        if needs_x:
-            d_x_BD += aux.decode(d_aux_BA, W_enc_FD[dead_N])
 
-    # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.
-    d_pre_bias_D = -(d_bias_F @ W_enc_FD) if needs_pre_bias else x_BD.new_empty(0)
-    return groups.unsorted(d_x_BD) if needs_x else d_x_BD, dW_enc_FD, dW_dec_FD, d_gates_B, d_pre_bias_D, d_bias_F
+class _Backward:
+    """The backward pass of ``autoencode``; with a ``RowGrads``, weight gradients go there, of active latents alone."""
+
+    def __init__(
+        self,
+        x_BD: Tensor,
+        centered_BD: Tensor,
+        W_enc_FD: Tensor,
+        W_dec_FD: Tensor,
+        gates_B: Tensor | None,
+        expert_B: Tensor | None,
+        dead_N: Tensor | None,
+        n_experts: int,
+        dtype: torch.dtype,
+        row_grads: RowGrads | None = None,
+    ) -> None:
+        self.p, self.dtype, self.row_grads = primitives(x_BD), dtype, row_grads
+        self.x_BD, self.W_enc_FD, self.W_dec_FD, self.gates_B = x_BD, W_enc_FD, W_dec_FD, gates_B
+        self.centered_BD = centered_BD if centered_BD.numel() else x_BD
+        self.groups = _groups(x_BD, expert_B, n_experts)
+        self.dead_N = dead_N
+
+    def __call__(
+        self,
+        grad_out_BD: Tensor | None,
+        grad_values_BK: Tensor | None,
+        grad_aux_BD: Tensor | None,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        aux_values_BA: Tensor,
+        aux_indices_BA: Tensor,
+        needs_x: bool,
+        needs_pre_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        groups, gates_B, x_BD = self.groups, self.gates_B, self.x_BD
+        values_BK, indices_BK = groups.sorted(values_BK), groups.sorted(indices_BK)
+        acts_BK = _gated(values_BK, gates_B, groups)
+        g_BD = x_BD.new_zeros(x_BD.shape) if grad_out_BD is None else groups.sorted(grad_out_BD).contiguous()
+        codes = _Codes(self.p, indices_BK, len(self.W_dec_FD), groups, self.dtype, self.row_grads is not None)
+        d_values_BK = codes.at_indices(g_BD, self.W_dec_FD)
+        d_gates_B = x_BD.new_empty(0)
+        if gates_B is not None:
+            d_gates_B = groups.unsorted((d_values_BK * values_BK).sum(1).to(gates_B.dtype))
+            d_values_BK = _gated(d_values_BK, gates_B, groups)
+        if grad_values_BK is not None:
+            d_values_BK = d_values_BK + groups.sorted(grad_values_BK)
+        # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
+        d_pre_BK = d_values_BK * (values_BK > 0)
+        rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, self.centered_BD)
+        d_x_BD = codes.decode(d_pre_BK, self.W_enc_FD) if needs_x else x_BD.new_empty(0)
+        if self.dead_N is not None and grad_aux_BD is not None:
+            dead = _dead_latents(self.dead_N, groups, len(self.W_enc_FD), aux_indices_BA.shape[1])
+            dead_R, dead_grads, d_dead_x_BD = self._aux(dead, grad_aux_BD, aux_values_BA, aux_indices_BA, needs_x)
+            rows_R, grads = _joined(rows_R, grads, dead_R, dead_grads)
+            d_x_BD = d_x_BD + d_dead_x_BD if needs_x else d_x_BD
+
+        # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.
+        dW_dec, dW_enc, d_bias = grads
+        d_pre_bias_D = x_BD.new_empty(0)
+        if needs_pre_bias:
+            d_pre_bias_D = -(d_bias @ self.W_enc_FD if rows_R is None else _weighted_sum(d_bias, rows_R, self.W_enc_FD))
+        d_x_BD = groups.unsorted(d_x_BD) if needs_x else d_x_BD
+        if self.row_grads is None:
+            return d_x_BD, dW_enc, dW_dec, d_gates_B, d_pre_bias_D, d_bias
+        if self.row_grads.rows_R is not None:
+            raise RuntimeError("row_grads still holds an earlier backward pass: take a step, or clear() it")
+        kept = self.row_grads
+        kept.rows_R, kept.dW_enc_RD, kept.dW_dec_RD, kept.d_bias_R = rows_R, dW_enc, dW_dec, d_bias
+        empty = x_BD.new_empty(0)
+        return d_x_BD, empty, empty, d_gates_B, d_pre_bias_D, empty
+
+    def _aux(
+        self, dead: "_DeadLatents", grad_BD: Tensor, values_BA: Tensor, indices_BA: Tensor, needs_x: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The dead latents with gradients, these, and what comes back to x."""
+        g_BD = self.groups.sorted(grad_BD).contiguous()
+        codes = _Codes(self.p, indices_BA, len(dead.rows_N), self.groups, self.dtype, self.row_grads is not None)
+        d_pre_BA = _gated(codes.at_indices(g_BD, self.W_dec_FD[dead.rows_N]), self.gates_B, self.groups)
+        d_pre_BA = dead.only_real(d_pre_BA, indices_BA)
+        acts_BA = _gated(values_BA, self.gates_B, self.groups)
+        rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, self.centered_BD)
+        d_x_BD = codes.decode(d_pre_BA, self.W_enc_FD[dead.rows_N]) if needs_x else g_BD.new_empty(0)
+        return dead.rows_N if rows_R is None else dead.rows_N[rows_R], grads, d_x_BD
+
+
+def _joined(
+    rows_R: Tensor | None, grads: tuple[Tensor, ...], more_R: Tensor, more: tuple[Tensor, ...]
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The sum of two sets of rows; rows_R None: all rows."""
+    if rows_R is None:
+        return None, tuple(g.index_add_(0, more_R, m) for g, m in zip(grads, more, strict=True))
+    both_R, where = torch.cat([rows_R, more_R]).unique(return_inverse=True)
+    # rows_R are distinct and most of the result, so they are copied; the others may repeat.
+    joined = []
+    for g, m in zip(grads, more, strict=True):
+        sums = g.new_zeros(len(both_R), *g.shape[1:])
+        sums[where[: len(rows_R)]] = g
+        joined.append(sums.index_add_(0, where[len(rows_R) :], m))
+    return both_R, tuple(joined)
+
+
+def _weighted_sum(weights_R: Tensor, rows_R: Tensor, W_FD: Tensor) -> Tensor:
+    """sum_r weights[r] W[rows[r]], [D], without a copy of the rows; in parts, which run in parallel."""
+    parts = max(1, len(rows_R) // 256)
+    pad = -len(rows_R) % parts
+    rows = torch.nn.functional.pad(rows_R, (0, pad)).view(parts, -1)
+    weights = torch.nn.functional.pad(weights_R, (0, pad)).view(parts, -1)
+    return primitives(W_FD).sparse_decode(weights, rows, W_FD).sum(0)
+
+
+class _DeadLatents(NamedTuple):
+    """Dead latents by expert, as many of each: those with fewer are filled up.
+
+    rows_N: [E * P], latents; P is the most that any expert has, and no less than are to be chosen
+    real_N: which of them count; None: all
+    """
+
+    rows_N: Tensor
+    real_N: Tensor | None
+    groups: ExpertGroups
+
+    def encode(
+        self,
+        p: Any,
+        x_BD: Tensor,
+        W_FD: Tensor,
+        k: int,
+        bias_F: Tensor | None,
+        scale_F: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Pre-activations [B, k] of each token's k best of its own expert, and where in rows_N they are."""
+        W_ND, bias_N, scale_N = (None if t is None else t[self.rows_N] for t in (W_FD, bias_F, scale_F))
+        if self.real_N is not None:
+            nothing_N = W_FD.new_zeros(len(self.rows_N)).masked_fill_(~self.real_N, -torch.inf)
+            bias_N = nothing_N if bias_N is None else bias_N + nothing_N
+        values_BA, indices_BA = p.topk_encode(x_BD, W_ND, k, self.groups, bias_N, scale_N, dtype)
+        return self.only_real(values_BA, indices_BA), indices_BA
+
+    def only_real(self, values_BA: Tensor, indices_BA: Tensor) -> Tensor:
+        """Zero where there was nothing to choose."""
+        return values_BA if self.real_N is None else values_BA.masked_fill(~self.real_N[indices_BA], 0)
+
+
+def _dead_latents(dead_N: Tensor, groups: ExpertGroups, n_latents: int, k: int) -> _DeadLatents:
+    E = len(groups.offsets_E1) - 1
+    if E == 1:
+        return _DeadLatents(dead_N, None, groups)
+    expert_N = torch.div(dead_N, n_latents // E, rounding_mode="floor")
+    by_expert, order = expert_N.sort(stable=True)
+    count_E = torch.bincount(expert_N, minlength=E)
+    P = max(k, int(count_E.max()))
+    first_E = count_E.cumsum(0) - count_E
+    place_N = by_expert * P + torch.arange(len(dead_N), device=dead_N.device) - first_E[by_expert]
+    rows_N = dead_N[:1].repeat(E * P)
+    rows_N[place_N] = dead_N[order]
+    real_N = torch.zeros(E * P, dtype=torch.bool, device=dead_N.device)
+    real_N[place_N] = True
+    return _DeadLatents(rows_N, real_N, groups)
 
 
 @autoencode_backward.register_fake
@@ -306,13 +443,49 @@ def _autoencode_backward(ctx: Any, grad_out_BD, grad_values_BK, _i, grad_aux_BD,
 autoencode.register_autograd(_autoencode_backward, setup_context=_autoencode_setup)
 
 
+class AutoencodeRows(torch.autograd.Function):
+    """``autoencode`` whose weight gradients go to a RowGrads, of the active latents alone, and nowhere else."""
+
+    @staticmethod
+    def forward(_row_grads: RowGrads, *inputs: Any) -> tuple[Tensor, ...]:
+        return autoencode(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.row_grads = inputs[0]
+        _autoencode_setup(ctx, inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out_BD, grad_values_BK, _, grad_aux_BD, *_ = grads
+        needs = ctx.needs_input_grad[1:]
+        *inputs, values_BK, indices_BK, aux_values_BA, aux_indices_BA = ctx.saved_tensors
+        n_experts, dtype = ctx.constants
+        backward = _Backward(*inputs, n_experts=n_experts, dtype=dtype, row_grads=ctx.row_grads)
+        codes = values_BK, indices_BK, aux_values_BA, aux_indices_BA
+        d_x_BD, _, _, d_gates_B, d_pre_bias_D, _ = backward(
+            grad_out_BD, grad_values_BK, grad_aux_BD, *codes, needs[0], needs[4]
+        )
+        found = d_x_BD, None, None, d_gates_B, d_pre_bias_D
+        return None, *(g if needed else None for g, needed in zip(found, needs[:5], strict=True)), *[None] * 8
+
+
 class _Codes:
     """The products of codes at fixed indices: sparse, or dense within each expert where experts are small."""
 
-    def __init__(self, p: Any, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        p: Any,
+        indices_BK: Tensor,
+        n_latents: int,
+        groups: ExpertGroups,
+        dtype: torch.dtype,
+        active_only: bool = False,
+    ) -> None:
         self.p, self.indices_BK, self.n_latents, self.dense_options = p, indices_BK, n_latents, (groups, dtype)
+        self.active_only = active_only
         M, K = n_latents // (len(groups.offsets_E1) - 1), indices_BK.shape[1]
-        self.dense = K * _DENSE_UP_TO.get(indices_BK.device.type, _DENSE_UP_TO_ON_GPU) >= M
+        self.dense = not active_only and K * _DENSE_UP_TO.get(indices_BK.device.type, _DENSE_UP_TO_ON_GPU) >= M
 
     def decode(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
         if self.dense:
@@ -324,17 +497,22 @@ class _Codes:
             return self.p.grouped_matmul_at_indices(g_BD, W_FD, self.indices_BK, *self.dense_options)
         return self.p.matmul_at_indices(g_BD, W_FD, self.indices_BK)
 
-    def weight_grads(self, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor, x_BD: Tensor) -> tuple[Tensor, ...]:
-        """dW_dec_FD, dW_enc_FD, d_bias_F."""
+    def weight_grads(
+        self, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor, x_BD: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Which rows, None for all, of dW_dec, dW_enc and d_bias."""
         if self.dense:
             dW_dec_FD, dW_enc_FD = (
                 self.p.grouped_weight_grad(v_BK, self.indices_BK, y_BD, self.n_latents, *self.dense_options)
                 for v_BK, y_BD in ((values_BK, g_BD), (d_pre_BK, x_BD))
             )
             zeros_F = d_pre_BK.new_zeros(self.n_latents)
-            return dW_dec_FD, dW_enc_FD, zeros_F.index_add_(0, self.indices_BK.flatten(), d_pre_BK.flatten())
-        index = latent_index(self.indices_BK, self.n_latents)
-        return self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD)[:3]
+            return None, (dW_dec_FD, dW_enc_FD, zeros_F.index_add_(0, self.indices_BK.flatten(), d_pre_BK.flatten()))
+        rows_R, index = None, None
+        if self.active_only:
+            rows_R, index = active_latent_index(self.indices_BK)
+        index = index or latent_index(self.indices_BK, self.n_latents)
+        return rows_R, self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD)[:3]
 
 
 def _check_range(name: str, t: Tensor, end: int) -> None:

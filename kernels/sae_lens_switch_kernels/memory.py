@@ -14,9 +14,10 @@ _free: dict[int, list[mmap.mmap]] = {}
 
 def empty_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty; on a CPU in a block that an earlier such tensor has left, in huge pages where there are any."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    if device.type != "cpu" or size < _SMALLEST or not hasattr(mmap, "MAP_ANONYMOUS"):
+    numel = torch.Size(shape).numel()
+    if device.type != "cpu" or numel * dtype.itemsize < _SMALLEST or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(*shape, dtype=dtype, device=device)
+    size = _size_class(numel * dtype.itemsize)
     try:
         block = _free[size].pop()
     except (KeyError, IndexError):
@@ -26,7 +27,13 @@ def empty_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor
     # torch holds the view as long as any tensor on this memory lives.
     view = memoryview(block)
     weakref.finalize(view, _give_back, block).atexit = False
-    return torch.frombuffer(view, dtype=dtype).view(shape)
+    return torch.frombuffer(view, dtype=dtype, count=numel).view(shape)
+
+
+def _size_class(n_bytes: int) -> int:
+    """The next multiple of an eighth of the power of two below: sizes that vary from step to step share blocks."""
+    grain = 1 << (n_bytes.bit_length() - 4)
+    return -(-n_bytes // grain) * grain
 
 
 def _give_back(block: mmap.mmap) -> None:

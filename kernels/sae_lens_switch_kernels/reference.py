@@ -82,7 +82,7 @@ def sparse_autoencode(
     dead_N: Tensor | None = None,
     k_aux: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Encode, gate, decode; and the dead latents' own top k_aux, without ReLU, decoded."""
+    """Encode, gate, decode; and the dead latents' own top k_aux, without ReLU, decoded: of the token's own expert."""
     if expert_B is None:
         values_BK, indices_BK = topk_encode(x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F)
     else:
@@ -91,8 +91,13 @@ def sparse_autoencode(
     out_BD = sparse_decode(gated_BK, indices_BK, W_dec_FD)
     if dead_N is None:
         return out_BD, values_BK, indices_BK, None
-    pre_BN = ((x_BD if pre_bias_D is None else x_BD - pre_bias_D) @ W_enc_FD.T)[:, dead_N]
-    pre_BN = pre_BN if bias_F is None else pre_BN + bias_F[dead_N]
-    chosen_BA = (pre_BN if scale_F is None else pre_BN * scale_F[dead_N]).topk(k_aux, dim=1).indices
-    aux_out_BD = sparse_decode(pre_BN.gather(1, chosen_BA), dead_N[chosen_BA], W_dec_FD)
-    return out_BD, values_BK, indices_BK, aux_out_BD
+    M = len(W_enc_FD) // n_experts
+    rows = []
+    for b, x_D in enumerate(x_BD):
+        mine = dead_N if expert_B is None else dead_N[dead_N // M == expert_B[b]]
+        pre_N = W_enc_FD[mine] @ (x_D if pre_bias_D is None else x_D - pre_bias_D)
+        pre_N = pre_N if bias_F is None else pre_N + bias_F[mine]
+        chosen_A = (pre_N if scale_F is None else pre_N * scale_F[mine]).topk(min(k_aux, len(mine))).indices
+        gate = 1 if gates_B is None else gates_B[b].detach()
+        rows.append(gate * pre_N[chosen_A] @ W_dec_FD[mine[chosen_A]])
+    return out_BD, values_BK, indices_BK, torch.stack(rows) if rows else torch.zeros_like(out_BD)
