@@ -1,11 +1,11 @@
 """The configs: of the SAEs, and of a language-model run named by its architecture."""
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import sae_lens
-from sae_lens.config import T_TRAINING_SAE_CONFIG
+from sae_lens.config import T_TRAINING_SAE_CONFIG, SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
@@ -15,6 +15,8 @@ from sae_lens_switch.optim import scaling_law_lr
 
 Gate = Literal["probability", "one"]
 LoadBalanceScale = Literal["variance", "d_in"]
+OptimizerName = Literal["adam", "row_sparse_adam"]
+OnCollapse = Literal["report", "raise_coefficient", "reseed"]
 BiasStart = Literal["geometric_median", "mean", "zeros"]
 
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
@@ -64,6 +66,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         decoder_init_norm (float | None): Norm of the decoder rows at the start; the encoder starts as the decoder's transpose.
         bias_start (str): Where b_dec and b_router start, taken from the first batch: its "geometric_median" (the paper), its "mean", or "zeros".
         router_start_std (float | None): Standard deviation that the router's logits are scaled to on the first batch, so that routing starts equally sharp for activations of any size. None: as initialised, uniform in +-1/sqrt(d_in), as the authors do.
+        aux_loss_coefficient (float): Weight of AuxK, by which the dead latents of a token's own expert learn from what the others leave. The paper has none.
         tie_router_bias (bool): The router subtracts b_dec, and b_router follows it: the authors' checkpoints have one vector for both.
     """
 
@@ -78,6 +81,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     decoder_init_norm: float | None = 1.0
     bias_start: BiasStart = "geometric_median"
     router_start_std: float | None = 1.0
+    aux_loss_coefficient: float = 0.0
     tie_router_bias: bool = False
 
     @override
@@ -91,7 +95,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         _validate_choice("bias_start", self.bias_start, BiasStart)
         if self.load_balance_coefficient is None:
             self.load_balance_coefficient = _DEFAULT_COEFFICIENT[self.load_balance_scale]
-        for name in ("load_balance_coefficient", "load_balance_warm_up_steps"):
+        for name in ("load_balance_coefficient", "load_balance_warm_up_steps", "aux_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)!r}")
         for name in ("router_start_std", "decoder_init_norm"):
@@ -162,11 +166,81 @@ def _validate_choice(name: str, value: object, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
+@dataclass(kw_only=True)
+class TrainerOptions:
+    """
+    What SparseSAETrainer can do beyond SAELens's trainer.
+
+    Args:
+        optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which touches only the latents that were active, so that a step costs the same for a dictionary of any width.
+        max_grad_norm (float | None): Gradients are scaled down to this norm. None: they are not.
+        resume (str | None): A checkpoint to go on from, or "latest": the newest whole one below checkpoint_path, if there is any.
+        keep_checkpoints (int | None): Older checkpoints than this many are removed. None: all stay. The final one always does.
+        max_skipped_steps (int): A step whose loss or gradient is not finite is skipped; after this many in a row training stops.
+        on_collapse (str): What happens when the router sends everything to few experts, besides the warning. "report": nothing. "raise_coefficient": the load-balance coefficient doubles. "reseed": experts without tokens start again as twins of the busiest.
+        collapse_share (float | None): An expert with more than this share of the tokens is too busy. None: half-way between an even share and all.
+        collapse_patience (int): For how many steps in a row, until it counts as collapse; likewise without tokens.
+    """
+
+    optimizer: OptimizerName = "adam"
+    max_grad_norm: float | None = 1.0
+    resume: str | None = None
+    keep_checkpoints: int | None = None
+    max_skipped_steps: int = 10
+    on_collapse: OnCollapse = "report"
+    collapse_share: float | None = None
+    collapse_patience: int = 200
+
+    def __post_init__(self) -> None:
+        _validate_choice("optimizer", self.optimizer, OptimizerName)
+        _validate_choice("on_collapse", self.on_collapse, OnCollapse)
+        for name in ("max_grad_norm", "collapse_share"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None; got {value!r}")
+        _validate_whole_numbers(self, "max_skipped_steps", "collapse_patience")
+        if self.keep_checkpoints is not None:
+            _validate_whole_numbers(self, "keep_checkpoints")
+
+
+@dataclass
+class SparseSAETrainerConfig(TrainerOptions, SAETrainerConfig):
+    """
+    SAELens's SAETrainerConfig with the options of our trainer, and the paper's schedule where none is given.
+
+    Args:
+        lr (float | None): None: 2e-4 / sqrt(d_sae / 2^14).
+        lr_decay_steps (int | None): Steps at the end over which the learning rate falls to 0. None: the last 20 %, of a constant schedule.
+    """
+
+    lr: float | None = None  # type: ignore[assignment]
+    lr_decay_steps: int | None = None  # type: ignore[assignment]
+
+    def resolved(self, d_sae: int) -> "SparseSAETrainerConfig":
+        """With every None that depends on the SAE or the length of training filled in."""
+        lr = scaling_law_lr(d_sae) if self.lr is None else self.lr
+        decay = self.total_training_steps // 5 if self.lr_scheduler_name == "constant" else 0
+        return replace(
+            self,
+            lr=lr,
+            lr_end=lr / 10 if self.lr_end is None else self.lr_end,
+            lr_decay_steps=decay if self.lr_decay_steps is None else self.lr_decay_steps,
+        )
+
+    @classmethod
+    def of(cls, cfg: SAETrainerConfig) -> "SparseSAETrainerConfig":
+        """SAELens's own config as ours: its fields, and the options' defaults."""
+        if isinstance(cfg, cls):
+            return cfg
+        return cls(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
+
+
 class UnknownFieldError(ValueError, TypeError):
     """An unknown keyword: a ValueError like all bad input here, a TypeError as Python's own."""
 
 
-class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
+@dataclass(init=False)
+class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """SAELens's runner config, with the SAE named by its architecture and described in the same call::
 
         LanguageModelSAERunnerConfig(architecture="switch", d_in=768, d_sae=24576, n_experts=32, k=32,
@@ -175,7 +249,9 @@ class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[T_TRAIN
     Fields of that architecture's training config build ``sae``; the others go to the runner; ``dtype`` and
     ``device`` go to both. ``sae_kwargs`` names SAE fields explicitly and wins. ``sae=...`` works as in SAELens.
     Any architecture registered with SAELens can be named; ``"topk"`` means ``"sparse_topk"``, the same on sparse
-    kernels (for SAELens's own, give ``sae=TopKTrainingSAEConfig(...)``).
+    kernels (for SAELens's own, give ``sae=TopKTrainingSAEConfig(...)``). The options of our trainer
+    (``TrainerOptions``: ``optimizer``, ``resume``, ...) are fields too, and left out of ``to_dict`` where they are
+    the defaults, so that SAELens can read it.
 
     With ``architecture="switch"``, what is not given follows the paper: ``lr = 2e-4 / sqrt(d_sae / 2^14)`` and
     ``lr_decay_steps`` = the last 20 % of the steps.
@@ -193,18 +269,21 @@ class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[T_TRAIN
     ) -> None:
         if (sae is None) == (architecture is None):
             raise ValueError("give exactly one of architecture='...' and sae=...")
-        runner_fields = {f.name for f in fields(sae_lens.LanguageModelSAERunnerConfig)} - {"sae"}
+        stock = sae_lens.LanguageModelSAERunnerConfig
+        options = {name: kwargs.pop(name) for name in _option_names() & kwargs.keys()}
+        vars(self).update(vars(TrainerOptions(**options)))
+        runner_fields = {f.name for f in fields(stock)} - {"sae"}
         if architecture is None:
-            _reject_unknown(kwargs, runner_fields)
+            _reject_unknown(kwargs, runner_fields | _option_names())
             if sae_kwargs:
                 raise ValueError(
                     "sae_kwargs goes with architecture='...'; with sae=... set the fields on the SAE config"
                 )
-            super().__init__(sae=cast(Any, sae), **kwargs)
+            stock.__init__(self, sae=cast(Any, sae), **kwargs)
             return
         sae_config_class = _training_config_class(architecture)
         sae_fields = {f.name for f in fields(sae_config_class)} - {"metadata"}
-        _reject_unknown(kwargs, runner_fields | sae_fields)
+        _reject_unknown(kwargs, runner_fields | sae_fields | _option_names())
         _reject_unknown(sae_kwargs or {}, sae_fields)
         own = {name: value for name, value in kwargs.items() if name in sae_fields} | (sae_kwargs or {})
         missing = {"d_in", "d_sae"} - own.keys()
@@ -212,7 +291,25 @@ class LanguageModelSAERunnerConfig(sae_lens.LanguageModelSAERunnerConfig[T_TRAIN
             raise ValueError(f"architecture={architecture!r} needs {' and '.join(sorted(missing))}")
         sae = sae_config_class(**own)
         runner = {name: value for name, value in kwargs.items() if name in runner_fields}
-        super().__init__(sae=cast(Any, sae), **(_recipe(sae, runner) | runner))
+        stock.__init__(self, sae=cast(Any, sae), **(_recipe(sae, runner) | runner))
+
+    @override
+    def __post_init__(self) -> None:
+        sae_lens.LanguageModelSAERunnerConfig.__post_init__(self)
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        defaults = vars(TrainerOptions())
+        return {n: v for n, v in super().to_dict().items() if n not in defaults or v != defaults[n]}
+
+    @override
+    def to_sae_trainer_config(self) -> SparseSAETrainerConfig:
+        options = {name: getattr(self, name) for name in _option_names()}
+        return SparseSAETrainerConfig(**vars(super().to_sae_trainer_config()), **options)
+
+
+def _option_names() -> set[str]:
+    return {f.name for f in fields(TrainerOptions)}
 
 
 def _recipe(sae: TrainingSAEConfig, runner: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,59 @@
 
 from typing import Any
 
+from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor, nn
+
+from sae_lens_switch.codes import SparseCodes
+from sae_lens_switch.router import RoutingStatistics
+
+
+class SparseStepOutput(TrainStepOutput):
+    """A step's output with its codes, detached. ``feature_acts``, COO as SAELens knows it, is made when asked for."""
+
+    def __init__(self, *, codes: SparseCodes, routing: RoutingStatistics | None = None, **fields: Any) -> None:
+        self.codes, self.routing = codes, routing
+        self._feature_acts: Tensor | None = None
+        super().__init__(feature_acts=None, **fields)  # type: ignore[arg-type]
+
+    @property
+    def feature_acts(self) -> Tensor:
+        if self._feature_acts is None:
+            self._feature_acts = self.codes.to_coo()
+        return self._feature_acts
+
+    @feature_acts.setter
+    def feature_acts(self, value: Tensor | None) -> None:  # type: ignore[override]
+        self._feature_acts = value
+
+
+def dead_latents(sae: Any, mask_F: Tensor | None, n_experts: int = 1) -> tuple[Tensor | None, int]:
+    """Indices of the dead latents, and how many reconstruct a token's residual (Gao et al. 2024, A.2); None: none do.
+
+    Half of d_in as in SAELens, or all there are of the expert that has most.
+    """
+    if mask_F is None or sae.cfg.aux_loss_coefficient == 0:
+        return None, 0
+    dead_N = mask_F.nonzero().flatten()
+    most = len(dead_N) if n_experts == 1 else int(mask_F.view(n_experts, -1).sum(1).max())
+    k_aux = min(sae.cfg.d_in // 2, most)
+    if k_aux == 0:
+        return None, 0
+    if sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+        raise ValueError(
+            "aux_loss_coefficient must be 0 with normalize_activations="
+            f"{sae.cfg.normalize_activations!r}: dead latents would reconstruct a normalised residual"
+        )
+    return dead_N, k_aux
+
+
+def aux_loss(sae: Any, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_dead: Tensor | int) -> Tensor:
+    """coefficient * min(1, n_dead / (d_in / 2)) * mean_B ||aux_out - (x - sae_out)||^2; n_dead of all, or a token."""
+    residual = (x_BD - sae_out_BD).detach()
+    error_B = (sae.reshape_fn_out(aux_out_BD, sae.d_head) - residual).pow(2).sum(dim=-1)
+    few = n_dead / (x_BD.shape[-1] // 2)
+    few = few.clamp(max=1) if isinstance(few, Tensor) else min(few, 1.0)
+    return sae.cfg.aux_loss_coefficient * (few * error_B).mean()
 
 
 def normalized_input(sae: Any, x: Tensor) -> Tensor:

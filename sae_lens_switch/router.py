@@ -56,7 +56,7 @@ class RoutingStatistics:
 
     def __init__(self, assignment: Assignment, load_E: Tensor, dead_latents_F: Tensor | None = None) -> None:
         self.load_E = load_E
-        self._gates_BA = assignment.gates_BA.detach()
+        self.gates_B = assignment.gates_BA.detach().flatten()
         self._dead_latents_F = dead_latents_F
 
     @cached_property
@@ -74,7 +74,7 @@ class RoutingStatistics:
 
     @property
     def gate_mean(self) -> Tensor:
-        return self._gates_BA.mean()
+        return self.gates_B.mean()
 
     def metrics(self) -> dict[str, Callable[[], Tensor]]:
         """Zero-argument callables by name: SAELens evaluates them on logging steps only."""

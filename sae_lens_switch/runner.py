@@ -1,24 +1,67 @@
-"""SAELens's runner, with what can be known before a long run checked before it."""
+"""SAELens's runners on our trainer, with what can be known before a long run checked before it."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import sae_lens
 import torch
+from sae_lens import llm_sae_training_runner as llm_module
+from sae_lens import logger
+from sae_lens import multi_sae_training_runner as multi_module
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training import multi_sae_trainer as multi_trainer_module
+from sae_lens.training.types import MultiHookDataProvider
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from typing_extensions import override
 
+from sae_lens_switch import checkpoints
+from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions
+from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.trainer import SparseSAETrainer
+
 
 class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
-    """As SAELens's ``LanguageModelSAETrainingRunner``, for any architecture.
+    """As SAELens's ``LanguageModelSAETrainingRunner``, on ``SparseSAETrainer``, for any architecture.
 
-    ``run`` raises ValueError if ``d_in`` is not the width of the model's activations at ``hook_name``.
+    The trainer's options are fields of our ``LanguageModelSAERunnerConfig``; with SAELens's config they are the
+    defaults. ``run`` raises ValueError if ``d_in`` is not the width of the model's activations at ``hook_name``, and
+    CheckpointError for a checkpoint that it cannot go on from.
     """
 
     @override
     def run(self) -> Any:
         if not self.cfg.use_cached_activations:
             self._check_d_in()
-        return super().run()
+        self._find_checkpoint()
+        with constructing(llm_module, "SAETrainer", SparseSAETrainer):
+            return super().run()
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
+        return trainer.fit()  # which handles interruptions itself
+
+    def _find_checkpoint(self) -> None:
+        """``resume`` as ``resume_from_checkpoint``; further checkpoints go beside the one that is found."""
+        cfg: Any = self.cfg
+        resume = getattr(cfg, "resume", None)
+        if resume is None:
+            return
+        if resume == "latest":
+            if cfg.checkpoint_path is None:
+                raise ValueError("resume='latest' needs a checkpoint_path; it is None")
+            # SAELens appends a name for the run to the path that was given.
+            found = checkpoints.latest(Path(cfg.checkpoint_path).parent)
+            if found is None:
+                logger.info(f"no checkpoint below {Path(cfg.checkpoint_path).parent} yet: starting from the beginning")
+            resume = found
+        if resume is not None:
+            cfg.resume_from_checkpoint = str(resume)
+            cfg.checkpoint_path = str(Path(resume).parent)
+        cfg.resume = None  # the trainer is told by SAELens's own field
 
     @torch.no_grad()
     def _check_d_in(self) -> None:
@@ -38,3 +81,105 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
                 f"d_in must be the width of {cfg.model_name}'s activations at {cfg.hook_name}, {width}; "
                 f"got d_in={cfg.sae.d_in}"
             )
+
+
+class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
+    """As SAELens's ``MultiSAETrainingRunner``: many SAEs on one stream of activations, each on ``SparseSAETrainer``."""
+
+    def __init__(self, *args: Any, options: TrainerOptions | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.options = options or TrainerOptions()
+
+    @override
+    def run(self) -> Any:
+        make = with_options(self.options)
+        with (
+            constructing(multi_module, "MultiSAETrainer", _MultiSAETrainer),
+            constructing(multi_trainer_module, "SAETrainer", make),
+        ):
+            return super().run()
+
+    @override
+    def _run_with_interruption_handling(self, trainer: Any) -> Any:
+        return trainer.fit()
+
+
+class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
+    """Interrupted between steps only, when all SAEs have had the same batches; checkpoints are whole or not there."""
+
+    @override
+    def fit(self) -> Any:
+        self._stream = self.data_provider
+        with Interruption() as interruption:
+            self.data_provider = _interruptible(self._stream, interruption)
+            try:
+                return super().fit()
+            except INTERRUPTIONS:
+                if self.cfg.checkpoint_path is not None and self.n_training_steps > 0:
+                    logger.warning(f"interrupted at {self.n_training_samples} samples, saving")
+                    self.save_checkpoint(str(self.n_training_samples))
+                raise
+            finally:
+                self.data_provider = self._stream
+
+    @override
+    def _run_and_log_evals(self) -> None:
+        # The evaluator knows SAELens's prefetching iterator by its type, and has it wait.
+        wrapped, self.data_provider = self.data_provider, self._stream
+        try:
+            super()._run_and_log_evals()
+        finally:
+            self.data_provider = wrapped
+
+    @override
+    def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
+        base = self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, wandb_aliases)
+            return
+        trainers: dict[str, Any] = self.trainers
+        facts = {
+            "n_training_samples": self.n_training_samples,
+            "n_training_steps": self.n_training_steps,
+            "config": {name: trainer.config_of_record() for name, trainer in trainers.items()},
+        }
+        with checkpoints.whole_folder(Path(base) / checkpoint_name, facts) as folder:
+            for name, trainer in trainers.items():
+                (folder / name).mkdir()
+                trainer.write_checkpoint(folder / name)
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=folder)
+
+    @override
+    def load_checkpoint(self, path: str | Path) -> None:
+        trainers: dict[str, Any] = self.trainers
+        checkpoints.verify(path, {name: trainer.config_of_record() for name, trainer in trainers.items()})
+        super().load_checkpoint(path)
+
+
+def _interruptible(stream: MultiHookDataProvider, interruption: Interruption) -> MultiHookDataProvider:
+    while True:
+        with interruption.waiting():
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+        yield batch
+
+
+def with_options(options: TrainerOptions) -> Callable[..., SparseSAETrainer[Any, Any]]:
+    def make(cfg: SAETrainerConfig, **kwargs: Any) -> SparseSAETrainer[Any, Any]:
+        return SparseSAETrainer(cfg=replace(SparseSAETrainerConfig.of(cfg), **vars(options)), **kwargs)
+
+    return make
+
+
+@contextmanager
+def constructing(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterator[None]:
+    """While a runner runs: SAELens's runners name the trainer they construct, and have no other place to choose it."""
+    stock = getattr(module, name)
+    setattr(module, name, ours)
+    try:
+        yield
+    finally:
+        setattr(module, name, stock)

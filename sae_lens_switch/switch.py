@@ -13,7 +13,7 @@ from sae_lens.saes.sae import (
     TrainStepInput,
     TrainStepOutput,
 )
-from sae_lens_switch_kernels import sparse_autoencode, sparse_decode, switch_encode
+from sae_lens_switch_kernels import Reconstruction, RowGrads, sparse_autoencode, sparse_decode, switch_encode
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
@@ -21,7 +21,15 @@ from typing_extensions import override
 from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_switch.files import bfloat16_parts, latent_major, replace_files
-from sae_lens_switch.host import finish_decoding, has_hooks, normalized_input, pre_bias
+from sae_lens_switch.host import (
+    SparseStepOutput,
+    aux_loss,
+    dead_latents,
+    finish_decoding,
+    has_hooks,
+    normalized_input,
+    pre_bias,
+)
 from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
 from sae_lens_switch.router import (
     Assignment,
@@ -257,13 +265,19 @@ class SwitchSAE(_Switch, SAE[SwitchSAEConfig]):
 class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
     """A Switch SAE in training: reconstruction plus load balance, under SAELens's trainer or any loop.
 
-    Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``.
-    A step makes no tensor of size B x F, unless a hook on the dense latents asks for one.
+    Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; and AuxK
+    (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead latents of a token's own expert, weighted by its
+    gate, reconstruct what is left of the token.
+    A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK then waits.
     """
+
+    row_grads: RowGrads | None = None  # where a row-sparse optimiser wants the gradients of W_enc and W_dec
+    refuses_not_finite = True  # a trainer that skips such steps itself turns it off
 
     def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self._weights_at_birth = None if self.device.type == "meta" else self._sample_of_weights()
+        self._start_put_off = False  # until a batch that is finite
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -295,36 +309,53 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             constrain_optimizer_steps(self)
 
         inputs = normalized_input(self, x)
+        dead_N, k_aux = None, 0
         if has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post):
             acts, hidden_pre, assignment = self._encode_dense(inputs)
-            sae_out, feature_acts = self.decode(acts), acts.detach()
+            sae_out, aux_out, codes = self.decode(acts), None, None
         else:
             assignment = self._assign(inputs)
-            sae_out, codes = self._autoencode(inputs, assignment)
-            feature_acts, hidden_pre = codes.to_coo(), codes.values
+            dead_N, k_aux = dead_latents(self, step_input.dead_neuron_mask, self.cfg.n_experts)
+            result = self._autoencode(inputs, assignment, dead_N, k_aux)
+            sae_out, aux_out = finish_decoding(self, result.out_BD + self.b_dec), result.aux_out_BD
+            values = self._gated(result.values_BK.detach(), assignment).detach()
+            codes = SparseCodes(values, result.indices_BK, self.cfg.d_sae)
+            acts, hidden_pre = None, values
 
         mse_loss = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
         load_E = expert_load(assignment)
         balance = load_balance_loss(assignment.probs_BE, load_E)
         balance_loss = step_input.coefficients["load_balance"] * self._load_balance_scale(x) * balance
-        loss = mse_loss + balance_loss
-        if not torch.isfinite(loss):
-            raise ValueError(_not_finite(x, step_input.n_training_steps))
+        losses = {"mse_loss": mse_loss, "load_balance_loss": balance_loss}
+        if self.cfg.aux_loss_coefficient:
+            losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
+        if dead_N is not None and aux_out is not None:
+            dead_E = step_input.dead_neuron_mask.view(self.cfg.n_experts, -1).sum(1)  # type: ignore[union-attr]
+            n_dead_B = dead_E[assignment.experts_BA.flatten()]
+            losses["auxiliary_reconstruction_loss"] = aux_loss(self, x, sae_out, aux_out, n_dead_B)
+        loss = sum(losses.values(), start=sae_out.new_zeros(()))
+        if self.refuses_not_finite and not torch.isfinite(loss):
+            raise ValueError(not_finite(x, step_input.n_training_steps))
         statistics = RoutingStatistics(assignment, load_E, step_input.dead_neuron_mask)
-        return TrainStepOutput(
-            sae_in=x,
-            sae_out=sae_out,
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre.detach(),
-            loss=loss,
-            losses={"mse_loss": mse_loss, "load_balance_loss": balance_loss},
-            metrics={"load_balance": balance.detach(), **statistics.metrics()},
-        )
+        fields = {
+            "sae_in": x,
+            "sae_out": sae_out,
+            "hidden_pre": hidden_pre.detach(),
+            "loss": loss,
+            "losses": losses,
+            "metrics": {"load_balance": balance.detach(), **statistics.metrics()},
+        }
+        if codes is not None:
+            return SparseStepOutput(codes=codes, routing=statistics, **fields)
+        assert acts is not None
+        return TrainStepOutput(feature_acts=acts.detach(), **fields)
 
-    def _autoencode(self, x: Tensor, assignment: Assignment) -> tuple[Tensor, SparseCodes]:
-        """``_encode_codes`` and ``decode`` at once; the codes are detached."""
+    def _autoencode(
+        self, x: Tensor, assignment: Assignment, dead_N: Tensor | None = None, k_aux: int = 0
+    ) -> Reconstruction:
+        """``_encode_codes`` and ``decode`` at once, without b_dec; values are without the gate."""
         gated = self.cfg.gate == "probability"
-        result = sparse_autoencode(
+        return sparse_autoencode(
             x,
             self.W_enc.T,
             self.W_dec,
@@ -333,10 +364,10 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             n_experts=self.cfg.n_experts,
             gates_B=assignment.gates_BA.flatten() if gated else None,
             pre_bias_D=pre_bias(self),
+            dead_N=dead_N,
+            k_aux=k_aux,
+            row_grads=self.row_grads,
         )
-        values = self._gated(result.values_BK.detach(), assignment).detach()
-        codes = SparseCodes(values, result.indices_BK, self.cfg.d_sae)
-        return finish_decoding(self, result.out_BD + self.b_dec), codes
 
     @override
     def calculate_aux_loss(
@@ -363,9 +394,13 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
 
         Only weights as this SAE was born with them: those of a checkpoint or of another SAE are left alone.
         """
-        birth, self._weights_at_birth = self._weights_at_birth, None
-        if birth is None or step_input.n_training_steps > 0:
+        birth = self._weights_at_birth
+        if birth is None or (step_input.n_training_steps > 0 and not self._start_put_off):
             return
+        self._start_put_off = not torch.isfinite(step_input.sae_in).all()
+        if self._start_put_off:
+            return
+        self._weights_at_birth = None
         untouched = all(torch.allclose(a, b, rtol=2e-2) for a, b in zip(birth, self._sample_of_weights(), strict=True))
         if not untouched:
             return
@@ -383,15 +418,23 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
         return [W.detach()[:4, :16].float().cpu() for W in matrices] + [self.b_dec.detach().float().cpu()]
 
     @torch.no_grad()
-    def before_optimizer_step(self) -> None:
-        """Called after clipping, before the step (see optim.constrain_optimizer_steps)."""
+    def before_optimizer_step(self) -> Tensor | None:
+        """Called after clipping, before the step (see optim.constrain_optimizer_steps).
+
+        Returns the norm that the gradient of W_dec had, if it was changed.
+        """
         if self.cfg.normalize_decoder and self.cfg.project_decoder_grad and self.W_dec.grad is not None:
-            remove_parallel_(self.W_dec.grad, self.W_dec)
+            return remove_parallel_(self.W_dec.grad, self.W_dec)
+        return None
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         if self.cfg.normalize_decoder:
             normalize_rows_(self.W_dec)
+        self.follow_ties()
+
+    @torch.no_grad()
+    def follow_ties(self) -> None:
         if self.cfg.tie_router_bias:
             self.b_router.copy_(self.b_dec)
 
@@ -405,7 +448,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
         return {**super().log_histograms(), "weights/W_router_norms": norms_E}
 
 
-def _not_finite(x_BD: Tensor, step: int) -> str:
+def not_finite(x_BD: Tensor, step: int) -> str:
     bad = ~torch.isfinite(x_BD).all(dim=-1)
     if bad.any():
         nan, inf = int(x_BD.isnan().sum()), int(x_BD.isinf().sum())

@@ -6,13 +6,21 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
-from sae_lens_switch_kernels import sparse_autoencode, sparse_decode, topk_encode
+from sae_lens_switch_kernels import RowGrads, sparse_autoencode, sparse_decode, topk_encode
 from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.files import latent_major, replace_files
-from sae_lens_switch.host import finish_decoding, has_hooks, normalized_input, pre_bias
+from sae_lens_switch.host import (
+    SparseStepOutput,
+    aux_loss,
+    dead_latents,
+    finish_decoding,
+    has_hooks,
+    normalized_input,
+    pre_bias,
+)
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
@@ -23,6 +31,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     they cancel, and so do their gradients.
     A hook on the dense latents makes a step run as SAELens's own, densely.
     """
+
+    row_grads: RowGrads | None = None  # where a row-sparse optimiser wants the gradients of W_enc, W_dec and b_enc
 
     @override
     def initialize_weights(self) -> None:
@@ -77,7 +87,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         x = normalized_input(self, step_input.sae_in)
         with torch.no_grad():
             scale_F = self._selection_scale()
-        dead_N, k_aux = self._dead_latents(step_input)
+        dead_N, k_aux = dead_latents(self, step_input.dead_neuron_mask)
         result = sparse_autoencode(
             x,
             self.W_enc.T,
@@ -88,41 +98,24 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             scale_F=scale_F,
             dead_N=dead_N,
             k_aux=k_aux,
+            row_grads=self.row_grads,
         )
         sae_out = finish_decoding(self, result.out_BD + self.b_dec)
         values = result.values_BK.detach()
         if scale_F is not None:
             values = values * scale_F[result.indices_BK]
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        aux_loss = sae_out.new_zeros(())
+        aux = sae_out.new_zeros(())
         if dead_N is not None and result.aux_out_BD is not None:
-            residual = (step_input.sae_in - sae_out).detach()
-            aux_out = self.reshape_fn_out(result.aux_out_BD, self.d_head)
-            few = min(len(dead_N) / (step_input.sae_in.shape[-1] // 2), 1.0)
-            aux_loss = self.cfg.aux_loss_coefficient * few * (aux_out - residual).pow(2).sum(dim=-1).mean()
-        return TrainStepOutput(
+            aux = aux_loss(self, step_input.sae_in, sae_out, result.aux_out_BD, len(dead_N))
+        return SparseStepOutput(
+            codes=SparseCodes(values, result.indices_BK, self.cfg.d_sae),
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=SparseCodes(values, result.indices_BK, self.cfg.d_sae).to_coo(),
             hidden_pre=values,
-            loss=mse_loss + aux_loss,
-            losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
+            loss=mse_loss + aux,
+            losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux},
         )
-
-    def _dead_latents(self, step_input: TrainStepInput) -> tuple[Tensor | None, int]:
-        """Indices of the dead latents, and how many of them reconstruct the residual (Gao et al. 2024, A.2)."""
-        if step_input.dead_neuron_mask is None or self.cfg.aux_loss_coefficient == 0:
-            return None, 0
-        dead_N = step_input.dead_neuron_mask.nonzero().flatten()
-        k_aux = min(step_input.sae_in.shape[-1] // 2, len(dead_N))
-        if k_aux == 0:
-            return None, 0
-        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-            raise ValueError(
-                "aux_loss_coefficient must be 0 with normalize_activations="
-                f"{self.cfg.normalize_activations!r}: dead latents would reconstruct a normalised residual"
-            )
-        return dead_N, k_aux
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,569 @@
+"""SparseSAETrainer: what a training step does around forward and backward, and what keeps a long run safe."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import wandb
+from sae_lens import logger
+from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SPARSITY_FILENAME
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepInput, TrainStepOutput
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from sae_lens.util import path_or_tmp_dir
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from sae_lens_switch import checkpoints
+from sae_lens_switch.activations import ActivationSource, activation_batches
+from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
+from sae_lens_switch.config import SparseSAETrainerConfig
+from sae_lens_switch.host import SparseStepOutput
+from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.optim import RowSparseAdam, fused_adam, total_norm
+
+STATE_FILENAME = "sparse_trainer_state.pt"
+# A host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_EVERY_ON_GPU = 20
+_PROGRESS_EVERY = 100
+# What may differ between a run and the checkpoint it goes on from.
+_NOT_IN_CHECKPOINT = {
+    *("device", "checkpoint_path", "n_checkpoints", "save_final_checkpoint", "logger", "resume"),
+    *("keep_checkpoints", "max_skipped_steps"),
+}
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """SAELens's trainer for any architecture, leaner and safer; for ours it makes no tensor of size B x F.
+
+    Args:
+        cfg: SparseSAETrainerConfig, or SAELens's SAETrainerConfig for the options' defaults.
+        sae: Of any architecture; ours give their codes to the statistics, others their dense latents.
+        data_provider: Where activations come from: an iterator of batches [n, d_in], a tensor, a folder of
+            activations cached by SAELens (see ``activation_batches``).
+        evaluator, save_checkpoint_fn: As in SAELens. ``save_checkpoint_fn`` is given the checkpoint's folder while
+            that is still being written, to add files to it.
+
+    Differences from SAELens: torch's fused Adam in one pass over the weights, or row-sparse Adam; clipping without a
+    pass of its own; statistics from codes; nothing of a step outlives it; no wait for the device except to log.
+    A step whose loss or gradient is not finite changes nothing and is counted. Checkpoints are whole or not there;
+    SIGINT and SIGTERM write one before they stop ``fit``.
+
+    Raises ValueError if activations are not d_in wide; CheckpointError for a checkpoint it cannot go on from;
+    TrainingDivergedError after ``max_skipped_steps`` skipped steps in a row, once the weights are saved.
+    """
+
+    cfg: SparseSAETrainerConfig
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: T_TRAINING_SAE,
+        data_provider: ActivationSource,
+        evaluator: Evaluator[T_TRAINING_SAE] | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+        **kwargs: Any,
+    ) -> None:
+        cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
+        data_provider = activation_batches(data_provider, cfg.train_batch_size_samples)
+        self._n_passes = 0
+        self._last_fired_F = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=cfg.device)
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn, **kwargs)
+        self._use_own_optimizer()
+        self.n_batches_drawn = 0
+        self._skipped = torch.zeros(2, dtype=torch.int64, device=cfg.device)  # in a row, and in all
+        self.n_interventions = 0
+        self._reported_collapse = False
+        self.routing: RoutingMonitor | None = None
+        if hasattr(sae.cfg, "n_experts"):
+            self.routing = RoutingMonitor(sae.cfg.n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
+        self._interruption = Interruption()
+
+    def _use_own_optimizer(self) -> None:
+        """In place of SAELens's Adam, under the same schedule."""
+        cfg: Any = self.cfg
+        sae: Any = self.sae
+        sae.to(cfg.device)
+        betas = cfg.adam_beta1, cfg.adam_beta2
+        if cfg.optimizer == "row_sparse_adam":
+            self.optimizer = RowSparseAdam(sae, cfg.lr, betas)
+        else:
+            self.optimizer = fused_adam(sae.parameters(), cfg.lr, betas, getattr(sae, "after_optimizer_step", None))
+            self.optimizer.applies_constraint = True  # type: ignore[attr-defined], here, around the step
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+
+    # Counting what fired
+
+    @property
+    def n_forward_passes_since_fired(self) -> Tensor:  # pyright: ignore
+        """[F], float32, as in SAELens; computed when asked for."""
+        return (self._n_passes - self._last_fired_F).to(torch.float32)
+
+    @n_forward_passes_since_fired.setter
+    def n_forward_passes_since_fired(self, value: Tensor) -> None:
+        self._last_fired_F = (self._n_passes - value).to(torch.int32)
+
+    @property
+    @override
+    def dead_neurons(self) -> Tensor:
+        return self._n_passes - self._last_fired_F > self.cfg.dead_feature_window
+
+    @property
+    def n_skipped_steps(self) -> int:
+        """Steps whose loss or gradient was not finite. Waits for the device."""
+        return int(self._skipped[1])
+
+    def _dead_mask(self) -> Tensor | None:
+        """None for an SAE of ours that will not look at it: it is as long as the dictionary."""
+        uses_it = getattr(self.sae.cfg, "aux_loss_coefficient", 0) != 0 or self._is_logging_step()
+        ours = hasattr(self.sae, "row_grads")
+        return self.dead_neurons if uses_it or not ours else None
+
+    def _count_fired(self, output: TrainStepOutput, good: Tensor) -> None:
+        self._n_passes += 1
+        if isinstance(output, SparseStepOutput):
+            indices = output.codes.indices.flatten()
+            fired = (output.codes.values.flatten() > 0) & good
+            now = torch.where(fired, self._n_passes, torch.iinfo(torch.int32).min).to(torch.int32)
+            self._last_fired_F.scatter_reduce_(0, indices, now, "amax")
+            self.act_freq_scores.scatter_add_(0, indices, fired.to(self.act_freq_scores.dtype))
+        else:
+            acts = output.feature_acts
+            counts_F = (acts.bool() if acts.is_sparse else acts.ne(0)).to(torch.float32).sum(0)
+            counts_F = (counts_F.to_dense() if counts_F.is_sparse else counts_F) * good
+            self._last_fired_F.masked_fill_(counts_F > 0, self._n_passes)
+            self.act_freq_scores += counts_F
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+
+    # The step
+
+    @override
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        batch = batch.reshape(-1, batch.shape[-1])
+        if batch.shape[1] != self.sae.cfg.d_in:
+            raise ValueError(f"activations must be d_in={self.sae.cfg.d_in} wide; got shape {tuple(batch.shape)}")
+        self.n_batches_drawn += 1
+        return super().step(batch)
+
+    @override
+    def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
+        sae.train()
+        step_input = TrainStepInput(
+            sae_in=sae_in,
+            dead_neuron_mask=self._dead_mask(),  # type: ignore[arg-type]
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+        with self.autocast_if_enabled, _accepting_not_finite(sae):
+            output = sae.training_forward_pass(step_input=step_input)
+        output.loss.backward()
+        with torch.no_grad():
+            good = self._clip_and_step(output.loss)
+            self._count_fired(output, good)
+            if self.routing is not None and isinstance(output, SparseStepOutput) and output.routing is not None:
+                self.routing.update(output.routing.load_E)
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        if (self.n_training_steps + 1) % _LOOK_EVERY.get(sae_in.device.type, _LOOK_EVERY_ON_GPU) == 0:
+            self._stop_if_diverged(sae_in)
+            self._watch_routing(sae_in)
+        return output
+
+    def _clip_and_step(self, loss: Tensor) -> Tensor:
+        """Clip, project, step, renormalise. Returns, still on the device, whether there was a step."""
+        optimizer, sae = self.optimizer, cast(Any, self.sae)
+        if isinstance(optimizer, RowSparseAdam):
+            grads, projected = optimizer.grads(), None
+        else:
+            project = getattr(sae, "before_optimizer_step", None)
+            projected = project() if project is not None else None
+            W_dec = sae.W_dec if projected is not None else None
+            grads = [p.grad for p in sae.parameters() if p.grad is not None and p is not W_dec]
+        norms = [total_norm(grads), *([] if projected is None else [projected])]
+        norm = torch.stack(norms).norm()
+        good = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        max_norm = self.cfg.max_grad_norm
+        scale = torch.ones_like(norm) if max_norm is None else ((norm + 1e-6) / max_norm).clamp_min(1)
+        self._skipped[0].add_(1).mul_(~good)
+        self._skipped[1].add_(~good)
+        if isinstance(optimizer, RowSparseAdam):
+            if good:  # its index has been waited for anyway
+                optimizer.step(grad_scale=scale)
+                if hasattr(sae, "follow_ties"):
+                    sae.follow_ties()
+            optimizer.row_grads.clear()
+        elif optimizer.param_groups[0].get("fused"):
+            # The fused step divides by the scale, and leaves everything as it is where something was not finite.
+            optimizer.grad_scale, optimizer.found_inf = scale, (~good).to(torch.float32)  # type: ignore[attr-defined]
+            optimizer.step()
+        elif good:
+            for p in sae.parameters():
+                if p.grad is not None:
+                    p.grad.div_(scale)
+            optimizer.step()
+        return good
+
+    def _stop_if_diverged(self, x_BD: Tensor) -> None:
+        in_a_row, total = self._skipped.tolist()
+        if in_a_row == 1 or (in_a_row and total <= _LOOK_EVERY_ON_GPU):
+            bad = int((~torch.isfinite(x_BD)).sum())
+            reason = f"{bad} activations are not finite" if bad else "the activations are finite: is lr too high?"
+            logger.warning(f"step {self.n_training_steps} skipped, its loss or gradient is not finite ({reason})")
+        if in_a_row >= self.cfg.max_skipped_steps:
+            where = "nowhere, as checkpoint_path is None"
+            if self.cfg.checkpoint_path is not None:
+                self.save_checkpoint(f"diverged_{self.n_training_samples}")
+                where = f"{self.cfg.checkpoint_path}/diverged_{self.n_training_samples}"
+            raise TrainingDivergedError(
+                f"{in_a_row} steps in a row were skipped because loss or gradient were not finite, the last one step "
+                f"{self.n_training_steps}. The last good weights are saved: {where}"
+            )
+
+    # The loop
+
+    @override
+    def fit(self) -> T_TRAINING_SAE:
+        """Train until ``total_training_samples``, or until the activations end."""
+        self.sae.to(self.cfg.device)
+        if self.cfg.resume is not None and self.n_training_steps == 0:
+            self.resume(self.cfg.resume)
+        with self._interruption, self._progress() as progress:
+            try:
+                self._estimate_normalization()
+                while self.n_training_samples < self.cfg.total_training_samples:
+                    self._log(self.maybe_reset_sparsity())
+                    batch = self._next_batch()
+                    if batch is None:
+                        break
+                    self._step_and_log(batch, progress)
+            except INTERRUPTIONS:
+                self._save_because_interrupted()
+                raise
+            self._finish()
+        return self.sae
+
+    def _step_and_log(self, batch: Tensor, progress: Any) -> None:
+        """A function, so that nothing of a step is left when the next begins."""
+        output = self.step(batch)
+        if self.cfg.logger.log_to_wandb:
+            self._log_train_step(output)
+            self._run_and_log_evals()
+        self.n_training_steps += 1
+        self._checkpoint_if_needed()
+        progress.update(len(batch))
+        if self.n_training_steps % _PROGRESS_EVERY == 0:
+            progress.set_description(self._describe(output))
+
+    def _next_batch(self) -> Tensor | None:
+        with self._interruption.waiting():
+            try:
+                return next(self.data_provider)
+            except StopIteration:
+                logger.warning(
+                    f"activations ended after {self.n_training_samples} of {self.cfg.total_training_samples} samples: "
+                    "training ends here"
+                )
+                return None
+
+    def _progress(self) -> Any:
+        return tqdm(total=self.cfg.total_training_samples, initial=self.n_training_samples, desc="Training SAE")
+
+    def _describe(self, output: TrainStepOutput) -> str:
+        parts = [f"{name}: {torch.as_tensor(value).item():.5f}" for name, value in output.losses.items()]
+        if self.routing is not None:
+            E = len(self.routing.load_E)
+            parts.append(f"busiest expert: {E * float(self.routing.load_E.max()):.1f}x")
+            parts.append(f"dead experts: {int(self.routing.dead_experts.sum())}")
+        dead = int(self.dead_neurons.sum())
+        parts += [f"dead latents: {dead}"] if dead else []
+        skipped = self.n_skipped_steps
+        parts += [f"skipped: {skipped}"] if skipped else []
+        return f"{self.n_training_steps}| {' | '.join(parts)}"
+
+    def _estimate_normalization(self) -> None:
+        """As SAELens; statistics that came with a checkpoint are kept."""
+        scaler, how = self.activation_scaler, self.sae.cfg.normalize_activations
+        options: dict[str, Any] = {
+            "d_in": self.sae.cfg.d_in,
+            "data_provider": self.data_provider,
+            "n_batches_for_norm_estimate": self.cfg.n_batches_for_norm_estimate,
+        }
+        if how == "expected_average_only_in" and scaler.scaling_factor is None:
+            estimate = scaler.estimate_scaling_factor
+        elif how == "covariance_whitening" and scaler.whitening is None:
+            estimate = scaler.estimate_whitening
+        else:
+            return
+        with self._interruption.waiting():
+            estimate(**options)
+        self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate
+
+    def _finish(self) -> None:
+        self._log(self.full_sparsity_window_log())
+        scaler = self.activation_scaler
+        if scaler.scaling_factor is not None:
+            self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+            scaler.scaling_factor = None
+        if scaler.whitening is not None:
+            w, scaler.whitening = scaler.whitening, None
+            self.sae.fold_activation_whitening(w.mean, w.matrix, w.inverse_matrix)
+        self.set_final_sae_metadata()
+        if self.cfg.save_final_checkpoint:
+            self.save_checkpoint(f"final_{self.n_training_samples}")
+
+    # What is logged
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if metrics and self.cfg.logger.log_to_wandb:
+            wandb.log(metrics, step=self.n_training_steps)
+
+    @override
+    @torch.no_grad()
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        """SAELens's names; what concerns the router under ``routing/``."""
+        log = super().build_train_step_log_dict(output, n_training_samples)
+        log["details/skipped_steps"] = self.n_skipped_steps
+        if isinstance(output, SparseStepOutput) and output.routing is not None and self.routing is not None:
+            for name in output.routing.metrics():
+                log[f"routing/{name}"] = log.pop(f"metrics/{name}")
+            log["routing/load_balance"] = log.pop("metrics/load_balance")
+            log["routing/dead_experts"] = int(self.routing.dead_experts.sum())
+            log["routing/interventions"] = self.n_interventions
+            log |= {f"routing/load_expert_{e}": load for e, load in enumerate(self.routing.load_E.tolist())}
+            self._last_gates_B = output.routing.gates_B.float().cpu()
+        return log
+
+    @override
+    @torch.no_grad()
+    def _run_and_log_evals(self) -> None:
+        """SAELens's evaluation, and histograms of the routing."""
+        super()._run_and_log_evals()
+        every = self.cfg.logger.wandb_log_frequency * self.cfg.logger.eval_every_n_wandb_logs
+        if self.routing is not None and (self.n_training_steps + 1) % every == 0:
+            E = len(self.routing.load_E)
+            of_experts = {
+                "load": self.routing.load_E,
+                "dead_latents": self.dead_neurons.view(E, -1).sum(1).float(),
+                "latent_density": self.feature_sparsity.view(E, -1).mean(1) if self.n_frac_active_samples else None,
+                "gates": getattr(self, "_last_gates_B", None),
+            }
+            self._log(
+                {
+                    f"routing/{name}_histogram": wandb.Histogram(values.cpu().numpy())  # type: ignore[arg-type]
+                    for name, values in of_experts.items()
+                    if values is not None
+                }
+            )
+
+    # Collapse of the router
+
+    def _watch_routing(self, x_BD: Tensor) -> None:
+        monitor = self.routing
+        if monitor is None or (self.n_training_steps + 1) % max(1, monitor.patience // 4):
+            return
+        collapse = monitor.collapse()
+        if collapse is None:
+            return
+        if not self._reported_collapse:
+            self._reported_collapse = True
+            what = f"To do: {REMEDY}" if self.cfg.on_collapse == "report" else f"on_collapse={self.cfg.on_collapse!r}"
+            logger.warning(f"step {self.n_training_steps}: {collapse.describe(monitor.patience)}. {what}")
+        if self.cfg.on_collapse != "report":
+            self._counter(collapse, x_BD)
+            monitor.start_over()
+
+    def _counter(self, collapse: Collapse, x_BD: Tensor) -> None:
+        self.n_interventions += 1
+        if self.cfg.on_collapse == "raise_coefficient":
+            scheduler = self.coefficient_schedulers["load_balance"]
+            scheduler.final_value = 2 * scheduler.final_value or 0.1
+            scheduler.warm_up_steps = 0
+            scheduler.current_value = scheduler.final_value
+        else:
+            assert self.routing is not None
+            least = int(self.routing.load_E.argmin())
+            reseed(self.sae, self.optimizer, x_BD, collapse.without_tokens or [least])
+
+    # Checkpoints
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """A folder that is whole and on disk when it appears. Raises OSError, e.g. when the disk is full."""
+        base = self.cfg.checkpoint_path if base_path is None else base_path
+        if base is None and not self.cfg.logger.log_to_wandb:
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=None)
+            return
+        with path_or_tmp_dir(base) as parent:
+            path = Path(parent) / checkpoint_name
+            with checkpoints.whole_folder(path, self.checkpoint_facts()) as folder:
+                self.write_checkpoint(folder)
+                if self.save_checkpoint_fn is not None:
+                    self.save_checkpoint_fn(checkpoint_path=folder if base is not None else None)
+            if self.cfg.logger.log_to_wandb:
+                self.cfg.logger.log(
+                    self,
+                    path / "sae_weights.safetensors",
+                    path / "cfg.json",
+                    sparsity_path=path / SPARSITY_FILENAME,
+                    wandb_aliases=wandb_aliases,
+                )
+            if base is not None and self.cfg.keep_checkpoints is not None:
+                checkpoints.prune(Path(parent), self.cfg.keep_checkpoints)
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """SAELens's files and ours, into a folder that is there."""
+        self.sae.save_model(str(folder))
+        save_file({"sparsity": self.log_feature_sparsity}, folder / SPARSITY_FILENAME)
+        self.save_trainer_state(folder)
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What ``checkpoint.json`` says of the run."""
+        return {
+            "n_training_samples": self.n_training_samples,
+            "n_training_steps": self.n_training_steps,
+            "config": self.config_of_record(),
+        }
+
+    def config_of_record(self) -> dict[str, Any]:
+        """The settings that a run and the checkpoint it goes on from must share."""
+        sae = {n: v for n, v in self.sae.cfg.to_dict().items() if n not in ("metadata", "device")}
+        trainer = {n: v for n, v in vars(self.cfg).items() if n not in _NOT_IN_CHECKPOINT}
+        return {"sae": sae, "trainer": trainer}
+
+    @override
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        super().save_trainer_state(checkpoint_path)
+        state: dict[str, Any] = {
+            "n_batches_drawn": self.n_batches_drawn,
+            "skipped": self._skipped,
+            "n_passes": self._n_passes,
+            "reported_collapse": self._reported_collapse,
+            "n_interventions": self.n_interventions,
+            "coefficients": {
+                name: {k: getattr(s, k) for k in ("final_value", "warm_up_steps")}
+                for name, s in self.coefficient_schedulers.items()
+            },
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+        if self.routing is not None:
+            state["routing"] = self.routing.state_dict()
+        if callable(getattr(self.data_provider, "load_state_dict", None)):
+            state["data"] = self.data_provider.state_dict()  # type: ignore[attr-defined]
+        torch.save(state, checkpoint_path / STATE_FILENAME)
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """State of the optimiser, schedules, statistics and random numbers; weights are loaded by the SAE.
+
+        Raises CheckpointError for a checkpoint that is damaged or of another configuration. One of SAELens's own
+        trainer is read as well.
+        """
+        self._restore_random(self._load(Path(checkpoint_path)))
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        """Everything but what concerns the activations and random numbers, which is returned."""
+        checkpoints.verify(path, self.config_of_record())
+        state: dict[str, Any] = {}
+        if (path / STATE_FILENAME).exists():
+            state = torch.load(path / STATE_FILENAME, map_location="cpu")
+            self._n_passes = state["n_passes"]
+            self.n_batches_drawn = state["n_batches_drawn"]
+            self._skipped.copy_(state["skipped"])
+            self._reported_collapse, self.n_interventions = state["reported_collapse"], state["n_interventions"]
+            if self.routing is not None:
+                self.routing.load_state_dict(state["routing"])
+            for name, values in state["coefficients"].items():
+                vars(self.coefficient_schedulers[name]).update(values)
+        super().load_trainer_state(path)
+        # Thresholds that were passed make no checkpoint again.
+        self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
+        return state
+
+    def _restore_random(self, state: dict[str, Any]) -> None:
+        if "random" in state:
+            torch.set_rng_state(state["random"])
+            for i, cuda in enumerate(state["random_cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(cuda, i)
+
+    def resume(self, checkpoint: Path | str = "latest") -> Path | None:
+        """Go on from a checkpoint: weights, everything the trainer keeps, and the place in the activations.
+
+        "latest" is the newest whole one below ``checkpoint_path``; None is returned if there is none. An iterator
+        with ``load_state_dict`` is told its place; from any other, which must begin where it did the first time,
+        the batches that were used are drawn and dropped.
+        """
+        path: Path | None = Path(checkpoint)
+        if checkpoint == "latest":
+            if self.cfg.checkpoint_path is None:
+                raise ValueError("resume='latest' needs a checkpoint_path; it is None")
+            path = checkpoints.latest(self.cfg.checkpoint_path, self.config_of_record())
+        if path is None:
+            return None
+        state = self._load(path)
+        self.sae.load_weights_from_checkpoint(path)
+        if "data" in state and callable(getattr(self.data_provider, "load_state_dict", None)):
+            self.data_provider.load_state_dict(state["data"])  # type: ignore[attr-defined]
+        else:
+            for _ in tqdm(range(self.n_batches_drawn), desc="Returning to the place in the activations", leave=False):
+                next(self.data_provider)
+        self._restore_random(state)  # at last: drawing may have used random numbers
+        logger.info(f"resumed from {path} at {self.n_training_samples} samples")
+        return path
+
+    @override
+    @torch.no_grad()
+    def _checkpoint_if_needed(self) -> None:
+        """Scheduled checkpoints: one that cannot be written is reported, and training goes on."""
+        try:
+            super()._checkpoint_if_needed()
+        except OSError as error:
+            self.checkpoint_thresholds.pop(0)
+            logger.error(f"checkpoint at {self.n_training_samples} samples could not be saved: {error}")
+
+    def _save_because_interrupted(self) -> None:
+        if self.cfg.checkpoint_path is not None and self.n_training_steps > 0:
+            logger.warning(f"interrupted at {self.n_training_samples} samples, saving")
+            self.save_checkpoint(str(self.n_training_samples))
+            logger.warning(f"saved {self.cfg.checkpoint_path}/{self.n_training_samples}")
+
+
+@contextmanager
+def _accepting_not_finite(sae: Any) -> Iterator[None]:
+    """An SAE of ours looks at its loss, and refuses to go on; here it need not, and the device is not waited for."""
+    if not hasattr(sae, "refuses_not_finite"):
+        yield
+        return
+    sae.refuses_not_finite = False
+    try:
+        yield
+    finally:
+        del sae.refuses_not_finite
