@@ -50,12 +50,14 @@ class RoutingMonitor:
         self.share = (1 + 1 / n_experts) / 2 if share is None else share
         self.patience = patience
         self.load_E = torch.full((n_experts,), 1 / n_experts, device=device)
+        self.last_load_E = self.load_E
         self.steps_without_E = torch.zeros(n_experts, device=device)
         self.steps_too_busy = torch.zeros((), device=device)
 
     @torch.no_grad()
     def update(self, load_E: Tensor) -> None:
         load_E = load_E.to(self.load_E.dtype)
+        self.last_load_E = load_E
         self.load_E.lerp_(load_E, _FORGET)
         self.steps_without_E.add_(1).mul_(load_E == 0)
         self.steps_too_busy.add_(1).mul_(load_E.max() > self.share)
@@ -70,8 +72,8 @@ class RoutingMonitor:
         too_busy = bool(self.steps_too_busy >= self.patience)
         if not without and not too_busy:
             return None
-        busiest = int(self.load_E.argmax())
-        return Collapse(without, busiest, float(self.load_E[busiest]), too_busy)
+        busiest = int(self.last_load_E.argmax())
+        return Collapse(without, busiest, float(self.last_load_E[busiest]), too_busy)
 
     def start_over(self) -> None:
         """After a counter-measure: give it ``patience`` steps before the next."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ def aux_loss(sae: Any, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_d
     """coefficient * min(1, n_dead / (d_in / 2)) * mean_B ||aux_out - (x - sae_out)||^2; n_dead of all, or a token."""
     residual = (x_BD - sae_out_BD).detach()
     error_B = (sae.reshape_fn_out(aux_out_BD, sae.d_head) - residual).pow(2).sum(dim=-1)
-    few = n_dead / (x_BD.shape[-1] // 2)
-    few = few.clamp(max=1) if isinstance(few, Tensor) else min(few, 1.0)
+    few = torch.as_tensor(n_dead, dtype=error_B.dtype, device=error_B.device) / (x_BD.shape[-1] // 2)
+    few = few.clamp(max=1)
     return sae.cfg.aux_loss_coefficient * (few * error_B).mean()
 
 

@@ -193,17 +193,19 @@ class RowSparseAdam(Optimizer):
 
     def grads(self) -> list[Tensor]:
         """All there are, the compact ones among them."""
-        r = self.row_grads
-        compact = [g for g in (r.dW_enc_RD, r.dW_dec_RD, r.d_bias_R) if g is not None]
+        compact = [g for g in self._by_row().values() if g is not None]
         return compact + [p.grad for p in _parameters(self) if p.grad is not None]
+
+    def _by_row(self) -> dict[nn.Parameter, Tensor | None]:
+        sae, r = self.sae, self.row_grads
+        by_row = {sae.W_enc: r.dW_enc_RD, sae.W_dec: r.dW_dec_RD}
+        return by_row | {sae.b_enc: r.d_bias_R} if hasattr(sae, "b_enc") else by_row
 
     @torch.no_grad()
     def step(self, _closure: None = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
         """One step of the gradients divided by ``grad_scale``."""
         sae, r = self.sae, self.row_grads
-        by_row = {sae.W_enc: r.dW_enc_RD, sae.W_dec: r.dW_dec_RD}
-        if hasattr(sae, "b_enc"):
-            by_row[sae.b_enc] = r.d_bias_R
+        by_row = self._by_row()
         constrained = getattr(sae.cfg, "normalize_decoder", False)
         for group in self.param_groups:
             for p in group["params"]:

@@ -214,7 +214,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 if hasattr(sae, "follow_ties"):
                     sae.follow_ties()
             optimizer.row_grads.clear()
-        elif optimizer.param_groups[0].get("fused"):
+        elif optimizer.param_groups[0].get("fused") and norm.dtype == torch.float32:
             # The fused step divides by the scale, and leaves everything as it is where something was not finite.
             optimizer.grad_scale, optimizer.found_inf = scale, (~good).to(torch.float32)  # type: ignore[attr-defined]
             optimizer.step()

@@ -1,0 +1,377 @@
+"""What runs write for W&B, read back from the files of real offline runs."""
+
+import base64
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from helpers import HOOK, D, E, F, K, M, activations, run_fields, training_config, training_sae
+from sae_lens import LoggingConfig
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from wandb.proto.wandb_internal_pb2 import Record
+
+from sae_lens_switch import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    SparseSAETrainer,
+    SparseSAETrainerConfig,
+    SparseTopKTrainingSAEConfig,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),
+    pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),
+]
+
+# Eight steps of 64 tokens: logged on every second, evaluated on every fourth, sparsity on every fourth, one checkpoint.
+STEPS, BATCH, WINDOW = 8, 64, 2
+LOGGED, EVALUATED, SPARSITY = {1, 3, 5, 7}, {3, 7}, {4, 8}
+FIELDS = {"training_tokens": STEPS * BATCH, "dead_feature_window": WINDOW, "feature_sampling_window": 4}
+OF_WANDB = {"_step", "_runtime", "_timestamp"}
+OF_EVERY_SAE = {
+    "losses/overall_loss",
+    "losses/mse_loss",
+    "losses/auxiliary_reconstruction_loss",
+    "metrics/explained_variance",
+    "metrics/explained_variance_legacy",
+    "metrics/explained_variance_legacy_std",
+    "metrics/l0",
+    "sparsity/dead_features",
+    "sparsity/mean_passes_since_fired",
+    "details/current_learning_rate",
+    "details/n_training_samples",
+    "details/skipped_steps",
+}
+OF_SWITCH = {
+    "losses/load_balance_loss",
+    "details/load_balance_coefficient",
+    *(f"routing/expert_load_{name}" for name in ("max", "min", "entropy")),
+    *(f"routing/{name}" for name in ("gate_mean", "load_balance", "dead_experts", "interventions")),
+    *(f"routing/{name}_expert_{e}" for name in ("load", "dead_latents") for e in range(E)),
+}
+OF_EVALUATION = {
+    *("model_performance_preservation", "reconstruction_quality", "shrinkage", "sparsity", "token_stats"),
+    "weights/W_dec_norms",
+}
+HISTOGRAMS_OF_SWITCH = {
+    "weights/W_router_norms",
+    *(f"routing/{name}_histogram" for name in ("load", "gates", "dead_latents", "latent_density")),
+}
+OF_SPARSITY_WINDOW = {
+    *("metrics/mean_log10_feature_sparsity", "plots/feature_density_line_chart"),
+    *("sparsity/below_1e-5", "sparsity/below_1e-6"),
+}
+
+
+def logging() -> LoggingConfig:
+    return LoggingConfig(wandb_project="tested", run_name="tiny run", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
+
+
+@contextmanager
+def offline(folder: Path) -> Iterator[None]:
+    """W&B as it is, but offline and writing only below ``folder``."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
+            patch.setenv(f"WANDB_{name}", str(folder))
+        for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "ERROR_REPORTING": "false"}.items():
+            patch.setenv(f"WANDB_{name}", value)
+        wandb.teardown()  # settings are read from the environment once
+        try:
+            yield
+        finally:
+            wandb.teardown()
+
+
+def written(folder: Path) -> list[Record]:
+    """The records of the only run below ``folder``: a LevelDB log behind seven bytes of header."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, records, whole, place = file.read_bytes(), [], b"", 7
+    assert data[:4] == b":W&B"
+    while place < len(data):
+        left_in_block = 2**15 - place % 2**15
+        if left_in_block < 7:
+            place += left_in_block
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            records.append(Record.FromString(whole))
+            whole = b""
+    assert records[-1].WhichOneof("record_type") in ("exit", "final", "footer")
+    return records
+
+
+def history(records: list[Record]) -> dict[int, dict[str, Any]]:
+    rows: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.HasField("history"):
+            assert record.history.step.num not in rows
+            row = rows[record.history.step.num] = {}
+            for item in record.history.item:
+                *parents, name = item.nested_key or [item.key]
+                place = row
+                for parent in parents:
+                    place = place.setdefault(parent, {})
+                place[name] = json.loads(item.value_json)
+    return {step: {name: value for name, value in row.items() if name not in OF_WANDB} for step, row in rows.items()}
+
+
+def artifacts(records: list[Record]) -> list[tuple[str, set[str], dict[str, str]]]:
+    """Type, aliases, and the digest of each file."""
+    logged = [record.artifact for record in records if record.HasField("artifact")]
+    return [(a.type, set(a.aliases), {file.path: file.digest for file in a.manifest.contents}) for a in logged]
+
+
+def digests(folder: Path, *names: str) -> dict[str, str]:
+    return {n: base64.b64encode(hashlib.md5((folder / n).read_bytes()).digest()).decode() for n in names}
+
+
+def describes(histogram: dict[str, Any], values: torch.Tensor) -> bool:
+    counts, bins = np.histogram(values.double().numpy(), bins=64)
+    same_ends = histogram["bins"] == pytest.approx(bins.tolist(), rel=1e-5, abs=1e-7)
+    return histogram["_type"] == "histogram" and same_ends and sum(histogram["values"]) == counts.sum()
+
+
+def run(architecture: str, folder: Path, model, dataset, **options: Any) -> SimpleNamespace:
+    """A run, with the outputs of its steps beside what it has written."""
+    sizes = {"d_in": D, "d_sae": F, "k": K, "lr": 1e-3, "logger": logging()}
+    cfg = LanguageModelSAERunnerConfig(
+        architecture=architecture, **sizes, **(run_fields(folder, n_checkpoints=1, **FIELDS) | options)
+    )
+    outputs, step = [], SparseSAETrainer.step
+    with offline(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SparseSAETrainer, "step", lambda self, batch: outputs.append(step(self, batch)) or outputs[-1])
+        sae = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model).run()
+    records = written(folder)
+    return SimpleNamespace(cfg=cfg, sae=sae, folder=folder, outputs=outputs, records=records, history=history(records))
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory, model, dataset):
+    return run("switch", tmp_path_factory.mktemp("switch"), model, dataset, n_experts=E, aux_loss_coefficient=0.1)
+
+
+def counted(outputs: list[Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """Statistics of the routing after each step, from nothing but the codes."""
+    since_F, running_E, fired_F = torch.zeros(F), torch.full((E,), 1 / E), torch.zeros(F)
+    for step, output in enumerate(outputs):
+        codes = output.codes
+        expert_B = codes.indices[:, 0] // M
+        assert torch.equal(codes.indices // M, expert_B[:, None].expand(-1, K))
+        load_E = torch.bincount(expert_B, minlength=E) / BATCH
+        dead_before_F = since_F > WINDOW
+        fires_F = torch.bincount(codes.indices[codes.values > 0], minlength=F)
+        since_F = torch.where(fires_F > 0, 0, since_F + 1)
+        running_E = 0.98 * running_E + 0.02 * load_E
+        fired_F = fires_F + (0 if step % 4 == 0 else fired_F)
+        yield {
+            "load": load_E,
+            "running load": running_E,
+            "dead before": dead_before_F.view(E, M).sum(1),
+            "dead": (since_F > WINDOW).view(E, M).sum(1),
+            "density": fired_F.view(E, M).mean(1) / (BATCH * (step % 4 + 1)),
+        }
+
+
+def test_rows_hold_saelens_names_and_the_routers_beside_them(switch):
+    assert switch.history.keys() == LOGGED | SPARSITY
+    for step in LOGGED - EVALUATED:
+        assert switch.history[step].keys() == OF_EVERY_SAE | OF_SWITCH
+    for step in EVALUATED:
+        assert switch.history[step].keys() == OF_EVERY_SAE | OF_SWITCH | OF_EVALUATION | HISTOGRAMS_OF_SWITCH
+    for step in SPARSITY:
+        assert switch.history[step].keys() == OF_SPARSITY_WINDOW
+
+
+def test_losses_and_metrics_are_those_of_the_step(switch):
+    for step in LOGGED:
+        row, output = switch.history[step], switch.outputs[step]
+        assert row["losses/overall_loss"] == pytest.approx(output.loss.item())
+        for name in ("mse_loss", "load_balance_loss", "auxiliary_reconstruction_loss"):
+            assert row[f"losses/{name}"] == pytest.approx(output.losses[name].item())
+        x, error = output.sae_in, output.sae_out.detach() - output.sae_in
+        explained = 1 - error.square().sum() / (x - x.mean(0)).square().sum()
+        assert row["metrics/explained_variance"] == pytest.approx(explained.item(), abs=1e-5)
+        assert row["metrics/l0"] == pytest.approx((output.codes.values > 0).sum().item() / BATCH)
+        assert row["details/n_training_samples"] == (step + 1) * BATCH
+        assert row["details/skipped_steps"] == 0
+        assert row["details/load_balance_coefficient"] == pytest.approx(0.3)
+    assert switch.history[7]["losses/auxiliary_reconstruction_loss"] > 0
+    assert switch.history[1]["details/current_learning_rate"] == pytest.approx(1e-3)
+
+
+def test_routing_is_what_the_codes_say(switch):
+    for step, expected in enumerate(counted(switch.outputs)):
+        if step not in LOGGED:
+            continue
+        row, load_E = switch.history[step], expected["load"]
+        assert row["routing/expert_load_max"] == pytest.approx(load_E.max().item())
+        assert row["routing/expert_load_min"] == pytest.approx(load_E.min().item())
+        assert row["routing/expert_load_entropy"] == pytest.approx(torch.special.entr(load_E).sum().item(), rel=1e-5)
+        loads = [row[f"routing/load_expert_{e}"] for e in range(E)]
+        assert loads == pytest.approx(expected["running load"].tolist(), rel=1e-5)
+        assert sum(loads) == pytest.approx(1, rel=1e-5)
+        assert row["routing/gate_mean"] == pytest.approx(switch.outputs[step].routing.gates_B.mean().item())
+        assert 1 / E < row["routing/gate_mean"] < 1
+        dead = [row[f"routing/dead_latents_expert_{e}"] for e in range(E)]
+        assert dead == expected["dead before"].tolist()
+        assert row["sparsity/dead_features"] == expected["dead"].sum()
+        assert (row["routing/dead_experts"], row["routing/interventions"]) == (0, 0)
+        coefficient = 0.3 * (x := switch.outputs[step].sae_in).var(dim=0, correction=0).sum().item()
+        assert row["losses/load_balance_loss"] == pytest.approx(coefficient * row["routing/load_balance"], rel=1e-4)
+        assert x.shape == (BATCH, D)
+    assert sum(dead) > 0
+
+
+def test_histograms_on_evaluation_steps_describe_the_experts(switch):
+    for step, expected in enumerate(counted(switch.outputs)):
+        if step not in EVALUATED:
+            continue
+        row = switch.history[step]
+        assert describes(row["routing/load_histogram"], expected["running load"])
+        assert describes(row["routing/dead_latents_histogram"], expected["dead"])
+        assert describes(row["routing/latent_density_histogram"], expected["density"])
+        assert describes(row["routing/gates_histogram"], switch.outputs[step].routing.gates_B)
+        norms = row["weights/W_dec_norms"]
+        assert norms["bins"] == pytest.approx([1] * 65, abs=1e-6)
+        assert sum(norms["values"]) == F
+        assert sum(row["weights/W_router_norms"]["values"]) == E
+    # The learning rate of the last step was 0: the weights at its evaluation are the final ones.
+    assert describes(switch.history[7]["weights/W_router_norms"], switch.sae.W_router.detach().norm(dim=0))
+
+
+def test_evaluations_and_sparsity_are_saelens_own(switch):
+    for step in EVALUATED:
+        row = switch.history[step]
+        assert row["model_performance_preservation"]["ce_loss_with_sae"] > 0
+        assert 0 < row["sparsity"]["l0"] <= K
+        assert row["reconstruction_quality"]["explained_variance"] < 1
+    fired = torch.cat([output.codes.indices[output.codes.values > 0] for output in switch.outputs[4:]])
+    never = F - len(fired.unique())
+    assert switch.history[8]["sparsity/below_1e-6"] == never > 0
+    assert sum(switch.history[8]["plots/feature_density_line_chart"]["values"]) == F
+
+
+def test_the_config_is_written(switch):
+    (record,) = [record.run for record in switch.records if record.HasField("run")]
+    assert (record.project, record.display_name) == ("tested", "tiny run")
+    config = {update.key: json.loads(update.value_json) for update in record.config.update}
+    config.pop("_wandb")
+    assert config == json.loads(json.dumps(switch.cfg.to_dict()))
+    assert config["sae"]["architecture"] == "switch"
+    assert (config["sae"]["n_experts"], config["sae"]["aux_loss_coefficient"], config["lr"]) == (E, 0.1, 1e-3)
+
+
+def test_weights_and_sparsity_of_checkpoint_and_final_model_are_artifacts(switch):
+    (checkpoint,) = (switch.folder / "checkpoints").glob("*/*")
+    assert checkpoint.name == str(5 * BATCH)  # the first step past half of the tokens
+    model_files, sparsity = ("cfg.json", "sae_weights.safetensors"), "sparsity.safetensors"
+    output = switch.folder / "output"
+    assert artifacts(switch.records) == [
+        ("model", {"latest"}, digests(checkpoint, *model_files)),
+        ("log_feature_sparsity", {"latest"}, digests(checkpoint, sparsity)),
+        ("model", {"final_model"}, digests(output, *model_files)),
+        ("log_feature_sparsity", {"latest"}, digests(output, sparsity)),
+    ]
+    metadata = [json.loads(r.artifact.metadata) for r in switch.records if r.HasField("artifact")]
+    assert [m["lr"] for m in metadata] == [1e-3] * 4
+
+
+def test_sparse_topk_logs_saelens_names_and_nothing_of_a_router(tmp_path, model, dataset):
+    topk = run("sparse_topk", tmp_path, model, dataset, checkpoint_path=None)
+    assert topk.history.keys() == LOGGED | SPARSITY
+    for step in LOGGED:
+        evaluation = OF_EVALUATION if step in EVALUATED else set()
+        assert topk.history[step].keys() == OF_EVERY_SAE | evaluation
+        assert topk.history[step]["losses/mse_loss"] == pytest.approx(topk.outputs[step].losses["mse_loss"].item())
+    # Without a folder for checkpoints they go to W&B all the same.
+    assert [(kind, aliases) for kind, aliases, _ in artifacts(topk.records)] == [
+        ("model", {"latest"}),
+        ("log_feature_sparsity", {"latest"}),
+        ("model", {"final_model"}),
+        ("log_feature_sparsity", {"latest"}),
+    ]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, model, dataset):
+    folder = tmp_path_factory.mktemp("many")
+    taken = {f.name for f in fields(MultiSAETrainingRunnerConfig)}
+    options = run_fields(folder, n_checkpoints=1, lr=1e-3, logger=logging(), **FIELDS)
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={
+            "routed": training_config(dtype="float32", aux_loss_coefficient=0.1),
+            "flat": SparseTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K),
+        },
+        hook_names=HOOK,
+        **{name: value for name, value in options.items() if name in taken},
+    )
+    with offline(folder):
+        MultiSAETrainingRunner(cfg, override_dataset=dataset, override_model=model).run()
+    records = written(folder)
+    return SimpleNamespace(folder=folder, records=records, history=history(records))
+
+
+def names_of_both(switch_names: set[str], every_name: set[str]) -> set[str]:
+    return {f"routed/{name}" for name in switch_names | every_name} | {f"flat/{name}" for name in every_name}
+
+
+def test_names_of_many_saes_begin_with_the_name_of_the_sae(many):
+    assert many.history.keys() == LOGGED | SPARSITY
+    of_step = names_of_both(OF_SWITCH, OF_EVERY_SAE) | {"details/n_training_samples"}
+    for step in LOGGED - EVALUATED:
+        assert many.history[step].keys() == of_step
+    for step in SPARSITY:
+        assert many.history[step].keys() == names_of_both(set(), OF_SPARSITY_WINDOW)
+    for step in LOGGED:
+        row = many.history[step]
+        assert row.keys() >= of_step
+        assert sum(row[f"routed/routing/load_expert_{e}"] for e in range(E)) == pytest.approx(1, rel=1e-5)
+        assert row["routed/losses/mse_loss"] != row["flat/losses/mse_loss"]
+
+
+def test_evaluations_of_many_saes_have_the_same_histograms_as_of_one(many):
+    for step in EVALUATED:
+        histograms = {name for name, v in many.history[step].items() if isinstance(v, dict) and "bins" in v}
+        assert histograms == names_of_both(HISTOGRAMS_OF_SWITCH, {"weights/W_dec_norms"})
+        assert sum(many.history[step]["routed/routing/load_histogram"]["values"]) == E
+
+
+def test_checkpoints_and_final_models_of_many_saes_are_artifacts(many):
+    (checkpoint,) = (many.folder / "checkpoints").glob("*/*")
+    expected = []
+    for folder, alias in ((checkpoint, "latest"), (many.folder / "output", "final_model")):
+        for name in ("routed", "flat"):
+            expected.append(("model", {alias}, digests(folder / name, "cfg.json", "sae_weights.safetensors")))
+            expected.append(("log_feature_sparsity", {"latest"}, digests(folder / name, "sparsity.safetensors")))
+    assert artifacts(many.records) == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_skipped_is_logged_even_where_it_is_evaluated(value, tmp_path):
+    batches = activations(STEPS)
+    batches[3][5, 2] = value
+    cfg = SparseSAETrainerConfig(
+        total_training_samples=STEPS * BATCH, train_batch_size_samples=BATCH, lr=1e-3, logger=logging()
+    )
+    with offline(tmp_path):
+        wandb.init()
+        SparseSAETrainer(cfg, training_sae(), batches).fit()
+        wandb.finish()
+    rows = history(written(tmp_path))
+    assert [rows[step]["details/skipped_steps"] for step in sorted(LOGGED)] == [0, 1, 1, 1]
+    assert "routing/load_histogram" in rows[3]
+    assert sum(rows[7]["routing/gates_histogram"]["values"]) == BATCH
