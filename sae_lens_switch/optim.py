@@ -223,7 +223,9 @@ class RowSparseAdam(Optimizer):
                     grad = grad[rows]
                 if rows is None:
                     state["step"] += 1
-                    _adam_update(weights, grad / grad_scale, state, state["step"], group)
+                    m, v = state["exp_avg"], state["exp_avg_sq"]
+                    g = grad.to(m.dtype) / grad_scale
+                    _adam_update(weights, g, m, v, state["step"], group, torch.empty_like(m))
                 else:
                     self._step_rows(weights, grad, rows, state, group, grad_scale, unit, project)
                 if weights is not latent_major:
@@ -258,20 +260,24 @@ class RowSparseAdam(Optimizer):
         unit: bool,
         project: bool,
     ) -> None:
-        # On a CPU in blocks that stay in cache.
-        block = _ROWS if weights.device.type == "cpu" else max(1, len(rows_R))
+        # On a CPU in blocks that stay in cache, all through the same buffers.
+        block = min(_ROWS if weights.device.type == "cpu" else len(rows_R), len(rows_R))
+        whole = weights, state["exp_avg"], state["exp_avg_sq"]
+        buffers = [t.new_empty(block, *t.shape[1:]) for t in (*whole, state["exp_avg"])]
         step_R = state["step"][rows_R] + 1
         state["step"][rows_R] = step_R
         for rows, g, step in zip(rows_R.split(block), grad.split(block), step_R.split(block), strict=True):
-            w, m, v = (t[rows] for t in (weights, state["exp_avg"], state["exp_avg_sq"]))
-            g = g / grad_scale
+            w, m, v, scratch = (t[: len(rows)] for t in buffers)
+            for source, part in zip(whole, (w, m, v), strict=True):
+                torch.index_select(source, 0, rows, out=part)
+            g = g.to(m.dtype).div_(grad_scale)
             if project:
-                g.addcmul_(torch.linalg.vecdot(g, w.to(g.dtype)).unsqueeze(1), w.to(g.dtype), value=-1)
-            _adam_update(w, g, {"exp_avg": m, "exp_avg_sq": v}, step, group)
+                g.addcmul_(torch.linalg.vecdot(g, w).unsqueeze(1), w, value=-1)
+            _adam_update(w, g, m, v, step, group, scratch)
             if unit:
                 normalize_rows_(w)
-            for whole, part in ((weights, w), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
-                whole[rows] = part
+            for target, part in zip(whole, (w, m, v), strict=True):
+                target.index_copy_(0, rows, part)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,17 +289,19 @@ class RowSparseAdam(Optimizer):
                 self.state[p] = {name: t.to(p.device).clone() for name, t in saved.items()}
 
 
-def _adam_update(w: Tensor, g: Tensor, state: dict[str, Tensor], step_R: Tensor, group: dict[str, Any]) -> None:
+def _adam_update(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, step_R: Tensor, group: dict[str, Any], scratch: Tensor
+) -> None:
     """Kingma & Ba 2015, algorithm 1, in place; ``step_R`` counts for each row, or is one for all."""
     beta1, beta2 = group["betas"]
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    g = g.to(m.dtype)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     step = step_R.double().view(-1, *[1] * (w.ndim - 1))
     size, correction = group["lr"] / (1 - beta1**step), (1 - beta2**step).sqrt()
-    denominator = v.sqrt().div_(correction.to(v.dtype)).add_(group["eps"])
-    w.sub_((m * size.to(m.dtype)).div_(denominator))
+    torch.sqrt(v, out=scratch)
+    scratch.div_(correction.to(v.dtype)).add_(group["eps"])
+    torch.div(m, scratch, out=scratch)
+    w.addcmul_(scratch, size.to(v.dtype), value=-1)
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import sae_lens
 import torch
+import wandb
 from sae_lens import llm_sae_training_runner as llm_module
 from sae_lens import logger
 from sae_lens import multi_sae_training_runner as multi_module
@@ -130,6 +131,15 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
             super()._run_and_log_evals()
         finally:
             self.data_provider = wrapped
+        every = self.cfg.logger.wandb_log_frequency * self.cfg.logger.eval_every_n_wandb_logs
+        if (self.n_training_steps + 1) % every == 0:
+            trainers: dict[str, Any] = self.trainers
+            of_all = {
+                f"{name}/{key}": histogram
+                for name, trainer in trainers.items()
+                for key, histogram in trainer.routing_histograms().items()
+            }
+            wandb.log(of_all, step=self.n_training_steps)
 
     @override
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
@@ -149,6 +159,8 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                 trainer.write_checkpoint(folder / name)
             if self.save_checkpoint_fn is not None:
                 self.save_checkpoint_fn(checkpoint_path=folder)
+        for name, trainer in trainers.items():
+            trainer.log_artifacts(Path(base) / checkpoint_name / name, wandb_aliases)
 
     @override
     def load_checkpoint(self, path: str | Path) -> None:

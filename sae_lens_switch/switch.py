@@ -445,7 +445,9 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         norms_E = self.W_router.detach().norm(dim=0).cpu().numpy()
-        return {**super().log_histograms(), "weights/W_router_norms": norms_E}
+        histograms = {**super().log_histograms(), "weights/W_router_norms": norms_E}
+        # In float64: between float32 numbers as close as the norms of unit rows numpy finds no room for bins.
+        return {name: values.astype("float64") for name, values in histograms.items()}
 
 
 def not_finite(x_BD: Tensor, step: int) -> str:

@@ -30,8 +30,13 @@ from sae_lens_switch.optim import RowSparseAdam, fused_adam, total_norm
 STATE_FILENAME = "sparse_trainer_state.pt"
 # A host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
 _LOOK_EVERY = {"cpu": 1}
-_LOOK_EVERY_ON_GPU = 20
+_LOOK_EVERY_ON_GPU = 100
 _PROGRESS_EVERY = 100
+# Plain numbers of the trainer that a checkpoint holds.
+_REMEMBERED = (
+    *("n_batches_drawn", "_n_passes", "n_interventions"),
+    *("_reported_skips", "_reported_collapse", "_watched_at"),
+)
 # What may differ between a run and the checkpoint it goes on from.
 _NOT_IN_CHECKPOINT = {
     *("device", "checkpoint_path", "n_checkpoints", "save_final_checkpoint", "logger", "resume"),
@@ -82,8 +87,10 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._use_own_optimizer()
         self.n_batches_drawn = 0
         self._skipped = torch.zeros(2, dtype=torch.int64, device=cfg.device)  # in a row, and in all
+        self._reported_skips = 0
         self.n_interventions = 0
         self._reported_collapse = False
+        self._watched_at = 0
         self.routing: RoutingMonitor | None = None
         if hasattr(sae.cfg, "n_experts"):
             self.routing = RoutingMonitor(sae.cfg.n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
@@ -152,17 +159,20 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             counts_F = (counts_F.to_dense() if counts_F.is_sparse else counts_F) * good
             self._last_fired_F.masked_fill_(counts_F > 0, self._n_passes)
             self.act_freq_scores += counts_F
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        self.n_frac_active_samples += len(output.sae_in)
 
     # The step
 
     @override
     def step(self, batch: Tensor) -> TrainStepOutput:
+        self.n_batches_drawn += 1
+        return super().step(self._rows(batch))
+
+    def _rows(self, batch: Tensor) -> Tensor:
         batch = batch.reshape(-1, batch.shape[-1])
         if batch.shape[1] != self.sae.cfg.d_in:
             raise ValueError(f"activations must be d_in={self.sae.cfg.d_in} wide; got shape {tuple(batch.shape)}")
-        self.n_batches_drawn += 1
-        return super().step(batch)
+        return batch
 
     @override
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
@@ -227,10 +237,14 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _stop_if_diverged(self, x_BD: Tensor) -> None:
         in_a_row, total = self._skipped.tolist()
-        if in_a_row == 1 or (in_a_row and total <= _LOOK_EVERY_ON_GPU):
+        if total > self._reported_skips:
+            self._reported_skips = total
             bad = int((~torch.isfinite(x_BD)).sum())
             reason = f"{bad} activations are not finite" if bad else "the activations are finite: is lr too high?"
-            logger.warning(f"step {self.n_training_steps} skipped, its loss or gradient is not finite ({reason})")
+            logger.warning(
+                f"step {self.n_training_steps}: {total} steps skipped so far, {in_a_row} in a row, because loss or "
+                f"gradient were not finite ({reason})"
+            )
         if in_a_row >= self.cfg.max_skipped_steps:
             where = "nowhere, as checkpoint_path is None"
             if self.cfg.checkpoint_path is not None:
@@ -272,12 +286,12 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._run_and_log_evals()
         self.n_training_steps += 1
         self._checkpoint_if_needed()
-        progress.update(len(batch))
+        progress.update(batch[..., 0].numel())
         if self.n_training_steps % _PROGRESS_EVERY == 0:
             progress.set_description(self._describe(output))
 
     def _next_batch(self) -> Tensor | None:
-        with self._interruption.waiting():
+        with self._interruption.waiting(), torch.enable_grad():  # a generator may yield inside no_grad
             try:
                 return next(self.data_provider)
             except StopIteration:
@@ -307,7 +321,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         scaler, how = self.activation_scaler, self.sae.cfg.normalize_activations
         options: dict[str, Any] = {
             "d_in": self.sae.cfg.d_in,
-            "data_provider": self.data_provider,
+            "data_provider": self._batches_for_estimate(),
             "n_batches_for_norm_estimate": self.cfg.n_batches_for_norm_estimate,
         }
         if how == "expected_average_only_in" and scaler.scaling_factor is None:
@@ -319,6 +333,15 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         with self._interruption.waiting():
             estimate(**options)
         self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate
+
+    def _batches_for_estimate(self) -> Iterator[Tensor]:
+        n = self.cfg.n_batches_for_norm_estimate
+        for i in range(n):
+            with torch.enable_grad():
+                batch = next(self.data_provider, None)
+            if batch is None:
+                raise ValueError(f"activations ended after {i} batches, before n_batches_for_norm_estimate={n}")
+            yield self._rows(batch)
 
     def _finish(self) -> None:
         self._log(self.full_sparsity_window_log())
@@ -361,28 +384,34 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """SAELens's evaluation, and histograms of the routing."""
         super()._run_and_log_evals()
         every = self.cfg.logger.wandb_log_frequency * self.cfg.logger.eval_every_n_wandb_logs
-        if self.routing is not None and (self.n_training_steps + 1) % every == 0:
-            E = len(self.routing.load_E)
-            of_experts = {
-                "load": self.routing.load_E,
-                "dead_latents": self.dead_neurons.view(E, -1).sum(1).float(),
-                "latent_density": self.feature_sparsity.view(E, -1).mean(1) if self.n_frac_active_samples else None,
-                "gates": getattr(self, "_last_gates_B", None),
-            }
-            self._log(
-                {
-                    f"routing/{name}_histogram": wandb.Histogram(values.cpu().numpy())  # type: ignore[arg-type]
-                    for name, values in of_experts.items()
-                    if values is not None
-                }
-            )
+        if (self.n_training_steps + 1) % every == 0:
+            self._log(self.routing_histograms())
+
+    @torch.no_grad()
+    def routing_histograms(self) -> dict[str, wandb.Histogram]:
+        if self.routing is None:
+            return {}
+        E = len(self.routing.load_E)
+        of_experts = {
+            "load": self.routing.load_E,
+            "dead_latents": self.dead_neurons.view(E, -1).sum(1),
+            "latent_density": self.feature_sparsity.view(E, -1).mean(1) if self.n_frac_active_samples else None,
+            "gates": getattr(self, "_last_gates_B", None),
+        }
+        # numpy makes bins for finite numbers alone, and in float32 not for those that are very close.
+        return {
+            f"routing/{name}_histogram": wandb.Histogram(values[values.isfinite()].double().cpu().numpy())  # type: ignore[arg-type]
+            for name, values in of_experts.items()
+            if values is not None
+        }
 
     # Collapse of the router
 
     def _watch_routing(self, x_BD: Tensor) -> None:
         monitor = self.routing
-        if monitor is None or (self.n_training_steps + 1) % max(1, monitor.patience // 4):
+        if monitor is None or self.n_training_steps + 1 - self._watched_at < monitor.patience // 4:
             return
+        self._watched_at = self.n_training_steps + 1
         collapse = monitor.collapse()
         if collapse is None:
             return
@@ -427,14 +456,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 self.write_checkpoint(folder)
                 if self.save_checkpoint_fn is not None:
                     self.save_checkpoint_fn(checkpoint_path=folder if base is not None else None)
-            if self.cfg.logger.log_to_wandb:
-                self.cfg.logger.log(
-                    self,
-                    path / "sae_weights.safetensors",
-                    path / "cfg.json",
-                    sparsity_path=path / SPARSITY_FILENAME,
-                    wandb_aliases=wandb_aliases,
-                )
+            self.log_artifacts(path, wandb_aliases)
             if base is not None and self.cfg.keep_checkpoints is not None:
                 checkpoints.prune(Path(parent), self.cfg.keep_checkpoints)
 
@@ -443,6 +465,16 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.sae.save_model(str(folder))
         save_file({"sparsity": self.log_feature_sparsity}, folder / SPARSITY_FILENAME)
         self.save_trainer_state(folder)
+
+    def log_artifacts(self, folder: Path, aliases: list[str] | None) -> None:
+        if self.cfg.logger.log_to_wandb:
+            self.cfg.logger.log(
+                self,
+                folder / "sae_weights.safetensors",
+                folder / "cfg.json",
+                sparsity_path=folder / SPARSITY_FILENAME,
+                wandb_aliases=aliases,
+            )
 
     def checkpoint_facts(self) -> dict[str, Any]:
         """What ``checkpoint.json`` says of the run."""
@@ -462,11 +494,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         super().save_trainer_state(checkpoint_path)
         state: dict[str, Any] = {
-            "n_batches_drawn": self.n_batches_drawn,
             "skipped": self._skipped,
-            "n_passes": self._n_passes,
-            "reported_collapse": self._reported_collapse,
-            "n_interventions": self.n_interventions,
+            **{name: getattr(self, name) for name in _REMEMBERED},
             "coefficients": {
                 name: {k: getattr(s, k) for k in ("final_value", "warm_up_steps")}
                 for name, s in self.coefficient_schedulers.items()
@@ -495,10 +524,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         state: dict[str, Any] = {}
         if (path / STATE_FILENAME).exists():
             state = torch.load(path / STATE_FILENAME, map_location="cpu")
-            self._n_passes = state["n_passes"]
-            self.n_batches_drawn = state["n_batches_drawn"]
             self._skipped.copy_(state["skipped"])
-            self._reported_collapse, self.n_interventions = state["reported_collapse"], state["n_interventions"]
+            vars(self).update({name: state[name] for name in _REMEMBERED})
             if self.routing is not None:
                 self.routing.load_state_dict(state["routing"])
             for name, values in state["coefficients"].items():

@@ -2,6 +2,9 @@
 
 import gc
 import logging
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import fields
 from itertools import cycle
@@ -14,6 +17,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_switch import (
     SparseSAETrainer,
@@ -25,6 +29,7 @@ from sae_lens_switch import (
     TrainerOptions,
     scaling_law_lr,
 )
+from sae_lens_switch import trainer as trainer_module
 from sae_lens_switch.collapse import RoutingMonitor, reseed
 from sae_lens_switch.optim import RowSparseAdam, remove_parallel_, total_norm
 
@@ -359,6 +364,64 @@ def test_a_step_makes_no_tensor_of_batch_times_width():
         run(trainer_, [x] * 4)
         assert trainer_.dead_neurons.any()
         assert largest_allocation(lambda t=trainer_, x=x: run(t, [x])) < 0.25 * batch * d_sae
+
+
+class Waits(TorchDispatchMode):
+    """Where the host would wait for a device to read a value back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])
+def test_a_step_never_waits_for_the_device(architecture, monkeypatch):
+    monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})  # as on a GPU
+    batches = activations(4)
+    sae = (
+        training_sae(dtype="float32")
+        if architecture == "switch"
+        else topk(SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, aux_loss_coefficient=0.0)
+    )
+    trainer_ = our_trainer(sae, batches)
+    run(trainer_, batches[:2])
+    with Waits() as waits:
+        run(trainer_, batches[2:3])
+        assert waits.found == []
+        trainer_.n_skipped_steps  # noqa: B018, this one does
+        assert waits.found
+
+
+def test_memory_does_not_grow_after_the_third_step(tmp_path):
+    script = """
+import re, torch
+from sae_lens_switch import *
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+peaks = []
+def batches():
+    for _ in range(50):
+        peaks.append(peak())
+        yield torch.randn(1024, 64)
+torch.manual_seed(0)
+sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(d_in=64, d_sae=8192, n_experts=16, k=8, aux_loss_coefficient=0.03))
+cfg = SparseSAETrainerConfig(50 * 1024, 1024, optimizer=OPTIMIZER, dead_feature_window=2)
+SparseSAETrainer(cfg, sae, batches()).fit()
+print(peaks[3], peak())
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("peak memory is read from /proc")
+    for optimizer in ("'adam'", "'row_sparse_adam'"):
+        file = tmp_path / "run.py"
+        file.write_text(script.replace("OPTIMIZER", optimizer).replace("\\\\", "\\"))
+        out = subprocess.run([sys.executable, file], check=True, capture_output=True, text=True).stdout
+        third, last = map(int, out.split())
+        assert last < 1.02 * third, f"{optimizer}: {third} kB at step 3, {last} kB in the end"
 
 
 # The routing, watched

@@ -146,16 +146,20 @@ def describes(histogram: dict[str, Any], values: torch.Tensor) -> bool:
 
 def run(architecture: str, folder: Path, model, dataset, **options: Any) -> SimpleNamespace:
     """A run, with the outputs of its steps beside what it has written."""
-    sizes = {"d_in": D, "d_sae": F, "k": K, "lr": 1e-3, "logger": logging()}
-    cfg = LanguageModelSAERunnerConfig(
-        architecture=architecture, **sizes, **(run_fields(folder, n_checkpoints=1, **FIELDS) | options)
-    )
-    outputs, step = [], SparseSAETrainer.step
+    own = {"d_in": D, "d_sae": F, "k": K, "lr": 1e-3, "logger": logging(), "n_checkpoints": 1, **FIELDS, **options}
+    cfg = LanguageModelSAERunnerConfig(architecture=architecture, **run_fields(folder, **own))
+    torch.manual_seed(0)
+    runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model)
+    outputs, logits, step = [], [], SparseSAETrainer.step
+    if architecture == "switch":
+        hook = runner.sae.hook_sae_router_logits
+        hook.register_forward_hook(lambda _, __, out: logits.append(out.detach()) if runner.sae.training else None)
     with offline(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(SparseSAETrainer, "step", lambda self, batch: outputs.append(step(self, batch)) or outputs[-1])
-        sae = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model).run()
+        runner.run()
     records = written(folder)
-    return SimpleNamespace(cfg=cfg, sae=sae, folder=folder, outputs=outputs, records=records, history=history(records))
+    seen = {"outputs": outputs, "logits": logits, "records": records, "history": history(records)}
+    return SimpleNamespace(cfg=cfg, folder=folder, **seen)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,7 @@ def counted(outputs: list[Any]) -> Iterator[dict[str, torch.Tensor]]:
             "running load": running_E,
             "dead before": dead_before_F.view(E, M).sum(1),
             "dead": (since_F > WINDOW).view(E, M).sum(1),
-            "density": fired_F.view(E, M).mean(1) / (BATCH * (step % 4 + 1)),
+            "density": fired_F.view(E, M).float().mean(1) / (BATCH * (step % 4 + 1)),
         }
 
 
@@ -223,15 +227,13 @@ def test_routing_is_what_the_codes_say(switch):
         loads = [row[f"routing/load_expert_{e}"] for e in range(E)]
         assert loads == pytest.approx(expected["running load"].tolist(), rel=1e-5)
         assert sum(loads) == pytest.approx(1, rel=1e-5)
-        assert row["routing/gate_mean"] == pytest.approx(switch.outputs[step].routing.gates_B.mean().item())
         assert 1 / E < row["routing/gate_mean"] < 1
         dead = [row[f"routing/dead_latents_expert_{e}"] for e in range(E)]
         assert dead == expected["dead before"].tolist()
         assert row["sparsity/dead_features"] == expected["dead"].sum()
         assert (row["routing/dead_experts"], row["routing/interventions"]) == (0, 0)
-        coefficient = 0.3 * (x := switch.outputs[step].sae_in).var(dim=0, correction=0).sum().item()
-        assert row["losses/load_balance_loss"] == pytest.approx(coefficient * row["routing/load_balance"], rel=1e-4)
-        assert x.shape == (BATCH, D)
+        scale = switch.outputs[step].sae_in.var(dim=0, correction=0).sum().item()
+        assert row["losses/load_balance_loss"] == pytest.approx(0.3 * scale * row["routing/load_balance"], rel=1e-4)
     assert sum(dead) > 0
 
 
@@ -243,13 +245,20 @@ def test_histograms_on_evaluation_steps_describe_the_experts(switch):
         assert describes(row["routing/load_histogram"], expected["running load"])
         assert describes(row["routing/dead_latents_histogram"], expected["dead"])
         assert describes(row["routing/latent_density_histogram"], expected["density"])
-        assert describes(row["routing/gates_histogram"], switch.outputs[step].routing.gates_B)
         norms = row["weights/W_dec_norms"]
         assert norms["bins"] == pytest.approx([1] * 65, abs=1e-6)
         assert sum(norms["values"]) == F
         assert sum(row["weights/W_router_norms"]["values"]) == E
-    # The learning rate of the last step was 0: the weights at its evaluation are the final ones.
-    assert describes(switch.history[7]["weights/W_router_norms"], switch.sae.W_router.detach().norm(dim=0))
+
+
+def test_gates_are_the_probabilities_of_the_chosen_experts(switch):
+    for step in LOGGED:
+        row = switch.history[step]
+        gates_B, expert_B = switch.logits[step].softmax(dim=1).max(dim=1)
+        assert row["routing/gate_mean"] == pytest.approx(gates_B.mean().item(), rel=1e-5)
+        load_E, P_E = expert_B.bincount(minlength=E) / BATCH, switch.logits[step].softmax(dim=1).mean(0)
+        assert row["routing/load_balance"] == pytest.approx(E * (load_E * P_E).sum().item(), rel=1e-5)
+        assert step not in EVALUATED or describes(row["routing/gates_histogram"], gates_B)
 
 
 def test_evaluations_and_sparsity_are_saelens_own(switch):
@@ -282,7 +291,7 @@ def test_weights_and_sparsity_of_checkpoint_and_final_model_are_artifacts(switch
     assert artifacts(switch.records) == [
         ("model", {"latest"}, digests(checkpoint, *model_files)),
         ("log_feature_sparsity", {"latest"}, digests(checkpoint, sparsity)),
-        ("model", {"final_model"}, digests(output, *model_files)),
+        ("model", {"final_model", "latest"}, digests(output, *model_files)),
         ("log_feature_sparsity", {"latest"}, digests(output, sparsity)),
     ]
     metadata = [json.loads(r.artifact.metadata) for r in switch.records if r.HasField("artifact")]
@@ -300,7 +309,7 @@ def test_sparse_topk_logs_saelens_names_and_nothing_of_a_router(tmp_path, model,
     assert [(kind, aliases) for kind, aliases, _ in artifacts(topk.records)] == [
         ("model", {"latest"}),
         ("log_feature_sparsity", {"latest"}),
-        ("model", {"final_model"}),
+        ("model", {"final_model", "latest"}),
         ("log_feature_sparsity", {"latest"}),
     ]
     assert not (tmp_path / "checkpoints").exists()
@@ -319,6 +328,7 @@ def many(tmp_path_factory, model, dataset):
         hook_names=HOOK,
         **{name: value for name, value in options.items() if name in taken},
     )
+    torch.manual_seed(0)
     with offline(folder):
         MultiSAETrainingRunner(cfg, override_dataset=dataset, override_model=model).run()
     records = written(folder)
@@ -352,11 +362,12 @@ def test_evaluations_of_many_saes_have_the_same_histograms_as_of_one(many):
 
 def test_checkpoints_and_final_models_of_many_saes_are_artifacts(many):
     (checkpoint,) = (many.folder / "checkpoints").glob("*/*")
+    model_files, sparsity = ("cfg.json", "sae_weights.safetensors"), "sparsity.safetensors"
     expected = []
-    for folder, alias in ((checkpoint, "latest"), (many.folder / "output", "final_model")):
+    for folder, aliases in ((checkpoint, {"latest"}), (many.folder / "output", {"latest", "final_model"})):
         for name in ("routed", "flat"):
-            expected.append(("model", {alias}, digests(folder / name, "cfg.json", "sae_weights.safetensors")))
-            expected.append(("log_feature_sparsity", {"latest"}, digests(folder / name, "sparsity.safetensors")))
+            expected.append(("model", aliases, digests(folder / name, *model_files)))
+            expected.append(("log_feature_sparsity", {"latest"}, digests(folder / name, sparsity)))
     assert artifacts(many.records) == expected
 
 
