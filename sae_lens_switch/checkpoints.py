@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import logger
+from safetensors import SafetensorError
 
 MANIFEST = "checkpoint.json"
 _FINAL = "final_"
@@ -26,7 +27,10 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def whole_folder(path: Path, facts: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write a checkpoint into. It becomes ``path`` when the block ends well, and vanishes otherwise."""
+    """A folder to write a checkpoint into. It becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    Raises OSError if it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_overs(path.parent)
     folder = path.parent / f".saving-{os.getpid()}-{path.name}"
@@ -38,7 +42,8 @@ def whole_folder(path: Path, facts: dict[str, Any]) -> Iterator[Path]:
             "saved_at": time.time(),
             "files": {f.relative_to(folder).as_posix(): _fingerprint(f) for f in files},
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+        manifest = json.loads(json.dumps(manifest, default=str))
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
         for entry in [*files, folder / MANIFEST, *(f for f in folder.rglob("*") if f.is_dir()), folder]:
             _sync(entry)
         previous = path.with_name(f"{path.name}~")  # stays a checkpoint that can be found until the new one is there
@@ -46,8 +51,10 @@ def whole_folder(path: Path, facts: dict[str, Any]) -> Iterator[Path]:
             shutil.rmtree(previous, ignore_errors=True)
             os.rename(path, previous)
         os.rename(folder, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, RuntimeError | SafetensorError):  # torch's and safetensors' names for a full disk
+            raise OSError(f"checkpoint {path} could not be written: {error}") from error
         raise
     _sync(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
@@ -125,18 +132,23 @@ def _unfinished(base: Path, depth: int) -> Iterator[tuple[Path, tuple[float, int
             try:
                 manifest = _read_manifest(folder)
                 yield folder, (manifest["saved_at"], manifest["n_training_samples"])
-            except (CheckpointError, KeyError):
+            except CheckpointError:
                 yield folder, (file.stat().st_mtime, 0)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if not isinstance(manifest["files"], dict):
-            raise TypeError("files is no table")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        digest = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error!r})") from error
+    if digest != _digest(manifest):
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written (SHA-256 differs)")
     return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:

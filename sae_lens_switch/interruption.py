@@ -29,18 +29,24 @@ class Interruption:
             self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what has come and not been raised yet."""
+        if self._pending is not None:
+            self._raise(self._pending)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """A stretch that may be broken off anywhere: nothing that a checkpoint holds changes in it."""
         self._waiting = True
         try:
-            if self._pending is not None:
-                self._raise(self._pending)
+            self.check()
             yield
         finally:
             self._waiting = False

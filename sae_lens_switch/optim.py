@@ -26,9 +26,12 @@ def scaling_law_lr(d_sae: int) -> float:
 
 @torch.no_grad()
 def normalize_rows_(W_FD: Tensor) -> None:
-    """Scale each row of W to unit norm, in place; an all-zero row stays zero."""
+    """Scale each row of W to unit norm, in place; an all-zero row stays zero, and a unit one as it is, to the bit."""
+    info = torch.finfo(W_FD.dtype)
+    unit = 8 * info.eps if info.bits >= 32 else 0.0
     for rows in W_FD.split(_ROWS):
-        rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(W_FD.dtype).tiny))
+        norms = rows.norm(dim=1, keepdim=True)
+        rows.div_(norms.masked_fill_((norms - 1).abs() <= unit, 1).clamp_min_(info.tiny))
 
 
 @torch.no_grad()

@@ -277,7 +277,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
     def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self._weights_at_birth = None if self.device.type == "meta" else self._sample_of_weights()
-        self._start_put_off = False  # until a batch that is finite
+        self.start_put_off = False  # True: until a batch that is finite
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -394,15 +394,15 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
 
         Only weights as this SAE was born with them: those of a checkpoint or of another SAE are left alone.
         """
-        birth = self._weights_at_birth
-        if birth is None or (step_input.n_training_steps > 0 and not self._start_put_off):
-            return
-        self._start_put_off = not torch.isfinite(step_input.sae_in).all()
-        if self._start_put_off:
-            return
-        self._weights_at_birth = None
-        untouched = all(torch.allclose(a, b, rtol=2e-2) for a, b in zip(birth, self._sample_of_weights(), strict=True))
-        if not untouched:
+        birth, self._weights_at_birth = self._weights_at_birth, None
+        if not self.start_put_off:
+            if birth is None or step_input.n_training_steps > 0:
+                return
+            pairs = zip(birth, self._sample_of_weights(), strict=True)
+            if not all(torch.allclose(a, b, rtol=2e-2) for a, b in pairs):
+                return
+        self.start_put_off = not torch.isfinite(step_input.sae_in).all()
+        if self.start_put_off:
             return
         batch = self.run_time_activation_norm_fn_in(step_input.sae_in.to(self.dtype))
         bias_D = bias_from_batch(batch, self.cfg.bias_start)

@@ -1,7 +1,7 @@
 """SparseSAETrainer: what a training step does around forward and backward, and what keeps a long run safe."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ _LOOK_EVERY_ON_GPU = 100
 _PROGRESS_EVERY = 100
 # Plain numbers of the trainer that a checkpoint holds.
 _REMEMBERED = (
-    *("n_batches_drawn", "_n_passes", "n_interventions"),
+    *("n_batches_drawn", "n_interventions"),
     *("_reported_skips", "_reported_collapse", "_watched_at"),
 )
 # What may differ between a run and the checkpoint it goes on from.
@@ -161,6 +161,11 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.act_freq_scores += counts_F
         self.n_frac_active_samples += len(output.sae_in)
 
+    @override
+    def full_sparsity_window_log(self) -> dict[str, Any]:
+        # A run interrupted right after a window was logged goes on where there is nothing to log yet.
+        return super().full_sparsity_window_log() if self.n_frac_active_samples else {}
+
     # The step
 
     @override
@@ -224,6 +229,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 if hasattr(sae, "follow_ties"):
                     sae.follow_ties()
             optimizer.row_grads.clear()
+        elif norm.device.type == "cpu" and not good:
+            pass
         elif optimizer.param_groups[0].get("fused") and norm.dtype == torch.float32:
             # The fused step divides by the scale, and leaves everything as it is where something was not finite.
             optimizer.grad_scale, optimizer.found_inf = scale, (~good).to(torch.float32)  # type: ignore[attr-defined]
@@ -246,13 +253,14 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"gradient were not finite ({reason})"
             )
         if in_a_row >= self.cfg.max_skipped_steps:
-            where = "nowhere, as checkpoint_path is None"
+            where, step = "nowhere, as checkpoint_path is None", self.n_training_steps
             if self.cfg.checkpoint_path is not None:
+                self.n_training_steps += 1  # this one is over
                 self.save_checkpoint(f"diverged_{self.n_training_samples}")
                 where = f"{self.cfg.checkpoint_path}/diverged_{self.n_training_samples}"
             raise TrainingDivergedError(
                 f"{in_a_row} steps in a row were skipped because loss or gradient were not finite, the last one step "
-                f"{self.n_training_steps}. The last good weights are saved: {where}"
+                f"{step}. The last good weights are saved: {where}"
             )
 
     # The loop
@@ -272,6 +280,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                     if batch is None:
                         break
                     self._step_and_log(batch, progress)
+                self._interruption.check()
             except INTERRUPTIONS:
                 self._save_because_interrupted()
                 raise
@@ -291,15 +300,17 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             progress.set_description(self._describe(output))
 
     def _next_batch(self) -> Tensor | None:
-        with self._interruption.waiting(), torch.enable_grad():  # a generator may yield inside no_grad
-            try:
-                return next(self.data_provider)
-            except StopIteration:
-                logger.warning(
-                    f"activations ended after {self.n_training_samples} of {self.cfg.total_training_samples} samples: "
-                    "training ends here"
-                )
-                return None
+        self._interruption.check()
+        # What knows its place must not be broken off when it has moved on and not yet given its batch.
+        breakable = nullcontext() if _knows_its_place(self.data_provider) else self._interruption.waiting()
+        with breakable, torch.enable_grad():  # a generator may yield inside no_grad
+            batch = next(self.data_provider, None)
+        if batch is None:
+            logger.warning(
+                f"activations ended after {self.n_training_samples} of {self.cfg.total_training_samples} samples: "
+                "training ends here"
+            )
+        return batch
 
     def _progress(self) -> Any:
         return tqdm(total=self.cfg.total_training_samples, initial=self.n_training_samples, desc="Training SAE")
@@ -495,6 +506,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         super().save_trainer_state(checkpoint_path)
         state: dict[str, Any] = {
             "skipped": self._skipped,
+            "start_put_off": bool(getattr(self.sae, "start_put_off", False)),
             **{name: getattr(self, name) for name in _REMEMBERED},
             "coefficients": {
                 name: {k: getattr(s, k) for k in ("final_value", "warm_up_steps")}
@@ -505,7 +517,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         }
         if self.routing is not None:
             state["routing"] = self.routing.state_dict()
-        if callable(getattr(self.data_provider, "load_state_dict", None)):
+        if _knows_its_place(self.data_provider):
             state["data"] = self.data_provider.state_dict()  # type: ignore[attr-defined]
         torch.save(state, checkpoint_path / STATE_FILENAME)
 
@@ -522,15 +534,25 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Everything but what concerns the activations and random numbers, which is returned."""
         checkpoints.verify(path, self.config_of_record())
         state: dict[str, Any] = {}
+        super().load_trainer_state(path)
         if (path / STATE_FILENAME).exists():
             state = torch.load(path / STATE_FILENAME, map_location="cpu")
             self._skipped.copy_(state["skipped"])
+            if hasattr(self.sae, "start_put_off"):
+                cast(Any, self.sae).start_put_off = state["start_put_off"]
             vars(self).update({name: state[name] for name in _REMEMBERED})
             if self.routing is not None:
                 self.routing.load_state_dict(state["routing"])
             for name, values in state["coefficients"].items():
-                vars(self.coefficient_schedulers[name]).update(values)
-        super().load_trainer_state(path)
+                scheduler = self.coefficient_schedulers[name]
+                vars(scheduler).update(values)
+                scheduler.load_state_dict(scheduler.state_dict())  # its value follows from these
+        else:  # SAELens's trainer counts no batches
+            estimated = (
+                self.activation_scaler.scaling_factor is not None or self.activation_scaler.whitening is not None
+            )
+            self.n_batches_drawn = self.n_training_samples // self.cfg.train_batch_size_samples
+            self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate if estimated else 0
         # Thresholds that were passed make no checkpoint again.
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
         return state
@@ -557,11 +579,15 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return None
         state = self._load(path)
         self.sae.load_weights_from_checkpoint(path)
-        if "data" in state and callable(getattr(self.data_provider, "load_state_dict", None)):
+        if "data" in state and _knows_its_place(self.data_provider):
             self.data_provider.load_state_dict(state["data"])  # type: ignore[attr-defined]
         else:
-            for _ in tqdm(range(self.n_batches_drawn), desc="Returning to the place in the activations", leave=False):
-                next(self.data_provider)
+            for i in tqdm(range(self.n_batches_drawn), desc="Returning to the place in the activations", leave=False):
+                if next(self.data_provider, None) is None:
+                    raise ValueError(
+                        f"activations ended after {i} of {self.n_batches_drawn} batches, before the place of "
+                        f"checkpoint {path}"
+                    )
         self._restore_random(state)  # at last: drawing may have used random numbers
         logger.info(f"resumed from {path} at {self.n_training_samples} samples")
         return path
@@ -594,3 +620,7 @@ def _accepting_not_finite(sae: Any) -> Iterator[None]:
         yield
     finally:
         del sae.refuses_not_finite
+
+
+def _knows_its_place(data_provider: Any) -> bool:
+    return callable(getattr(data_provider, "load_state_dict", None))

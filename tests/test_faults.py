@@ -326,27 +326,14 @@ def test_an_unreadable_manifest_is_named(how, saved):
         make_trainer(saved).resume(saved / NEWER)
 
 
-def refusal(function: Any, *args: Any) -> str | None:
-    try:
-        function(*args)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def test_whichever_byte_of_the_manifest_is_wrong_it_is_a_refusal_or_does_no_harm(saved):
-    """It has no checksum of its own: a digit of the time may change, or a setting that is then found to differ."""
+def test_whichever_byte_of_the_manifest_is_wrong_it_is_refused(saved):
     manifest = saved / NEWER / checkpoints.MANIFEST
     content = manifest.read_bytes()
-    config = make_trainer(saved).config_of_record()
-    refused = 0
-    places = random.Random(0).sample(range(len(content)), 500)
-    for i in places:
+    for i in random.Random(0).sample(range(len(content)), 300):
         manifest.write_bytes(content[:i] + bytes([content[i] ^ (1 << i % 7)]) + content[i + 1 :])
-        refusals = [refusal(checkpoints.verify, saved / NEWER, config), refusal(checkpoints.latest, saved, config)]
-        assert all(NEWER in r for r in refusals if r is not None)
-        refused += refusals[0] is not None
-    assert refused > 0.9 * len(places)
+        with pytest.raises(CheckpointError, match=f"{NEWER} is damaged: checkpoint.json"):
+            checkpoints.verify(saved / NEWER)
+    assert checkpoints.latest(saved) == saved / OLDER
 
 
 def test_without_a_manifest_it_cannot_be_checked_and_a_warning_says_so(saved, caplog):
@@ -707,6 +694,7 @@ def test_a_disk_that_fills_up_stops_no_training_and_damages_no_checkpoint(free_k
     trainer.fit()
     assert folders(small_disk) == [str(11 * BATCH), "filler"]
     assert f"checkpoint at {21 * BATCH} samples could not be saved" in caplog.text
+    assert caplog.text.count("could not be saved") == 1
     resumed = make_trainer(small_disk)
     assert resumed.resume("latest") == small_disk / str(11 * BATCH)
     assert what_differs(everything(trainer), uninterrupted()) == []
