@@ -46,6 +46,7 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
+from sae_lens_switch.cost import Cost, Machine
 from sae_lens_switch.optim import step_in_memory_order
 
 LR = 1e-4
@@ -217,8 +218,10 @@ def loop(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, 
             loop_ms = loops[name].step_ms()
             if round_:
                 times[name].append((bare_ms, loop_ms))
+    machine = Machine.this_one(args.d_in, args.k, args.device)
     return {
         name: {
+            "predicted_ms": 1e3 * cost_of(args, name).step_seconds(machine),
             "bare_ms": statistics.median(b for b, _ in pairs),
             "loop_ms": statistics.median(t for _, t in pairs),
             "times_bare": statistics.median(t / b for b, t in pairs),
@@ -226,6 +229,15 @@ def loop(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, 
         }
         for name, pairs in times.items()
     }
+
+
+def cost_of(args: argparse.Namespace, name: str) -> Cost:
+    shape = {"d_in": args.d_in, "d_sae": args.d_sae, "k": args.k, "batch": args.batch}
+    if name == BASELINE:
+        return Cost("topk", **shape)
+    if name == "ours: sparse_topk":
+        return Cost("sparse_topk", **shape)
+    return Cost("switch", n_experts=int(name.split()[2]), **shape)
 
 
 class Loop:
@@ -522,11 +534,11 @@ def print_report(report: dict[str, Any]) -> None:
         both = "" if r["forward_backward_ms"] is None else f"{r['forward_backward_ms']:.0f} ms"
         print(f"{name:34}{both:>10}{r['step_ms']:7.0f} ms{over:>12}{r['times_the_bare_encoder']:>9.2f} x{peak:>9}")
     if "loop" in report:
-        print("\nwhole steps through the trainer's fit(), beside forward + backward + fused Adam alone")
+        print("\nwhole steps of the trainer's fit(), beside forward + backward + fused Adam, and as predicted")
         for name, r in report["loop"].items():
             print(
                 f"{name:34}{r['bare_ms']:7.0f} ms{r['loop_ms']:7.0f} ms{r['times_bare']:9.2f} x"
-                f"{r['steps_per_s']:9.2f} steps/s"
+                f"{r['steps_per_s']:9.2f} steps/s{r['predicted_ms']:9.0f} ms"
             )
         print()
     if "width" in report:

@@ -1,0 +1,121 @@
+"""The cost model against the SAEs themselves, and its command."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+from sae_lens_switch import (
+    SparseTopKTrainingSAE,
+    SparseTopKTrainingSAEConfig,
+    SwitchTrainingSAE,
+    SwitchTrainingSAEConfig,
+)
+from sae_lens_switch.cost import Cost, Machine, describe
+
+SHAPE = {"d_in": 24, "d_sae": 160, "k": 4}
+MACHINE = Machine(flops=1e11, gather=5e9, regather=2e10, stream=1e10, select=1e9)
+
+
+@pytest.mark.parametrize(
+    ("cost", "sae"),
+    [
+        (Cost("switch", n_experts=8, **SHAPE), SwitchTrainingSAE(SwitchTrainingSAEConfig(n_experts=8, **SHAPE))),
+        (Cost("sparse_topk", **SHAPE), SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**SHAPE))),
+        (Cost("topk", **SHAPE), TopKTrainingSAE(TopKTrainingSAEConfig(**SHAPE))),
+    ],
+    ids=lambda c: getattr(c, "architecture", ""),
+)
+def test_parameters_are_those_of_the_sae(cost, sae):
+    assert cost.parameters == {name: p.numel() for name, p in sae.named_parameters()}
+    assert cost.memory["weights"] == sum(p.numel() * p.element_size() for p in sae.parameters())
+
+
+def test_flops_by_hand():
+    """GPT-2's setting of the paper: 2MD of one expert, and the router."""
+    cost = Cost("switch", d_in=768, d_sae=24576, k=32, n_experts=32, batch=4096)
+    assert cost.paper_flops == 2 * 768 * 768 + 2 * 32 * 768 == 1_228_800
+    assert cost.flops["encoder"] == 2 * 768 * 768
+    assert cost.flops["decoder"] == cost.flops["latent gradient"] == 2 * 32 * 768
+    assert cost.flops["router"] == 3 * 2 * 32 * 768
+    assert Cost("sparse_topk", d_in=768, d_sae=24576, k=32).paper_flops == 2 * 24576 * 768
+    assert (
+        sum(v for n, v in Cost("topk", d_in=8, d_sae=64, k=2).flops.items() if "coder" in n or "latent" in n)
+        == 10 * 8 * 64
+    )
+
+
+def test_row_sparse_adam_costs_the_same_for_a_dictionary_of_any_width():
+    """Constant width of the experts; the router grows, by design."""
+    narrow, wide = (
+        Cost("switch", d_in=256, d_sae=4096 * E, k=8, n_experts=E, batch=512, optimizer="row_sparse_adam")
+        for E in (16, 4096)
+    )
+    for part in ("optimiser", "clipping and constraint", "weight gradients", "pre-bias gradient", "decoder"):
+        assert wide.bytes_moved[part] == narrow.bytes_moved[part]
+    assert wide.memory["gradients"] == narrow.memory["gradients"]
+    assert replace(wide, optimizer="adam").bytes_moved["optimiser"] > 100 * wide.bytes_moved["optimiser"]
+
+
+def test_a_prediction_is_the_sum_of_its_parts_and_follows_the_machine():
+    cost = Cost("switch", d_in=768, d_sae=24576, k=32, n_experts=32)
+    assert cost.step_seconds(MACHINE) == pytest.approx(sum(cost.seconds(MACHINE).values()))
+    assert cost.seconds(replace(MACHINE, select=2e9))["top-k"] == cost.seconds(MACHINE)["top-k"] / 2
+    twice = Machine(**{name: 2 * value for name, value in vars(MACHINE).items()})
+    assert cost.step_seconds(twice) == pytest.approx(cost.step_seconds(MACHINE) / 2)
+    dense = Cost("topk", d_in=768, d_sae=24576, k=32)
+    assert dense.step_seconds(MACHINE) > 5 * cost.step_seconds(MACHINE)
+    text = describe(cost, MACHINE)
+    assert "1,228,800 as the paper counts" in text
+    for part in (*cost.parameters, *cost.flops, *cost.memory, *cost.bytes_moved, *cost.seconds(MACHINE)):
+        assert part in text
+
+
+def test_this_machine_can_be_measured():
+    measured = Machine.this_one(d_in=64, k=8)
+    assert 1e8 < measured.flops < 1e15
+    assert 1e7 < measured.stream < 1e14
+    assert torch.isfinite(torch.tensor(list(vars(measured).values()))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "gated"}, "architecture must be switch, sparse_topk or topk; got 'gated'"),
+        ({"architecture": "topk", "n_experts": 2}, "n_experts must be 1 unless architecture is 'switch'; got 2"),
+        ({"n_experts": 7}, "n_experts must divide d_sae=160; got 7"),
+        ({"n_experts": 8, "k": 21}, "k must be at most d_sae / n_experts = 20; got 21"),
+        ({"batch": 0}, "batch must be a whole number, at least 1; got 0"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Cost(**{"architecture": "switch", **SHAPE, **options})
+
+
+def test_a_machine_needs_positive_numbers():
+    with pytest.raises(ValueError, match="stream must be positive; got 0"):
+        replace(MACHINE, stream=0)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "sae_lens_switch.cost", *arguments], capture_output=True, text=True)
+
+
+def test_the_command_prints_the_table_and_refuses_what_it_cannot_use():
+    shape = ("--d-in", "768", "--d-sae", "24576")
+    described = [f"--{name}={value}" for name, value in vars(MACHINE).items()]
+    done = run_command(*shape, "--n-experts", "32", *described)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == describe(Cost("switch", 768, 24576, 32, 32), MACHINE)
+    for arguments, message in (
+        ((*shape, "--n-experts", "31"), "error: n_experts must divide d_sae=24576; got 31"),
+        ((*shape, described[0]), "missing: --gather, --regather, --stream, --select"),
+    ):
+        refused = run_command(*arguments)
+        assert refused.returncode != 0
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
