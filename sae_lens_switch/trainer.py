@@ -229,7 +229,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 if hasattr(sae, "follow_ties"):
                     sae.follow_ties()
             optimizer.row_grads.clear()
-        elif norm.device.type == "cpu" and not good:
+        elif _LOOK_EVERY.get(norm.device.type) == 1 and not good:  # nothing to wait for
             pass
         elif optimizer.param_groups[0].get("fused") and norm.dtype == torch.float32:
             # The fused step divides by the scale, and leaves everything as it is where something was not finite.
@@ -250,7 +250,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             reason = f"{bad} activations are not finite" if bad else "the activations are finite: is lr too high?"
             logger.warning(
                 f"step {self.n_training_steps}: {total} steps skipped so far, {in_a_row} in a row, because loss or "
-                f"gradient were not finite ({reason})"
+                f"gradient were not finite{f' ({reason})' if in_a_row else ''}"
             )
         if in_a_row >= self.cfg.max_skipped_steps:
             where, step = "nowhere, as checkpoint_path is None", self.n_training_steps

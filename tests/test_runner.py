@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import pickle
+import signal
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -42,6 +44,7 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAET
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
+from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -50,11 +53,13 @@ from torch import Tensor
 
 import sae_lens_switch
 from sae_lens_switch import (
+    CheckpointError,
     LanguageModelSAERunnerConfig,
     SwitchSAE,
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
     TrainerOptions,
+    checkpoints,
     scaling_law_lr,
 )
 
@@ -502,6 +507,75 @@ def test_our_runner_refuses_a_d_in_that_is_not_the_models_and_trains_as_the_stoc
     assert ours.keys() == stock.keys()
     for name in stock:  # their Adam and ours round differently
         torch.testing.assert_close(ours[name], stock[name], rtol=1e-3, atol=1e-5)
+
+
+def test_our_runner_saves_when_interrupted_and_goes_on_from_the_latest_checkpoint(
+    tmp_path, model, dataset, monkeypatch
+):
+    def runner(**fields):
+        cfg = our_config(tmp_path, training_tokens=20 * 64, keep_checkpoints=2, n_checkpoints=9, **fields)
+        return sae_lens_switch.LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model)
+
+    interrupted = runner()
+    draw = type(interrupted.activations_store).__next__
+    drawn = []
+
+    def interrupting(store):
+        drawn.append(1)
+        if len(drawn) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(store)
+
+    monkeypatch.setattr(type(interrupted.activations_store), "__next__", interrupting)
+    with pytest.raises(InterruptedException):
+        interrupted.run()
+    monkeypatch.undo()
+    (run_folder,) = (tmp_path / "checkpoints").iterdir()
+    saved = run_folder / str(11 * 64)
+    assert sorted(int(p.name) for p in run_folder.iterdir())[-1] == 11 * 64
+    assert len(list(run_folder.iterdir())) == 2
+    for name in ("runner_cfg.json", "activations_store_state.safetensors", "checkpoint.json"):
+        assert (saved / name).exists()
+    assert not (tmp_path / "output").exists()
+
+    resumed = runner(resume="latest")
+    sae = resumed.run()
+    assert resumed.cfg.resume_from_checkpoint == str(saved)
+    assert resumed.activations_store.n_dataset_processed > interrupted.activations_store.n_dataset_processed
+    assert [p for p in (tmp_path / "checkpoints").iterdir()] == [run_folder]
+    assert same_tensors(SAE.load_from_disk(tmp_path / "output").state_dict(), sae.state_dict())
+    other = runner(resume="latest", lr=0.123)
+    with pytest.raises(CheckpointError, match="lr was .* is 0.123"):
+        other.run()
+
+
+def test_our_multi_sae_runner_saves_whole_checkpoints_and_resumes(tmp_path, model, dataset):
+    known = {f.name for f in fields(MultiSAETrainingRunnerConfig)}
+
+    def runner(**options):
+        cfg = MultiSAETrainingRunnerConfig(
+            saes={"a": training_config(dtype="float32"), "b": training_config(n_experts=2, dtype="float32")},
+            hook_names={"a": HOOK, "b": HOOK},
+            **{n: v for n, v in run_fields(tmp_path, **options).items() if n in known},
+        )
+        return sae_lens_switch.MultiSAETrainingRunner(
+            cfg,
+            override_dataset=dataset,
+            override_model=model,
+            options=TrainerOptions(optimizer="row_sparse_adam"),
+        )
+
+    first = runner(n_checkpoints=1)
+    saes = first.run()
+    assert set(saes) == {"a", "b"}
+    (saved,) = [p for p in (tmp_path / "checkpoints").rglob("checkpoint.json")]
+    checkpoints.verify(saved.parent)
+    assert (saved.parent / "b" / "sae_weights.safetensors").exists()
+    resumed = runner(resume_from_checkpoint=str(saved.parent), n_checkpoints=0).run()
+    assert all(torch.isfinite(p).all() for sae in resumed.values() for p in sae.parameters())
+    (saved.parent / "b" / "cfg.json").unlink()
+    with pytest.raises(CheckpointError, match="b/cfg.json is missing"):
+        runner(resume_from_checkpoint=str(saved.parent)).run()
 
 
 @pytest.mark.parametrize(
