@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU := 2.13.0
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: install quickstart test test-slow bench kernels-report gpu-check lint clean
+.PHONY: install quickstart test test-slow bench experiments kernels-report gpu-check lint clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,12 @@ test-slow: install
 bench: install
 	$(PIP) install --quiet -e ".[bench]"
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/row_sparse.py
+
+# Every SAE of the experiments, trained on one stream of real activations: under 90 minutes on two cores, resumable.
+experiments: install
+	$(BIN)/python examples/experiments/run.py
+	$(BIN)/python examples/experiments/figures.py
 
 # What the compiler makes of every kernel, for four kinds of GPU. None is needed.
 kernels-report: install
