@@ -172,7 +172,7 @@ class TrainerOptions:
     What SparseSAETrainer can do beyond SAELens's trainer.
 
     Args:
-        optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which touches only the latents that were active, so that a step costs the same for a dictionary of any width.
+        optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which touches only the latents that were active: at most k of every token, however wide the dictionary.
         max_grad_norm (float | None): Gradients are scaled down to this norm. None: they are not.
         resume (str | None): A checkpoint to go on from, or "latest": the newest whole one below checkpoint_path, if there is any.
         keep_checkpoints (int | None): Older checkpoints than this many are removed. None: all stay. The final one always does.

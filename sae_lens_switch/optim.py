@@ -176,10 +176,10 @@ def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
 class RowSparseAdam(Optimizer):
     """Lazy Adam: of W_enc, W_dec and b_enc only the rows of latents that were active in the step are touched.
 
-    The gradient of all other rows is zero, and the SAE makes no dense one (``RowGrads``), so a step costs the same
-    for a dictionary of any width. It is not Adam: there the moments of every row decay in every step, and momentum
-    moves a row after its latent was last active. Here a row has its own count of steps for the bias correction, and
-    rests when its latent does. Other parameters take plain Adam steps.
+    The gradient of all other rows is zero, and the SAE makes no dense one (``RowGrads``): a step touches at most k
+    rows a token, however wide the dictionary. It is not Adam: there the moments of every row decay in every step,
+    and momentum moves a row after its latent was last active. Here a row has its own count of steps for the bias
+    correction, and rests when its latent does. Other parameters take plain Adam steps.
 
     Moments, and weights of less than float32, are kept in float32. The decoder's constraint, where the SAE has one,
     is kept for the rows that are touched.

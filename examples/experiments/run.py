@@ -104,10 +104,12 @@ def write_csv(file: Path, rows: Sequence[Row]) -> None:
 
 @dataclass
 class Data:
-    """Activations scaled to a mean squared norm of d_in, so that one sweep of coefficients serves all."""
+    """Activations centred, and scaled to a mean squared norm of d_in: wherever an SAE's biases start, all start alike,
+    and one sweep of coefficients serves all."""
 
     train: Tensor
     held_out: Tensor
+    centre: Tensor
     scale: float
     tail: Any
     tokens: Tensor
@@ -131,6 +133,8 @@ class Data:
         held_out = cached_activations(
             cache / "held_out.safetensors", folder, held_out_contexts, n_held_out, LAYER, SKIPPED
         )
+        centre = train.mean(0)
+        train, held_out = train - centre, held_out - centre
         scale = (train.shape[1] / train.square().sum(1).mean()).sqrt().item()
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
@@ -142,10 +146,10 @@ class Data:
         model(tokens, use_cache=False)
         handle.remove()
         model.model.layers = model.model.layers[LAYER + 1 :]
-        data = cls(train * scale, held_out * scale, scale, model, tokens, hidden[0], 0.0, 0.0, {})
+        data = cls(train * scale, held_out * scale, centre, scale, model, tokens, hidden[0], 0.0, 0.0, {})
         data.ce_model = data.cross_entropy(hidden[0])
         ablated = hidden[0].clone()
-        ablated[:, SKIPPED:] = train.mean(0)
+        ablated[:, SKIPPED:] = centre
         data.ce_ablated = data.cross_entropy(ablated)
         data.facts = {
             "d_in": train.shape[1],
@@ -166,7 +170,8 @@ class Data:
         """(ablated - with SAE) / (ablated - model); ablated is by the mean."""
         hidden = self.hidden.clone()
         x = hidden[:, SKIPPED:]
-        hidden[:, SKIPPED:] = (sae(x.flatten(0, 1) * self.scale) / self.scale).view(x.shape)
+        x_hat = sae((x.flatten(0, 1) - self.centre) * self.scale) / self.scale + self.centre
+        hidden[:, SKIPPED:] = x_hat.view(x.shape)
         return (self.ce_ablated - self.cross_entropy(hidden)) / (self.ce_ablated - self.ce_model)
 
 
@@ -196,7 +201,7 @@ def train(cell: Cell, data: Data, args: argparse.Namespace) -> dict[str, Any]:
             counted_from = trainer.act_freq_scores.clone()
         if step in marks:
             seen = {"step": step, "seconds": seconds, "flops": 3 * flops * step * args.batch}
-            curve.append(seen | {"fvu": error(sae, data.held_out)["fvu"]})
+            curve.append(seen | {"fvu": error(sae, data.held_out[:2048])["fvu"]})
     fired = trainer.act_freq_scores - counted_from
     load = getattr(trainer.routing, "load_E", torch.ones(1))
     row = {
@@ -239,10 +244,14 @@ def flops_per_activation(cell: Cell, d_in: int) -> int:
 def error(sae: Any, x: Tensor) -> dict[str, float]:
     residual, l0 = 0.0, 0.0
     for part in x.split(2048):
-        latents = sae.encode(part)
-        latents = latents.to_dense() if latents.is_sparse else latents
-        residual += (sae.decode(latents) - part).square().sum().item()
-        l0 += (latents != 0).sum().item()
+        if hasattr(sae, "encode_sparse"):
+            codes = sae.encode_sparse(part)
+            values, x_hat = codes.values, sae.decode(codes)
+        else:
+            values = sae.encode(part)
+            x_hat = sae.decode(values)
+        residual += (x_hat - part).square().sum().item()
+        l0 += (values != 0).sum().item()
     return {"l0": l0 / len(x), "mse": residual / len(x), "fvu": residual / (x - x.mean(0)).square().sum().item()}
 
 
