@@ -218,10 +218,12 @@ def loop(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, 
             loop_ms = loops[name].step_ms()
             if round_:
                 times[name].append((bare_ms, loop_ms))
-    machine = Machine.this_one(args.d_in, args.k, args.device)
+    del stock, ours, loops
+    costs = {name: cost_of(args, name) for name in times}
+    machines = {n: Machine.this_one(args.d_in, args.k, c.expert_width, args.device) for n, c in costs.items()}
     return {
         name: {
-            "predicted_ms": 1e3 * cost_of(args, name).step_seconds(machine),
+            "predicted_ms": 1e3 * costs[name].step_seconds(machines[name]),
             "bare_ms": statistics.median(b for b, _ in pairs),
             "loop_ms": statistics.median(t for _, t in pairs),
             "times_bare": statistics.median(t / b for b, t in pairs),

@@ -21,19 +21,25 @@ from sae_lens_switch.config import OptimizerName
 
 Architecture = Literal["switch", "sparse_topk", "topk"]
 
-# Passes over a [B, D] tensor in a step: centring, sorting, bias, error, its square and their gradients.
-_TOKEN_PASSES = 20
+# Passes over a [B, D] tensor in a step: centring, sorting, bias, error, its square, their gradients, and what torch
+# copies between them. Measured.
+_TOKEN_PASSES = 80
+# Passes over the weights of both matrices: norms; for `switch` also projection and renormalisation. Measured.
+_CONSTRAINT_PASSES = {"switch": 7.5, "sparse_topk": 1.2, "topk": 3.0}
+# Tensors of B x F that SAELens makes in a step, each new memory, and how often each is read.
+_DENSE_TENSORS, _DENSE_READS = 14, 2
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast a machine does the five things that a training step is made of.
+    """How fast a machine does the six things that a training step is made of.
 
     flops:   of a float32 (or whatever is trained in) matrix product, per second
     gather:  bytes per second of rows of a matrix that does not fit into cache, read at random
     regather: the same of a batch of activations, which may
     stream:  bytes per second read or written in order
-    select:  pre-activations per second that top-k looks through
+    select:  pre-activations per second that top-k looks through, at the width and k in question
+    fresh:   bytes per second of memory that is written for the first time
     """
 
     flops: float
@@ -41,6 +47,7 @@ class Machine:
     regather: float
     stream: float
     select: float
+    fresh: float
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,8 +55,8 @@ class Machine:
                 raise ValueError(f"{field.name} must be positive; got {getattr(self, field.name)!r}")
 
     @classmethod
-    def this_one(cls, d_in: int = 768, k: int = 32, device: str = "cpu") -> "Machine":
-        """Measured here, in a few seconds."""
+    def this_one(cls, d_in: int = 768, k: int = 32, expert_width: int = 24576, device: str = "cpu") -> "Machine":
+        """Measured here, in a few seconds, at these sizes."""
         generator = torch.Generator().manual_seed(0)
         B, F, block = 4096, max(4096, (1 << 24) // d_in), 1024
         x = torch.randn(B, d_in, generator=generator).to(device)
@@ -58,19 +65,24 @@ class Machine:
         indices = torch.randint(0, F, (B, k), generator=generator).to(device)
         tokens = torch.randint(0, B, (B, k), generator=generator).to(device)
         values = torch.randn(B, k, generator=generator).to(device)
-        pre = torch.randn(512, 4096, generator=generator).to(device)
+        pre = torch.randn(512, max(k, min(expert_width, 1 << 15)), generator=generator).to(device)
+        weights = torch.nn.Parameter(W.clone())
+        weights.grad = torch.ones_like(W)
+        adam = torch.optim.Adam([weights], lr=1e-9, fused=True)
         product = _seconds(lambda: [torch.mm(r, W[:block].T, out=out) for r in x.split(512)], device)
         gather = _seconds(lambda: (sparse_decode(values, indices, W), matmul_at_indices(x, W, indices)), device)
         regather = _seconds(lambda: sparse_decode(values, tokens, x), device)
-        stream = _seconds(lambda: W.mul_(1.0), device)
+        stream = _seconds(adam.step, device)
+        fresh = _seconds(lambda: torch.empty(1 << 26, device=device).fill_(1), device)
         select = _seconds(lambda: select_topk(pre, k), device)
         bytes_gathered = 4 * B * k * d_in
         return cls(
             flops=2 * B * d_in * block / product,
             gather=2 * bytes_gathered / gather,
             regather=bytes_gathered / regather,
-            stream=2 * 4 * W.numel() / stream,
+            stream=7 * 4 * W.numel() / stream,
             select=pre.numel() / select,
+            fresh=4 * (1 << 26) / fresh,
         )
 
 
@@ -182,9 +194,9 @@ class Cost:
         touched = 2 * w * self.rows * D
         if self.architecture == "topk":
             return {
-                "encoder": w * D * F + 4 * 4 * B * F,
-                "backward": 2 * w * D * F + 10 * 4 * B * F,
-                "clipping and constraint": 3 * touched,
+                "dense latents, written": _DENSE_TENSORS * 4 * B * F,
+                "dense latents, read": _DENSE_READS * _DENSE_TENSORS * 4 * B * F,
+                "clipping": _CONSTRAINT_PASSES["topk"] * touched,
                 "optimiser": 7 * touched,
             }
         return {
@@ -194,7 +206,7 @@ class Cost:
             "latent gradient": w * B * K * D,
             "weight gradients": 2 * w * B * K * D + touched,
             "pre-bias gradient": w * self.rows * D,
-            "clipping and constraint": touched * (1 + (2.5 if self.architecture == "switch" else 0)),
+            "clipping and constraint": _CONSTRAINT_PASSES[self.architecture] * touched,
             "optimiser": 7 * touched,
             "tokens": _TOKEN_PASSES * 4 * B * D,
         }
@@ -208,7 +220,8 @@ class Cost:
             return {
                 "matrix products": B * work / machine.flops,
                 "top-k": B * M / machine.select,
-                **{name: moved[name] / machine.stream for name in moved},
+                "dense latents, written": moved["dense latents, written"] / machine.fresh,
+                **{n: moved[n] / machine.stream for n in ("dense latents, read", "clipping", "optimiser")},
             }
         return {
             "router": B * flops["router"] / machine.flops,
@@ -239,8 +252,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = {name: value for name, value in described.items() if value is not None}
         if given and len(given) < len(described):
             missing = ", ".join("--" + name for name in described if name not in given)
-            raise ValueError(f"a machine is described by all five numbers; missing: {missing}")
-        machine = Machine(**given) if given else Machine.this_one(cost.d_in, cost.k) if measure else None
+            raise ValueError(f"a machine is described by all six numbers; missing: {missing}")
+        machine = Machine(**given) if given else None
+        if measure and machine is None:
+            machine = Machine.this_one(cost.d_in, cost.k, cost.expert_width)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(describe(cost, machine))
@@ -260,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=4096, help="activations in a training step")
     parser.add_argument("--optimizer", default="adam", choices=["adam", "row_sparse_adam"])
     parser.add_argument("--bytes-per-weight", type=int, default=4)
-    machine = parser.add_argument_group("the machine", "all five numbers, or --measure")
+    machine = parser.add_argument_group("the machine", "all six numbers, or --measure")
     machine.add_argument("--measure", action="store_true", help="predict for this machine, measured for a few seconds")
     for name, unit in (
         ("flops", "of matrix products, per second"),
@@ -268,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
         ("regather", "bytes per second of rows read at random from a batch of activations"),
         ("stream", "bytes per second in order"),
         ("select", "numbers per second that top-k looks through"),
+        ("fresh", "bytes per second of memory written for the first time"),
     ):
         machine.add_argument(f"--{name}", type=float, help=unit)
     return parser

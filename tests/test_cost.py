@@ -17,7 +17,7 @@ from sae_lens_switch import (
 from sae_lens_switch.cost import Cost, Machine, describe
 
 SHAPE = {"d_in": 24, "d_sae": 160, "k": 4}
-MACHINE = Machine(flops=1e11, gather=5e9, regather=2e10, stream=1e10, select=1e9)
+MACHINE = Machine(flops=1e11, gather=5e9, regather=2e10, stream=1e10, select=1e9, fresh=2e9)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_prediction_is_the_sum_of_its_parts_and_follows_the_machine():
 
 
 def test_this_machine_can_be_measured():
-    measured = Machine.this_one(d_in=64, k=8)
+    measured = Machine.this_one(d_in=64, k=8, expert_width=100)
     assert 1e8 < measured.flops < 1e15
     assert 1e7 < measured.stream < 1e14
     assert torch.isfinite(torch.tensor(list(vars(measured).values()))).all()
@@ -113,7 +113,7 @@ def test_the_command_prints_the_table_and_refuses_what_it_cannot_use():
     assert done.stdout.strip() == describe(Cost("switch", 768, 24576, 32, 32), MACHINE)
     for arguments, message in (
         ((*shape, "--n-experts", "31"), "error: n_experts must divide d_sae=24576; got 31"),
-        ((*shape, described[0]), "missing: --gather, --regather, --stream, --select"),
+        ((*shape, described[0]), "missing: --gather, --regather, --stream, --select, --fresh"),
     ):
         refused = run_command(*arguments)
         assert refused.returncode != 0
