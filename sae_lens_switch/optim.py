@@ -266,6 +266,8 @@ class RowSparseAdam(Optimizer):
         unit: bool,
         project: bool,
     ) -> None:
+        if not len(rows_R):
+            return
         # On a CPU in blocks that stay in cache, all through the same buffers.
         block = min(_ROWS_STEPPED if weights.device.type == "cpu" else len(rows_R), len(rows_R))
         whole = weights, state["exp_avg"], state["exp_avg_sq"]

@@ -14,6 +14,7 @@ from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepIn
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.util import path_or_tmp_dir
+from sae_lens_switch_kernels import RowGrads
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -104,6 +105,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         betas = cfg.adam_beta1, cfg.adam_beta2
         if cfg.optimizer == "row_sparse_adam":
             self.optimizer = RowSparseAdam(sae, cfg.lr, betas)
+            sae.row_grads = None  # but in a step: whoever trains the SAE afterwards wants its gradients
         else:
             self.optimizer = fused_adam(sae.parameters(), cfg.lr, betas, getattr(sae, "after_optimizer_step", None))
             self.optimizer.applies_constraint = True  # type: ignore[attr-defined], here, around the step
@@ -189,7 +191,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
-        with self.autocast_if_enabled, _accepting_not_finite(sae):
+        with self.autocast_if_enabled, _on_our_terms(sae, getattr(self.optimizer, "row_grads", None)):
             output = sae.training_forward_pass(step_input=step_input)
         output.loss.backward()
         with torch.no_grad():
@@ -610,16 +612,18 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
 
 @contextmanager
-def _accepting_not_finite(sae: Any) -> Iterator[None]:
-    """An SAE of ours looks at its loss, and refuses to go on; here it need not, and the device is not waited for."""
-    if not hasattr(sae, "refuses_not_finite"):
-        yield
-        return
-    sae.refuses_not_finite = False
+def _on_our_terms(sae: Any, row_grads: RowGrads | None) -> Iterator[None]:
+    """An SAE of ours looks at its loss, and refuses to go on; here it need not, and the device is not waited for. Where
+    the optimiser wants it, the gradients of active rows go to ``row_grads``."""
+    ours = {"refuses_not_finite": False, "row_grads": row_grads}
+    before = {name: getattr(sae, name) for name in ours if hasattr(sae, name)}
+    for name in before:
+        setattr(sae, name, ours[name])
     try:
         yield
     finally:
-        del sae.refuses_not_finite
+        for name, value in before.items():
+            setattr(sae, name, value)
 
 
 def _knows_its_place(data_provider: Any) -> bool:

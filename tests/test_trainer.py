@@ -252,6 +252,15 @@ def test_row_sparse_adam_learns_keeps_decoder_rows_unit_and_no_gradient_as_long_
         )
 
 
+def test_after_row_sparse_training_any_other_optimiser_gets_its_gradients():
+    batches = activations(5)
+    sae = training_sae(dtype="float32")
+    run(our_trainer(sae, batches, optimizer="row_sparse_adam"), batches)
+    before = sae.W_dec.detach().clone()
+    trainer(sae, batches).fit()
+    assert not torch.equal(sae.W_dec, before)
+
+
 def test_a_row_sparse_step_asks_for_no_memory_as_long_as_the_dictionary():
     d_sae, batch = 1 << 17, 32
     sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(d_in=8, d_sae=d_sae, n_experts=256, k=4))
