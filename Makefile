@@ -42,7 +42,7 @@ bench: install
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/row_sparse.py
 
-# Every SAE of the experiments, trained on one stream of real activations: under 90 minutes on two cores, resumable.
+# Every SAE of the experiments, trained on one stream of real activations; killed, it goes on where it was.
 experiments: install
 	$(BIN)/python examples/experiments/run.py
 	$(BIN)/python examples/experiments/figures.py

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import sae_lens
 import torch
@@ -22,7 +22,7 @@ from typing_extensions import override
 from sae_lens_switch import checkpoints
 from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
-from sae_lens_switch.trainer import SparseSAETrainer
+from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
 
 
 class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
@@ -37,32 +37,15 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
     def run(self) -> Any:
         if not self.cfg.use_cached_activations:
             self._check_d_in()
-        self._find_checkpoint()
+        _find_checkpoint(self.cfg, getattr(self.cfg, "resume", None))
+        if hasattr(self.cfg, "resume"):
+            cast(Any, self.cfg).resume = None  # the trainer is told by SAELens's own field
         with constructing(llm_module, "SAETrainer", SparseSAETrainer):
             return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
         return trainer.fit()  # which handles interruptions itself
-
-    def _find_checkpoint(self) -> None:
-        """``resume`` as ``resume_from_checkpoint``; further checkpoints go beside the one that is found."""
-        cfg: Any = self.cfg
-        resume = getattr(cfg, "resume", None)
-        if resume is None:
-            return
-        if resume == "latest":
-            if cfg.checkpoint_path is None:
-                raise ValueError("resume='latest' needs a checkpoint_path; it is None")
-            # SAELens appends a name for the run to the path that was given.
-            found = checkpoints.latest(Path(cfg.checkpoint_path).parent)
-            if found is None:
-                logger.info(f"no checkpoint below {Path(cfg.checkpoint_path).parent} yet: starting from the beginning")
-            resume = found
-        if resume is not None:
-            cfg.resume_from_checkpoint = str(resume)
-            cfg.checkpoint_path = str(Path(resume).parent)
-        cfg.resume = None  # the trainer is told by SAELens's own field
 
     @torch.no_grad()
     def _check_d_in(self) -> None:
@@ -93,6 +76,7 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
 
     @override
     def run(self) -> Any:
+        _find_checkpoint(self.cfg, self.options.resume)
         make = with_options(self.options)
         with (
             constructing(multi_module, "MultiSAETrainer", _MultiSAETrainer),
@@ -119,6 +103,10 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                 if self.cfg.checkpoint_path is not None and self.n_training_steps > 0:
                     logger.warning(f"interrupted at {self.n_training_samples} samples, saving")
                     self.save_checkpoint(str(self.n_training_samples))
+                raise
+            except TrainingDivergedError:
+                if self.cfg.checkpoint_path is not None:
+                    self.save_checkpoint(f"diverged_{self.n_training_samples}")
                 raise
             finally:
                 self.data_provider = self._stream
@@ -161,12 +149,32 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                 self.save_checkpoint_fn(checkpoint_path=folder)
         for name, trainer in trainers.items():
             trainer.log_artifacts(Path(base) / checkpoint_name / name, wandb_aliases)
+        (keep,) = {trainer.cfg.keep_checkpoints for trainer in trainers.values()}
+        if keep is not None:
+            checkpoints.prune(Path(base), keep)
 
     @override
     def load_checkpoint(self, path: str | Path) -> None:
         trainers: dict[str, Any] = self.trainers
         checkpoints.verify(path, {name: trainer.config_of_record() for name, trainer in trainers.items()})
         super().load_checkpoint(path)
+
+
+def _find_checkpoint(cfg: Any, resume: str | None) -> None:
+    """``resume`` as ``resume_from_checkpoint``; further checkpoints go beside the one that is found."""
+    if resume == "latest":
+        if cfg.checkpoint_path is None:
+            raise ValueError("resume='latest' needs a checkpoint_path; it is None")
+        # SAELens appends a name for the run to the path that was given.
+        base = Path(cfg.checkpoint_path).parent
+        found = checkpoints.latest(base)
+        if found is None:
+            logger.info(f"no checkpoint below {base} yet: starting from the beginning")
+        resume = None if found is None else str(found)
+    if resume is not None:
+        cfg.resume_from_checkpoint = resume
+        if cfg.checkpoint_path is not None:
+            cfg.checkpoint_path = str(Path(resume).parent)
 
 
 def _interruptible(stream: MultiHookDataProvider, interruption: Interruption) -> MultiHookDataProvider:

@@ -335,7 +335,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             losses["auxiliary_reconstruction_loss"] = aux_loss(self, x, sae_out, aux_out, n_dead_B)
         loss = sum(losses.values(), start=sae_out.new_zeros(()))
         if self.refuses_not_finite and not torch.isfinite(loss):
-            raise ValueError(not_finite(x, step_input.n_training_steps))
+            raise ValueError(_not_finite(x, step_input.n_training_steps))
         statistics = RoutingStatistics(assignment, load_E, step_input.dead_neuron_mask)
         fields = {
             "sae_in": x,
@@ -450,7 +450,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
         return {name: values.astype("float64") for name, values in histograms.items()}
 
 
-def not_finite(x_BD: Tensor, step: int) -> str:
+def _not_finite(x_BD: Tensor, step: int) -> str:
     bad = ~torch.isfinite(x_BD).all(dim=-1)
     if bad.any():
         nan, inf = int(x_BD.isnan().sum()), int(x_BD.isinf().sum())

@@ -61,7 +61,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             that is still being written, to add files to it.
 
     Differences from SAELens: torch's fused Adam in one pass over the weights, or row-sparse Adam; clipping without a
-    pass of its own; statistics from codes; nothing of a step outlives it; no wait for the device except to log.
+    pass of its own; statistics from codes; nothing of a step outlives it; no wait for the device except to log, and
+    once a step with AuxK (how many latents are dead) or row-sparse Adam (how many were active).
     A step whose loss or gradient is not finite changes nothing and is counted. Checkpoints are whole or not there;
     SIGINT and SIGTERM write one before they stop ``fit``.
 

@@ -39,11 +39,13 @@ from sae_lens import (
     LoggingConfig,
     StandardTrainingSAEConfig,
 )
+from sae_lens.config import SAETrainerConfig
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
+from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
@@ -59,9 +61,11 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
     TrainerOptions,
+    TrainingDivergedError,
     checkpoints,
     scaling_law_lr,
 )
+from sae_lens_switch.runner import _MultiSAETrainer, constructing, with_options
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),
@@ -549,10 +553,24 @@ def test_our_runner_saves_when_interrupted_and_goes_on_from_the_latest_checkpoin
         other.run()
 
 
+def test_when_one_of_many_saes_diverges_all_are_saved(tmp_path):
+    bad = torch.full((8, D), torch.nan)
+    saes = {name: training_sae(dtype="float32") for name in "ab"}
+    cfg = SAETrainerConfig(80, 8, lr=1e-3, lr_end=1e-4, checkpoint_path=str(tmp_path))
+    with constructing(multi_trainer_module, "SAETrainer", with_options(TrainerOptions(max_skipped_steps=2))):
+        trainer_ = _MultiSAETrainer(cfg, saes, dict.fromkeys("ab", HOOK), iter([{HOOK: bad}] * 10))
+    with pytest.raises(TrainingDivergedError, match="2 steps in a row"):
+        trainer_.fit()
+    (saved,) = tmp_path.iterdir()
+    assert saved.name.startswith("diverged_")
+    checkpoints.verify(saved)
+    assert {p.parent.name for p in saved.rglob("sae_weights.safetensors")} == {"a", "b"}
+
+
 def test_our_multi_sae_runner_saves_whole_checkpoints_and_resumes(tmp_path, model, dataset):
     known = {f.name for f in fields(MultiSAETrainingRunnerConfig)}
 
-    def runner(**options):
+    def runner(resume=None, **options):
         cfg = MultiSAETrainingRunnerConfig(
             saes={"a": training_config(dtype="float32"), "b": training_config(n_experts=2, dtype="float32")},
             hook_names={"a": HOOK, "b": HOOK},
@@ -562,10 +580,10 @@ def test_our_multi_sae_runner_saves_whole_checkpoints_and_resumes(tmp_path, mode
             cfg,
             override_dataset=dataset,
             override_model=model,
-            options=TrainerOptions(optimizer="row_sparse_adam"),
+            options=TrainerOptions(optimizer="row_sparse_adam", keep_checkpoints=1, resume=resume),
         )
 
-    first = runner(n_checkpoints=1)
+    first = runner(n_checkpoints=3)
     saes = first.run()
     assert set(saes) == {"a", "b"}
     (saved,) = [p for p in (tmp_path / "checkpoints").rglob("checkpoint.json")]
@@ -573,6 +591,9 @@ def test_our_multi_sae_runner_saves_whole_checkpoints_and_resumes(tmp_path, mode
     assert (saved.parent / "b" / "sae_weights.safetensors").exists()
     resumed = runner(resume_from_checkpoint=str(saved.parent), n_checkpoints=0).run()
     assert all(torch.isfinite(p).all() for sae in resumed.values() for p in sae.parameters())
+    again = runner(resume="latest", n_checkpoints=0)
+    again.run()
+    assert again.cfg.resume_from_checkpoint == str(saved.parent)
     (saved.parent / "b" / "cfg.json").unlink()
     with pytest.raises(CheckpointError, match="b/cfg.json is missing"):
         runner(resume_from_checkpoint=str(saved.parent)).run()

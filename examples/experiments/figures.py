@@ -91,9 +91,8 @@ def frontier(rows: list[Row]) -> Any:
     for axis, y, title in zip(axes, ("fvu", "ce_recovered"), ("variance unexplained", "CE recovered"), strict=True):
         for _, mine in grouped(rows, "architecture", "n_experts").items():
             points: dict[float, list[float]] = defaultdict(list)
-            for k, same in grouped(mine, "k").items():
+            for same in grouped(mine, "k").values():
                 points[statistics.mean(r["l0"] for r in same)] = [r[y] for r in same]
-                del k
             line(axis, points, label(mine[0]))
         axis.set(xlabel="L0", ylabel=title, xscale="log")
         axis.grid(alpha=0.3)

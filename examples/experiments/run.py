@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, activation_batches
+from sae_lens_switch.cost import Cost
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from offline import cached_activations, language_model_folder, text_datasets, token_contexts
@@ -235,9 +236,9 @@ def make_sae(cell: Cell, d_in: int) -> Any:
 
 
 def flops_per_activation(cell: Cell, d_in: int) -> int:
-    """As the paper counts: the encoder of one expert, and the router."""
-    router = 2 * cell.n_experts * d_in if cell.architecture == "switch" else 0
-    return 2 * d_in * cell.d_sae // cell.n_experts + router
+    """As the paper counts: the encoder of one expert, and the router. A dense SAE's is that of TopK."""
+    kind: Any = "switch" if cell.architecture == "switch" else "topk"
+    return Cost(kind, d_in, cell.d_sae, cell.k, cell.n_experts).paper_flops
 
 
 @torch.no_grad()
