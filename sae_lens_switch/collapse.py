@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sae_lens_switch.optim import RowSparseAdam
 from sae_lens_switch.router import router_logits
+from sae_lens_switch.row_sparse import RowSparseAdam
 
 # The running load forgets with this share a step.
 _FORGET = 0.02
@@ -122,7 +122,7 @@ def reseed(sae: Any, optimizer: Optimizer, x_BD: Tensor, experts: Iterable[int])
                 where = 0 if isinstance(optimizer, RowSparseAdam) else latent_dim
                 t.narrow(where, target.start, M).copy_(t.narrow(where, source.start, M))
         for t in _state(sae.W_router, optimizer):
-            t[:, expert] = 0
+            t.view(-1, *sae.W_router.shape)[..., expert] = 0  # row-sparse Adam keeps both moments in one tensor
         pairs.append((expert, busiest))
     return pairs
 

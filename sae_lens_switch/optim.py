@@ -1,12 +1,12 @@
-"""Around the optimiser: the decoder constraint and the learning-rate law."""
+"""Adam, the decoder constraint around its step, and the learning-rate law."""
 
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-from sae_lens_switch_kernels import RowGrads
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -15,7 +15,8 @@ from torch.optim.optimizer import (
 
 # Rows are visited in blocks that stay in cache, so that several operations on a block read memory once; in how many
 # rows, is measured on a CPU.
-_ROWS_STEPPED = 2048
+_ROWS_STEPPED = {"cpu": 512}
+_ROWS_STEPPED_ON_GPU = 1 << 14
 _ROWS_PROJECTED = 256
 _ROWS_NORMALIZED = 4096
 
@@ -38,18 +39,18 @@ def normalize_rows_(W_FD: Tensor) -> None:
 
 
 @torch.no_grad()
-def remove_parallel_(grad_FD: Tensor, W_FD: Tensor) -> Tensor:
-    """Take from each row of grad, in place, its component along the same (unit-norm) row of W.
-
-    Returns the norm of the whole grad as it was before, which costs little while it is in cache.
-    """
-    norms = []
+def remove_parallel_(grad_FD: Tensor, W_FD: Tensor) -> None:
+    """Take from each row of grad, in place, its component along the same (unit-norm) row of W."""
     for grad_rows, rows in zip(grad_FD.split(_ROWS_PROJECTED), W_FD.split(_ROWS_PROJECTED), strict=True):
-        norms.append(_norm(grad_rows))
         dtype = torch.promote_types(rows.dtype, torch.float32)
         along = (grad_rows.to(dtype) * rows.to(dtype)).sum(dim=1, keepdim=True)
-        grad_rows.addcmul_(along.to(rows.dtype), rows, value=-1)
-    return torch.stack(norms).norm()
+        grad_rows.sub_(along.to(rows.dtype) * rows)
+
+
+def without_parallel(grad_RD: Tensor, W_RD: Tensor, out_RD: Tensor) -> Tensor:
+    """``remove_parallel_`` of a few rows, into other memory."""
+    along_R = torch.mul(grad_RD, W_RD, out=out_RD).sum(dim=1, keepdim=True)
+    return torch.sub(grad_RD, torch.mul(W_RD, along_R, out=out_RD), out=out_RD)
 
 
 @torch.no_grad()
@@ -73,24 +74,100 @@ def step_in_memory_order(optimizer: Optimizer) -> None:
     _StepView(optimizer, masters=False)
 
 
-def fused_adam(
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    betas: tuple[float, float],
-    after_step: Callable[[], None] | None = None,
-) -> torch.optim.Adam:
-    """torch's Adam, fused where the device has it, that steps in memory order.
+class ConstrainedAdam(torch.optim.Adam):
+    """torch's Adam, fused where the device has it, that keeps the rows of one matrix at unit norm on its way.
 
-    Parameters of less than float32 are stepped in float32, kept by the optimiser and saved with its state: updates
-    smaller than a weight's rounding add up instead of being lost. ``after_step`` sees and may change these.
+    Steps in memory order. Parameters of less than float32 are stepped in float32, kept by the optimiser and saved with
+    its state: updates smaller than a weight's rounding add up instead of being lost.
+
+    Args:
+        unit_rows: The matrix [F, D] whose rows are projected before and scaled to unit norm after the step, block by
+            block, so that all of it reads and writes memory once. None: there is none.
+        project: Whether the gradient's component along a row of it is taken out.
+        after_step: Called at the end of a step, when parameters are as they were stepped.
     """
-    parameters = list(parameters)
-    try:
-        optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
-    except RuntimeError:  # torch has no fused step for this device
-        optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas)
-    _StepView(optimizer, masters=True, after_step=after_step)
-    return optimizer
+
+    applies_constraint = True
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        unit_rows: nn.Parameter | None = None,
+        project: bool = True,
+        after_step: Callable[[], None] | None = None,
+    ) -> None:
+        parameters = list(parameters)
+        try:
+            super().__init__(parameters, lr=lr, betas=betas, fused=True)
+        except RuntimeError:  # torch has no fused step for this device
+            super().__init__(parameters, lr=lr, betas=betas)
+        self.unit_rows, self.project = unit_rows, project
+        _StepView(self, masters=True, after_step=after_step)
+
+    @property
+    def is_fused(self) -> bool:
+        return bool(self.param_groups[0]["fused"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but whether a step is fused is a matter of the device here, and not of the checkpoint's."""
+        fused = self.is_fused
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["fused"] = fused
+            for p in group["params"]:
+                if fused and p in self.state:
+                    self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
+
+    @torch.no_grad()
+    def step(self, _closure: None = None, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
+        """One step of the gradients divided by ``grad_scale``; none, on the device, where ``found_inf`` is 1.
+
+        Both are for a fused step of float32 alone.
+        """
+        for group in self.param_groups:
+            lists: Any = [[] for _ in range(6)]
+            self._init_group(group, *lists)
+            beta1, beta2 = group["betas"]
+            options = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+            options |= {"amsgrad": False, "weight_decay": 0.0, "maximize": False}
+            options |= {"grad_scale": grad_scale, "found_inf": found_inf}
+            if not group["fused"]:
+                self._step_not_fused(lists, options)
+                continue
+            steps = lists[-1]
+            for step in steps:
+                step.add_(1)
+            for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
+                grad = grad.contiguous()  # torch's fused step takes for granted that it is laid out as the parameter
+                if p is self.unit_rows:
+                    self._step_unit_rows(p, grad, m, v, step, options)
+                else:
+                    torch.ops.aten._fused_adam_([p], [grad], [m], [v], [], [step], **options)
+            if found_inf is not None:
+                for step in steps:
+                    step.sub_(found_inf)
+
+    def _step_not_fused(self, lists: Any, options: dict[str, Any]) -> None:
+        W = self.unit_rows
+        if W is not None and self.project and W.grad is not None:
+            remove_parallel_(W.grad, W)
+        adam(*lists, fused=False, **options)
+        if W is not None:
+            normalize_rows_(W)
+
+    def _step_unit_rows(
+        self, W_FD: Tensor, grad_FD: Tensor, m_FD: Tensor, v_FD: Tensor, step: Tensor, options: dict[str, Any]
+    ) -> None:
+        n = _ROWS_STEPPED.get(W_FD.device.type, _ROWS_STEPPED_ON_GPU)
+        scratch = torch.empty_like(W_FD[:n])
+        for w, grad, m, v in zip(*(t.split(n) for t in (W_FD, grad_FD, m_FD, v_FD)), strict=True):
+            if self.project:
+                grad = without_parallel(grad, w, scratch[: len(w)])
+            torch.ops.aten._fused_adam_([w], [grad], [m], [v], [], [step], **options)
+            normalize_rows_(w)
 
 
 class _StepView:
@@ -112,7 +189,7 @@ class _StepView:
     def show(self) -> None:
         if self.has_masters:
             self.take_masters()
-        self.flipped = [p for p in _parameters(self.optimizer) if p.ndim == 2 and not p.is_contiguous()]
+        self.flipped = [p for p in parameters_of(self.optimizer) if p.ndim == 2 and not p.is_contiguous()]
         self.flip()
 
     def hide(self) -> None:
@@ -127,7 +204,7 @@ class _StepView:
             _transpose(p, self.optimizer.state.get(p, {}))
 
     def take_masters(self) -> None:
-        for p in _parameters(self.optimizer):
+        for p in parameters_of(self.optimizer):
             if p.dtype in (torch.bfloat16, torch.float16):
                 grad, p.grad, self.low[p] = p.grad, None, p.data
                 changed = p in self.seen and self.seen[p] != _version(p)  # by others than this optimiser
@@ -144,10 +221,10 @@ class _StepView:
         self.low = {}
 
     def saved_masters(self) -> dict[int, Tensor]:
-        return {i: self.masters[p] for i, p in enumerate(_parameters(self.optimizer)) if p in self.masters}
+        return {i: self.masters[p] for i, p in enumerate(parameters_of(self.optimizer)) if p in self.masters}
 
     def before_loading(self, state: dict[str, Any]) -> None:
-        parameters = _parameters(self.optimizer)
+        parameters = parameters_of(self.optimizer)
         self.masters = {parameters[i]: t.to(parameters[i].device) for i, t in state.get("masters", {}).items()}
         self.seen = {}
         self.low = {p: p.data for p in self.masters}
@@ -173,146 +250,7 @@ def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
             state[name] = value.T
 
 
-class RowSparseAdam(Optimizer):
-    """Lazy Adam: of W_enc, W_dec and b_enc only the rows of latents that were active in the step are touched.
-
-    The gradient of all other rows is zero, and the SAE makes no dense one (``RowGrads``): a step touches at most k
-    rows a token, however wide the dictionary. It is not Adam: there the moments of every row decay in every step,
-    and momentum moves a row after its latent was last active. Here a row has its own count of steps for the bias
-    correction, and rests when its latent does. Other parameters take plain Adam steps.
-
-    Moments, and weights of less than float32, are kept in float32. The decoder's constraint, where the SAE has one,
-    is kept for the rows that are touched.
-    """
-
-    applies_constraint = True
-
-    def __init__(self, sae: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        if not hasattr(sae, "row_grads"):
-            raise ValueError(
-                "optimizer='row_sparse_adam' needs an SAE with sparse gradients, switch or sparse_topk; "
-                f"got {sae.cfg.architecture()}"
-            )
-        super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
-        self.sae = sae
-        sae.row_grads = self.row_grads = RowGrads()
-
-    def grads(self) -> list[Tensor]:
-        """All there are, the compact ones among them."""
-        compact = [g for g in self._by_row().values() if g is not None]
-        return compact + [p.grad for p in _parameters(self) if p.grad is not None]
-
-    def _by_row(self) -> dict[nn.Parameter, Tensor | None]:
-        sae, r = self.sae, self.row_grads
-        by_row = {sae.W_enc: r.dW_enc_RD, sae.W_dec: r.dW_dec_RD}
-        return by_row | {sae.b_enc: r.d_bias_R} if hasattr(sae, "b_enc") else by_row
-
-    @torch.no_grad()
-    def step(self, _closure: None = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
-        """One step of the gradients divided by ``grad_scale``."""
-        sae, r = self.sae, self.row_grads
-        by_row = self._by_row()
-        constrained = getattr(sae.cfg, "normalize_decoder", False)
-        for group in self.param_groups:
-            for p in group["params"]:
-                latent_major = p.T if p is sae.W_enc else p
-                grad, rows = (by_row[p], r.rows_R) if p in by_row and p.grad is None else (p.grad, None)
-                if grad is None:
-                    continue
-                if p is sae.W_enc and rows is None:
-                    grad = grad.T
-                weights, state = self._state(p, latent_major.detach(), per_row=p in by_row)
-                unit = constrained and p is sae.W_dec
-                project = unit and sae.cfg.project_decoder_grad
-                if p in by_row and rows is None:  # a dense gradient, from a step with hooks: its rows that are not 0
-                    rows = grad.reshape(len(grad), -1).any(dim=1).nonzero().flatten()
-                    grad = grad[rows]
-                if rows is None:
-                    state["step"] += 1
-                    m, v = state["exp_avg"], state["exp_avg_sq"]
-                    g = grad.to(m.dtype) / grad_scale
-                    _adam_update(weights, g, m, v, state["step"], group, torch.empty_like(m))
-                else:
-                    self._step_rows(weights, grad, rows, state, group, grad_scale, unit, project)
-                if "master" in state:
-                    target = latent_major.detach()
-                    if rows is None:
-                        target.copy_(weights)
-                    else:
-                        target[rows] = weights[rows].to(target.dtype)
-
-    def _state(self, p: nn.Parameter, data: Tensor, per_row: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weights to step, float32 at least, and their state, of the same shape."""
-        state = self.state[p]
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        if not state:
-            # Zeros that nobody has written to take no memory yet, where the system gives pages out one by one.
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros(data.shape, dtype=dtype, device=p.device) for _ in "mv"
-            )
-            state["step"] = torch.zeros(len(data) if per_row else 1, device=p.device)
-            if dtype != p.dtype:
-                state["master"] = data.to(dtype)
-        return state.get("master", data), state
-
-    def _step_rows(
-        self,
-        weights: Tensor,
-        grad: Tensor,
-        rows_R: Tensor,
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-        grad_scale: Tensor | float,
-        unit: bool,
-        project: bool,
-    ) -> None:
-        if not len(rows_R):
-            return
-        # On a CPU in blocks that stay in cache, all through the same buffers.
-        block = min(_ROWS_STEPPED if weights.device.type == "cpu" else len(rows_R), len(rows_R))
-        whole = weights, state["exp_avg"], state["exp_avg_sq"]
-        buffers = [t.new_empty(block, *t.shape[1:]) for t in (*whole, state["exp_avg"])]
-        step_R = state["step"][rows_R] + 1
-        state["step"][rows_R] = step_R
-        for rows, g, step in zip(rows_R.split(block), grad.split(block), step_R.split(block), strict=True):
-            w, m, v, scratch = (t[: len(rows)] for t in buffers)
-            for source, part in zip(whole, (w, m, v), strict=True):
-                torch.index_select(source, 0, rows, out=part)
-            g = g.to(m.dtype).div_(grad_scale)
-            if project:
-                g.addcmul_(torch.linalg.vecdot(g, w).unsqueeze(1), w, value=-1)
-            _adam_update(w, g, m, v, step, group, scratch)
-            if unit:
-                normalize_rows_(w)
-            for target, part in zip(whole, (w, m, v), strict=True):
-                target.index_copy_(0, rows, part)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which however would round the moments of a low-precision weight to the weight's dtype."""
-        super().load_state_dict(state_dict)
-        for i, p in enumerate(_parameters(self)):
-            saved = state_dict["state"].get(i)
-            if saved is not None:
-                self.state[p] = {name: t.to(p.device).clone() for name, t in saved.items()}
-
-
-def _adam_update(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, step_R: Tensor, group: dict[str, Any], scratch: Tensor
-) -> None:
-    """Kingma & Ba 2015, algorithm 1, in place; ``step_R`` counts for each row, or is one for all."""
-    beta1, beta2 = group["betas"]
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    step = step_R.double().view(-1, *[1] * (w.ndim - 1))
-    size, correction = group["lr"] / (1 - beta1**step), (1 - beta2**step).sqrt()
-    torch.sqrt(v, out=scratch)
-    scratch.div_(correction.to(v.dtype)).add_(group["eps"])
-    torch.div(m, scratch, out=scratch)
-    w.addcmul_(scratch, size.to(v.dtype), value=-1)
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -321,7 +259,7 @@ class StepConstraint(Protocol):
 
     W_dec: nn.Parameter
 
-    def before_optimizer_step(self) -> Tensor | None: ...
+    def before_optimizer_step(self) -> None: ...
     def after_optimizer_step(self) -> None: ...
 
 
@@ -355,7 +293,7 @@ def _register_hooks_once() -> None:
 def _notify(optimizer: Optimizer, method: str) -> None:
     if getattr(optimizer, "applies_constraint", False):
         return
-    stepped = {id(p) for p in _parameters(optimizer)}
+    stepped = {id(p) for p in parameters_of(optimizer)}
     for sae in list(_constrained):
         if id(sae.W_dec) in stepped:
             getattr(sae, method)()

@@ -418,14 +418,10 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
         return [W.detach()[:4, :16].float().cpu() for W in matrices] + [self.b_dec.detach().float().cpu()]
 
     @torch.no_grad()
-    def before_optimizer_step(self) -> Tensor | None:
-        """Called after clipping, before the step (see optim.constrain_optimizer_steps).
-
-        Returns the norm that the gradient of W_dec had, if it was changed.
-        """
+    def before_optimizer_step(self) -> None:
+        """Called after clipping, before the step (see optim.constrain_optimizer_steps)."""
         if self.cfg.normalize_decoder and self.cfg.project_decoder_grad and self.W_dec.grad is not None:
-            return remove_parallel_(self.W_dec.grad, self.W_dec)
-        return None
+            remove_parallel_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:

@@ -26,7 +26,8 @@ from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
 from sae_lens_switch.config import SparseSAETrainerConfig
 from sae_lens_switch.host import SparseStepOutput
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
-from sae_lens_switch.optim import RowSparseAdam, fused_adam, total_norm
+from sae_lens_switch.optim import ConstrainedAdam, total_norm
+from sae_lens_switch.row_sparse import RowSparseAdam
 
 STATE_FILENAME = "sparse_trainer_state.pt"
 # A host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
@@ -108,8 +109,14 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.optimizer = RowSparseAdam(sae, cfg.lr, betas)
             sae.row_grads = None  # but in a step: whoever trains the SAE afterwards wants its gradients
         else:
-            self.optimizer = fused_adam(sae.parameters(), cfg.lr, betas, getattr(sae, "after_optimizer_step", None))
-            self.optimizer.applies_constraint = True  # type: ignore[attr-defined], here, around the step
+            self.optimizer = ConstrainedAdam(
+                sae.parameters(),
+                cfg.lr,
+                betas,
+                unit_rows=sae.W_dec if getattr(sae.cfg, "normalize_decoder", False) else None,
+                project=getattr(sae.cfg, "project_decoder_grad", False),
+                after_step=getattr(sae, "follow_ties", None),
+            )
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
@@ -211,22 +218,16 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _clip_and_step(self, loss: Tensor) -> Tensor:
         """Clip, project, step, renormalise. Returns, still on the device, whether there was a step."""
-        optimizer, sae = self.optimizer, cast(Any, self.sae)
-        if isinstance(optimizer, RowSparseAdam):
-            grads, projected = optimizer.grads(), None
-        else:
-            project = getattr(sae, "before_optimizer_step", None)
-            projected = project() if project is not None else None
-            W_dec = sae.W_dec if projected is not None else None
-            grads = [p.grad for p in sae.parameters() if p.grad is not None and p is not W_dec]
-        norms = [total_norm(grads), *([] if projected is None else [projected])]
-        norm = torch.stack(norms).norm()
+        optimizer, sae = cast(Any, self.optimizer), cast(Any, self.sae)
+        row_sparse = isinstance(optimizer, RowSparseAdam)
+        grads = optimizer.grads() if row_sparse else [p.grad for p in sae.parameters() if p.grad is not None]
+        norm = total_norm(grads)
         good = torch.isfinite(norm) & torch.isfinite(loss.detach())
         max_norm = self.cfg.max_grad_norm
         scale = torch.ones_like(norm) if max_norm is None else ((norm + 1e-6) / max_norm).clamp_min(1)
         self._skipped[0].add_(1).mul_(~good)
         self._skipped[1].add_(~good)
-        if isinstance(optimizer, RowSparseAdam):
+        if row_sparse:
             if good:  # its index has been waited for anyway
                 optimizer.step(grad_scale=scale)
                 if hasattr(sae, "follow_ties"):
@@ -234,14 +235,12 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             optimizer.row_grads.clear()
         elif _LOOK_EVERY.get(norm.device.type) == 1 and not good:  # nothing to wait for
             pass
-        elif optimizer.param_groups[0].get("fused") and norm.dtype == torch.float32:
+        elif optimizer.is_fused and norm.dtype == torch.float32:
             # The fused step divides by the scale, and leaves everything as it is where something was not finite.
-            optimizer.grad_scale, optimizer.found_inf = scale, (~good).to(torch.float32)  # type: ignore[attr-defined]
-            optimizer.step()
+            optimizer.step(grad_scale=scale, found_inf=(~good).to(torch.float32))
         elif good:
-            for p in sae.parameters():
-                if p.grad is not None:
-                    p.grad.div_(scale)
+            for grad in grads:
+                grad.div_(scale)
             optimizer.step()
         return good
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sae_lens_switch.optim import step_in_memory_order
+from sae_lens_switch.optim import ConstrainedAdam, step_in_memory_order
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
@@ -39,3 +39,54 @@ def test_a_transposed_parameter_without_a_gradient_is_left_alone():
     assert p.grad is None
     assert p.stride() == (1, 4)
     assert torch.equal(p, before)
+
+
+def unit(W):
+    return W / W.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("project", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_constrained_adam_is_project_adam_renormalise_over_the_whole_matrix(fused, project):
+    """Beside torch's own Adam on whole matrices; more rows than a block has, and no multiple of it."""
+    generator = torch.Generator().manual_seed(0)
+    start = [unit(torch.randn(1301, 6, generator=generator)), torch.randn(6, 1301, generator=generator)]
+    ours = [nn.Parameter(start[0].clone()), nn.Parameter(start[1].T.contiguous().T)]
+    plain = [nn.Parameter(t.clone().double()) for t in start]
+    optimizer = ConstrainedAdam(ours, 0.05, (0.8, 0.9), unit_rows=ours[0], project=project)
+    if not fused:
+        optimizer.param_groups[0]["fused"] = False
+    reference = torch.optim.Adam(plain, lr=0.05, betas=(0.8, 0.9))
+    for _ in range(4):
+        grads = [torch.randn(t.shape, generator=generator) for t in start]
+        for p, q, g in zip(ours, plain, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.double() / (3 if fused else 1)
+        if project:
+            along = (plain[0].grad * plain[0].detach()).sum(1, keepdim=True)
+            plain[0].grad -= along * plain[0].detach()
+        if fused:
+            optimizer.step(grad_scale=torch.tensor(3.0), found_inf=torch.tensor(0.0))
+        else:
+            optimizer.step()
+        reference.step()
+        plain[0].data = unit(plain[0].data)
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-4, atol=1e-6)
+    assert ours[1].stride() == (1, 6)
+    state = optimizer.state[ours[0]]
+    torch.testing.assert_close(state["exp_avg"].double(), reference.state[plain[0]]["exp_avg"], rtol=1e-4, atol=1e-6)
+    assert state["step"] == 4
+
+
+def test_a_step_that_found_inf_changes_nothing_and_does_not_count():
+    p = nn.Parameter(unit(torch.randn(700, 5)))
+    optimizer = ConstrainedAdam([p], 0.1, unit_rows=p)
+    for grad, found in ((torch.randn(700, 5), 0.0), (torch.full((700, 5), torch.nan), 1.0)):
+        p.grad = grad
+        before = p.detach().clone()
+        moments = {n: t.clone() for n, t in optimizer.state.get(p, {}).items()}
+        optimizer.step(grad_scale=torch.tensor(1.0), found_inf=torch.tensor(found))
+    assert torch.equal(p, before)
+    assert moments
+    for name, t in moments.items():
+        assert torch.equal(optimizer.state[p][name], t), name

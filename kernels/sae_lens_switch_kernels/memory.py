@@ -14,20 +14,41 @@ _free: dict[int, list[mmap.mmap]] = {}
 
 def empty_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty; on a CPU in a block that an earlier such tensor has left, in huge pages where there are any."""
-    numel = torch.Size(shape).numel()
-    if device.type != "cpu" or numel * dtype.itemsize < _SMALLEST or not hasattr(mmap, "MAP_ANONYMOUS"):
+    n_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if not _is_large(n_bytes, device):
         return torch.empty(*shape, dtype=dtype, device=device)
-    size = _size_class(numel * dtype.itemsize)
+    size = _size_class(n_bytes)
     try:
         block = _free[size].pop()
     except (KeyError, IndexError):
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
+        block = _new_block(size)
     # torch holds the view as long as any tensor on this memory lives.
     view = memoryview(block)
     weakref.finalize(view, _give_back, block).atexit = False
-    return torch.frombuffer(view, dtype=dtype, count=numel).view(shape)
+    return _on(view, shape, dtype)
+
+
+def zeros_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros; on a CPU in new memory, in huge pages likewise, that is taken where it is first written to."""
+    n_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if not _is_large(n_bytes, device):
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return _on(memoryview(_new_block(n_bytes)), shape, dtype)
+
+
+def _is_large(n_bytes: int, device: torch.device) -> bool:
+    return device.type == "cpu" and n_bytes >= _SMALLEST and hasattr(mmap, "MAP_ANONYMOUS")
+
+
+def _new_block(n_bytes: int) -> mmap.mmap:
+    block = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _on(view: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(view, dtype=dtype, count=torch.Size(shape).numel()).view(shape)
 
 
 def _size_class(n_bytes: int) -> int:

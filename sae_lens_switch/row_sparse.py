@@ -1,0 +1,146 @@
+"""Row-sparse Adam: a step whose cost does not grow with the width of the dictionary."""
+
+from typing import Any
+
+import torch
+from sae_lens_switch_kernels import RowGrads
+from sae_lens_switch_kernels.memory import zeros_large
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from sae_lens_switch.optim import normalize_rows_, parameters_of, without_parallel
+
+# Rows are stepped in blocks that stay in cache, so that several operations on a block read memory once; how many rows,
+# is measured on a CPU.
+_ROWS_STEPPED = 1024
+_FIRST = torch.zeros(1, dtype=torch.long)
+
+
+class RowSparseAdam(Optimizer):
+    """Lazy Adam: of W_enc, W_dec and b_enc only the rows of latents that were active in the step are touched.
+
+    The gradient of all other rows is zero, and the SAE makes no dense one (``RowGrads``): a step touches at most k
+    rows a token, however wide the dictionary. It is not Adam: there the moments of every row decay in every step,
+    and momentum moves a row after its latent was last active. Here a row has its own count of steps for the bias
+    correction, and rests when its latent does. Other parameters take plain Adam steps.
+
+    Moments, and weights of less than float32, are kept in float32. The decoder's constraint, where the SAE has one,
+    is kept for the rows that are touched.
+    """
+
+    applies_constraint = True
+
+    def __init__(self, sae: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        if not hasattr(sae, "row_grads"):
+            raise ValueError(
+                "optimizer='row_sparse_adam' needs an SAE with sparse gradients, switch or sparse_topk; "
+                f"got {sae.cfg.architecture()}"
+            )
+        super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
+        self.sae = sae
+        sae.row_grads = self.row_grads = RowGrads()
+
+    def grads(self) -> list[Tensor]:
+        """All there are, the compact ones among them."""
+        compact = [g for g in self._by_row().values() if g is not None]
+        return compact + [p.grad for p in parameters_of(self) if p.grad is not None]
+
+    def _by_row(self) -> dict[nn.Parameter, Tensor | None]:
+        sae, r = self.sae, self.row_grads
+        by_row = {sae.W_enc: r.dW_enc_RD, sae.W_dec: r.dW_dec_RD}
+        return by_row | {sae.b_enc: r.d_bias_R} if hasattr(sae, "b_enc") else by_row
+
+    @torch.no_grad()
+    def step(self, _closure: None = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
+        """One step of the gradients divided by ``grad_scale``."""
+        sae = self.sae
+        by_row = self._by_row()
+        for group in self.param_groups:
+            for p in group["params"]:
+                data, rows_R = p.detach(), self.row_grads.rows_R
+                grad = by_row.get(p)
+                if p in by_row:
+                    data = data.T if p is sae.W_enc else data
+                    if p.grad is not None:  # a dense gradient, from a step with hooks: its rows that are not 0
+                        dense = p.grad.T if p is sae.W_enc else p.grad
+                        rows_R = dense.reshape(len(dense), -1).any(dim=1).nonzero().flatten()
+                        grad = dense[rows_R]
+                elif p.grad is not None:  # any other parameter is one row
+                    data, grad, rows_R = data.view(1, -1), p.grad.reshape(1, -1), _FIRST.to(p.device)
+                if grad is not None and rows_R is not None and len(rows_R):
+                    self._step_rows(p, data.view(len(data), -1), grad.view(len(grad), -1), rows_R, group, grad_scale)
+
+    def _step_rows(
+        self, p: nn.Parameter, data: Tensor, grad: Tensor, rows_R: Tensor, group: dict[str, Any], scale: Tensor | float
+    ) -> None:
+        """Step rows [R] of the parameter, seen as ``data`` [rows, columns]."""
+        state = self._state(p, data)
+        weights, moments = state.get("master", data), state["moments"]
+        unit = p is self.sae.W_dec and getattr(self.sae.cfg, "normalize_decoder", False)
+        project = unit and self.sae.cfg.project_decoder_grad
+        step_R = state["step"][rows_R] + 1
+        state["step"][rows_R] = step_R
+        # On a CPU in blocks that stay in cache, all through the same buffers.
+        block = min(_ROWS_STEPPED if data.device.type == "cpu" else len(rows_R), len(rows_R))
+        w_buffer, moments_buffer = (t.new_empty(block, *t.shape[1:]) for t in (weights, moments))
+        buffers = [torch.empty_like(w_buffer) for _ in range(2)]
+        for rows, grad_part, step in zip(rows_R.split(block), grad.split(block), step_R.split(block), strict=True):
+            w, both = w_buffer[: len(rows)], moments_buffer[: len(rows)]
+            g, scratch = (t[: len(rows)] for t in buffers)
+            torch.index_select(weights, 0, rows, out=w)
+            torch.index_select(moments, 0, rows, out=both)
+            torch.div(grad_part, scale, out=g)
+            if project:
+                g, scratch = without_parallel(g, w, scratch), g
+            _adam_update(w, g, both[:, 0], both[:, 1], step, group, scratch)
+            if unit:
+                normalize_rows_(w)
+            _put_rows(moments, rows, both)
+            _put_rows(weights, rows, w)
+            if weights is not data:
+                data[rows] = w.to(data.dtype)
+
+    def _state(self, p: nn.Parameter, data: Tensor) -> dict[str, Tensor]:
+        """step [rows], moments [rows, 2, columns], and weights to step where those of the SAE are less than float32."""
+        state = self.state[p]
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        if not state:
+            # First and second moment of a row lie side by side, since they are always read and written together.
+            state["moments"] = zeros_large(len(data), 2, data.shape[1], dtype=dtype, device=p.device)
+            state["step"] = torch.zeros(len(data), device=p.device)
+            if dtype != p.dtype:
+                state["master"] = data.to(dtype)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which however would round the moments of a low-precision weight to the weight's dtype."""
+        super().load_state_dict(state_dict)
+        for i, p in enumerate(parameters_of(self)):
+            saved = state_dict["state"].get(i)
+            if saved is not None:
+                self.state[p] = {name: t.to(p.device).clone() for name, t in saved.items()}
+
+
+def _adam_update(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, step_R: Tensor, group: dict[str, Any], scratch: Tensor
+) -> None:
+    """Kingma & Ba 2015, algorithm 1, in place; ``step_R`` counts for each row."""
+    beta1, beta2 = group["betas"]
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    # size * m / (sqrt(v) / correction + eps), with what differs from row to row applied to whole rows
+    step = step_R.double().unsqueeze(1)
+    correction = (1 - beta2**step).sqrt()
+    size = group["lr"] * correction / (1 - beta1**step)
+    torch.sqrt(v, out=scratch).add_((group["eps"] * correction).to(v.dtype))
+    torch.div(m, scratch, out=scratch).mul_(size.to(v.dtype))
+    w.sub_(scratch)
+
+
+def _put_rows(target: Tensor, rows_R: Tensor, source: Tensor) -> None:
+    """target[rows] = source, both contiguous; as elements of the largest size, since torch moves them one by one."""
+    target, source = target.flatten(1), source.flatten(1)
+    if target.shape[1] * target.element_size() % 16 == 0:
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
+    target.index_copy_(0, rows_R, source)
