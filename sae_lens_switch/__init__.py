@@ -14,6 +14,7 @@ from sae_lens_switch.config import (
     SwitchTrainingSAEConfig,
     TrainerOptions,
 )
+from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
 from sae_lens_switch.optim import scaling_law_lr
 from sae_lens_switch.registration import override_topk, register
 from sae_lens_switch.runner import (
@@ -47,4 +48,6 @@ __all__ = [
     "activation_batches",
     "override_topk",
     "scaling_law_lr",
+    "upload_saes_to_huggingface",
+    "verified_loader",
 ]

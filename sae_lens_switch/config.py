@@ -274,17 +274,17 @@ class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunn
         vars(self).update(vars(TrainerOptions(**options)))
         runner_fields = {f.name for f in fields(stock)} - {"sae"}
         if architecture is None:
-            _reject_unknown(kwargs, runner_fields | _option_names())
+            reject_unknown(kwargs, runner_fields | _option_names())
             if sae_kwargs:
                 raise ValueError(
                     "sae_kwargs goes with architecture='...'; with sae=... set the fields on the SAE config"
                 )
             stock.__init__(self, sae=cast(Any, sae), **kwargs)
             return
-        sae_config_class = _training_config_class(architecture)
+        sae_config_class = training_config_class(architecture)
         sae_fields = {f.name for f in fields(sae_config_class)} - {"metadata"}
-        _reject_unknown(kwargs, runner_fields | sae_fields | _option_names())
-        _reject_unknown(sae_kwargs or {}, sae_fields)
+        reject_unknown(kwargs, runner_fields | sae_fields | _option_names())
+        reject_unknown(sae_kwargs or {}, sae_fields)
         own = {name: value for name, value in kwargs.items() if name in sae_fields} | (sae_kwargs or {})
         missing = {"d_in", "d_sae"} - own.keys()
         if missing:
@@ -326,21 +326,21 @@ def _recipe(sae: TrainingSAEConfig, runner: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def _training_config_class(architecture: str) -> type[TrainingSAEConfig]:
+def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise ValueError(
             f"architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}; "
-            f"got {architecture!r}{_nearest(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
+            f"got {architecture!r}{nearest_name(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
         )
     return get_sae_training_class("sparse_topk" if architecture == "topk" else architecture)[1]
 
 
-def _reject_unknown(given: Any, known: Any) -> None:
+def reject_unknown(given: Any, known: Any) -> None:
     for name in given:
         if name not in known:
-            raise UnknownFieldError(f"unknown field {name!r}{_nearest(name, known)}")
+            raise UnknownFieldError(f"unknown field {name!r}{nearest_name(name, known)}")
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest_name(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

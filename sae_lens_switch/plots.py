@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _INK, _BLUE, _ORANGE = "#333333", "#3b6fb6", "#d9822b"
@@ -39,9 +40,7 @@ def training_summary(
     """
     figure = _figure(13, 3.9)
     loss_axes, load_axes, density_axes = figure.subplots(1, 3)
-    for axes in (loss_axes, load_axes, density_axes):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_color(_INK)
+    _tidy(loss_axes, load_axes, density_axes)
 
     steps = torch.arange(1, len(mse) + 1) * tokens_per_step / 1000
     loss_axes.plot(steps.tolist(), list(mse), color=_BLUE, linewidth=1.4)
@@ -55,23 +54,70 @@ def training_summary(
     loss_axes.set_xlim(left=0)
     loss_axes.grid(which="both", alpha=0.2)
 
-    n_experts = len(expert_load)
-    uniform = 100 / n_experts
-    load_axes.bar(range(n_experts), [100 * share for share in expert_load], color=_BLUE, width=0.75)
-    load_axes.axhline(uniform, color=_ORANGE, linestyle="--", linewidth=1.2, label=f"uniform: {uniform:.3g} %")
-    load_axes.set(title="Load of the experts", xlabel="expert", ylabel="share of the tokens (%)")
-    load_axes.set_ylim(0, 1.25 * max(uniform, 100 * max(expert_load)))  # room for the legend above the bars
-    load_axes.xaxis.get_major_locator().set_params(integer=True)
-    load_axes.legend(frameon=False, loc="upper right")
+    _draw_load(load_axes, expert_load)
+    _draw_density(density_axes, latent_density)
+    if title:
+        figure.suptitle(title, fontsize=11, color=_INK)
+    return figure
 
+
+def sae_summary(
+    *,
+    expert_load: Sequence[float] | None = None,
+    latent_density: Tensor | None = None,
+    alignment: Tensor | None = None,
+    load_of: str = "tokens",
+    title: str = "",
+) -> "Figure":
+    """What a trained SAE looks like: a panel for each of what is known.
+
+    expert_load:    share of the tokens (or of what ``load_of`` says) of each expert, [E]
+    latent_density: share of the tokens on which each latent fired, [F]
+    alignment:      cosine of each latent's encoder and decoder weights, [F]
+
+    Raises ValueError if nothing is known.
+    """
+    known = [data is not None for data in (expert_load, latent_density, alignment)]
+    if not any(known):
+        raise ValueError("give at least one of expert_load, latent_density and alignment")
+    figure = _figure(4.4 * sum(known), 3.9)
+    panels = list(figure.subplots(1, sum(known), squeeze=False).flat)
+    _tidy(*panels)
+    if expert_load is not None:
+        _draw_load(panels.pop(0), expert_load, load_of)
+    if latent_density is not None:
+        _draw_density(panels.pop(0), latent_density)
+    if alignment is not None:
+        axes = panels.pop(0)
+        axes.hist(alignment.tolist(), bins=50, color=_BLUE)
+        axes.set(title="Encoder against decoder", xlabel="cosine of a latent's two directions", ylabel="latents")
+    if title:
+        figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
+    return figure
+
+
+def _tidy(*panels: "Axes") -> None:
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_color(_INK)
+
+
+def _draw_load(axes: "Axes", expert_load: Sequence[float], load_of: str = "tokens") -> None:
+    uniform = 100 / len(expert_load)
+    axes.bar(range(len(expert_load)), [100 * share for share in expert_load], color=_BLUE, width=0.75)
+    axes.axhline(uniform, color=_ORANGE, linestyle="--", linewidth=1.2, label=f"uniform: {uniform:.3g} %")
+    axes.set(title="Load of the experts", xlabel="expert", ylabel=f"share of the {load_of} (%)")
+    axes.set_ylim(0, 1.25 * max(uniform, 100 * max(expert_load)))  # room for the legend above the bars
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[reportCallIssue]
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_density(axes: "Axes", latent_density: Tensor) -> None:
     fired = latent_density[latent_density > 0].log10()
     n_dead = len(latent_density) - len(fired)
-    density_axes.hist(fired.tolist(), bins=50, color=_BLUE)
-    density_axes.set(
+    axes.hist(fired.tolist(), bins=50, color=_BLUE)
+    axes.set(
         title=f"Latent density ({n_dead:,} of {len(latent_density):,} dead)",
         xlabel=r"$\log_{10}$ share of the tokens a latent fires on",
         ylabel="latents",
     )
-    if title:
-        figure.suptitle(title, fontsize=11, color=_INK)
-    return figure

@@ -1,0 +1,256 @@
+"""The model card of a Hub repository of SAEs: made from their configs, so that one upload can rewrite it for all.
+
+Nothing in it is trusted: names are shown as code, with every character escaped that could be markup.
+"""
+
+import glob
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from huggingface_hub.repocard import RepoCard
+from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+PICTURE = "summary.png"
+_BEGIN = "<!-- sae-lens-switch: each upload rewrites from here ... -->"
+_END = "<!-- sae-lens-switch: ... to here -->"
+_PLAIN = re.compile(r"[\w./:=@+,' -]*", re.ASCII)
+_TAGS = ("saelens", "sae", "sparse-autoencoder", "mechanistic-interpretability")
+_ABOUT = {
+    "switch": """\
+**Switch SAE** ([Mudide et al. 2024](https://arxiv.org/abs/2410.08201)): a router sends each activation to one of many
+experts, `e = argmax p`, `p = softmax((x - b_router) @ W_router)`, and only that expert's latents are computed. At most
+k are active, all of one expert; expert e of M latents owns `e*M` to `(e+1)*M`. With the gate "probability" they are
+multiplied by `p_e`; with "one" they are not. Decoding, `f @ W_dec + b_dec`, is linear in any latents, edited or mixed
+over experts.""",
+    "topk": """\
+**TopK SAE** ([Gao et al. 2024](https://arxiv.org/abs/2406.04093)): of all latents the k largest are kept.""",
+}
+
+
+def model_card(
+    repo_id: str,
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    front_matter: Mapping[str, Any],
+    derived: Mapping[str, list[str]],
+    pictures: Collection[str] = (),
+    revision: str = "main",
+    previous: str | None = None,
+) -> str:
+    """README.md of a repository that holds SAEs with these configs (``cfg.json``), by id.
+
+    front_matter: what was said outright; wins over the rest
+    derived:      base_model and datasets as the SAEs name them; joined with what the card had
+    pictures:     files that are there to be shown
+    previous:     the card so far. What stands outside of our marks stays, in the text and in the front matter.
+
+    Raises ValueError if ``previous`` has a front matter that is no YAML mapping, or one of our marks alone.
+    """
+    previous = previous or f"# {repo_id.split('/')[-1]}\n"
+    # With a front matter, if only an empty one, or RepoCard warns that there is none.
+    content = previous if previous.startswith("---") else f"---\n\n---\n\n{previous}"
+    try:
+        card = RepoCard(content)
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"its front matter is no YAML mapping: {error}") from error
+    data = card.data
+    evaluations = {sae_id: _evaluations(cfg) for sae_id, cfg in configs.items()}
+    architectures = sorted({str(cfg.get("architecture")) for cfg in configs.values()})
+    data["library_name"] = "saelens"
+    # The metrics that an earlier card of ours named may be gone.
+    before = {key: _as_list(data.get(key)) for key in ("tags", "metrics", "base_model", "datasets")}
+    joined = {
+        "tags": [*before["tags"], *_TAGS, *architectures, *front_matter.get("tags", ())],
+        "metrics": ([] if _BEGIN in previous else before["metrics"])
+        + sorted({name for numbers in evaluations.values() for name in numbers}),
+        **{key: [*before[key], *values] for key, values in derived.items()},
+    }
+    for key, values in joined.items():
+        data[key] = [value for i, value in enumerate(values) if value not in values[:i]] or None
+    for key, value in front_matter.items():
+        if key != "tags":
+            data[key] = value
+    others = [e for e in _as_list(data.get("model-index")) if _mapping(e).get("name") not in configs]
+    data["model-index"] = [*others, *_model_index(configs)] or None
+    body = "\n\n".join([_BEGIN, *_sections(repo_id, configs, evaluations, pictures, revision), _END])
+    head, begin, rest = card.text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and not end:
+        raise ValueError(f"it has the mark {_BEGIN!r} and not the one that ends it, {_END!r}")
+    card.text = head + body + after if begin else f"{head.rstrip()}\n\n{body}\n"
+    return str(card)
+
+
+def _sections(
+    repo_id: str,
+    configs: Mapping[str, Mapping[str, Any]],
+    evaluations: Mapping[str, Mapping[str, float]],
+    pictures: Collection[str],
+    revision: str,
+) -> list[str]:
+    rows = []
+    for sae_id, cfg in configs.items():
+        metadata = _mapping(cfg.get("metadata"))
+        rows.append(
+            [
+                sae_id,
+                *(cfg.get(name) for name in ("architecture", "d_in", "d_sae", "k")),
+                *(metadata.get(name) for name in ("model_name", "hook_name", "context_size", "dataset_path")),
+            ]
+        )
+    header = ["SAE", "architecture", "d_in", "latents", "k", "model", "hook", "context", "trained on"]
+    parts = [
+        "Sparse autoencoders (SAEs) for [SAELens](https://github.com/decoderesearch/SAELens).",
+        _table(header, rows),
+        *(_ABOUT[name] for name in _ABOUT if any(cfg.get("architecture") == name for cfg in configs.values())),
+        "## Load",
+        *_loading(repo_id, configs, revision),
+    ]
+    routed = {sae_id: cfg for sae_id, cfg in configs.items() if isinstance(cfg.get("n_experts"), int)}
+    if routed:
+        rows = [
+            [sae_id, cfg["n_experts"], _experts_width(cfg), cfg.get("k"), cfg.get("gate"), *_load(cfg)]
+            for sae_id, cfg in routed.items()
+        ]
+        header = ["SAE", "experts", "latents an expert", "k", "gate", "least load, %", "even", "most", "of all"]
+        parts += ["## Routing", _table(header, rows)]
+    dead = [
+        [i, n, cfg.get("d_sae")] for i, cfg in configs.items() if (n := _measured(cfg).get("dead_latents")) is not None
+    ]
+    if any(evaluations.values()) or dead:
+        parts.append("## Evaluation")
+    if any(evaluations.values()):
+        names = list(dict.fromkeys(name for numbers in evaluations.values() for name in numbers))
+        rows = [
+            [i, _measured(configs[i]).get("eval_dataset"), *(numbers.get(name) for name in names)]
+            for i, numbers in evaluations.items()
+            if numbers
+        ]
+        parts.append(_table(["SAE", "on", *map(_code, names)], rows))
+    if dead:
+        parts.append("Latents that never fired in the tokens last counted:\n\n" + _table(["SAE", "dead", "of"], dead))
+    for sae_id in configs:
+        if (picture := f"{sae_id}/{PICTURE}") in pictures:
+            parts.append(f"{_code(sae_id)}\n\n![summary of the SAE]({quote(picture)})")
+    return parts
+
+
+def _loading(repo_id: str, configs: Mapping[str, Mapping[str, Any]], revision: str) -> list[str]:
+    by_requirement: dict[str, dict[str, str]] = {}
+    for sae_id, cfg in configs.items():
+        requires = str(_mapping(cfg.get("metadata")).get("requires") or "")
+        by_requirement.setdefault(requires, {}).setdefault(str(cfg.get("architecture")), sae_id)
+    parts = []
+    for requires, examples in sorted(by_requirement.items()):
+        names = ", ".join(map(_code, examples))
+        package, _, version = requires.partition(">=")
+        imports = "from sae_lens import SAE\n"
+        if re.fullmatch(r"[A-Za-z_]\w*", package, re.ASCII):
+            imports += f"import {package}  # announces its architectures to SAELens\n"
+            needs = _code(package) + (f", {_code(version)} or later" if version else "")
+            errors = ", ".join(_code(f"KeyError: '{name}'") for name in examples)
+            parts.append(
+                f"Architecture {names}: with the package {needs}. Without its import SAELens does not know the "
+                f"architecture, and loading ends with {errors}."
+            )
+        else:
+            parts.append(f"Architecture {names}: with SAELens alone, no plugin.")
+        sae_id = next(iter(examples.values()))
+        call = f'sae = SAE.from_pretrained("{repo_id}", {_literal(sae_id)})'
+        if revision != "main":  # where from_pretrained does not look
+            imports = f"from huggingface_hub import snapshot_download\n{imports}"
+            where = f"revision={_literal(revision)}, allow_patterns={_literal(f'{glob.escape(sae_id)}/*')}"
+            call = f"""folder = snapshot_download("{repo_id}", {where})
+sae = SAE.load_from_disk(folder + {_literal(f"/{sae_id}")})"""
+        parts.append(f"```python\n{imports}\n{call}\n```")
+    loader = "verified_loader"
+    if revision != "main":
+        loader = f"functools.partial(verified_loader, revision={_literal(revision)})"
+    parts.append(
+        f"With `SAE.from_pretrained(..., converter={loader})`, of `from sae_lens_switch.hub import verified_loader`, "
+        "the weights are compared with the SHA-256 in `cfg.json` before they are used."
+    )
+    return parts
+
+
+def _model_index(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for sae_id, cfg in configs.items():
+        dataset = _measured(cfg).get("eval_dataset")
+        results = [
+            EvalResult("feature-extraction", dataset, dataset, name, value, task_name="reconstruction of activations")
+            for name, value in _evaluations(cfg).items()
+            if isinstance(dataset, str)
+        ]
+        entries += eval_results_to_model_index(sae_id, results) if results else []
+    return entries
+
+
+def _load(cfg: Mapping[str, Any]) -> list[Any]:
+    """Least, even and largest share of an expert in percent, and of what."""
+    measured = _measured(cfg)
+    for key, of in (("expert_load", "tokens"), ("expert_firings", "firings of latents")):
+        shares = measured.get(key)
+        if isinstance(shares, list) and shares and all(isinstance(s, int | float) for s in shares):
+            return [100.0 * min(shares), 100 / len(shares), 100.0 * max(shares), of]
+    return [None] * 4
+
+
+def _experts_width(cfg: Mapping[str, Any]) -> int | None:
+    d_sae, n_experts = cfg.get("d_sae"), cfg["n_experts"]
+    return d_sae // n_experts if isinstance(d_sae, int) and n_experts > 0 else None
+
+
+def _measured(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _mapping(_mapping(cfg.get("metadata")).get("measured"))
+
+
+def _evaluations(cfg: Mapping[str, Any]) -> dict[str, float]:
+    numbers = _mapping(_measured(cfg).get("evaluations"))
+    return {str(name): value for name, value in numbers.items() if isinstance(value, int | float)}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+# Escaping
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    """Without the columns that are empty."""
+    kept = [j for j in range(len(header)) if any(row[j] is not None for row in rows)]
+    lines = [[header[j] for j in kept], ["---"] * len(kept), *([_cell(row[j]) for j in kept] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if isinstance(value, int) else _code(value)
+
+
+def _code(value: Any) -> str:
+    """A name as inline code. Entities cannot open or close anything in Markdown, nor in HTML."""
+    text = str(value)
+    text = text if len(text) <= 200 else text[:200] + "..."
+    if text.strip() and _PLAIN.fullmatch(text):
+        return f"`{text}`"
+    escaped = "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in text)
+    return f"<code>{escaped}</code>"
+
+
+def _literal(text: str) -> str:
+    """A Python string that is the text, in characters that end neither it nor the block of code around it."""
+    return '"' + "".join(c if _PLAIN.fullmatch(c) else f"\\U{ord(c):08x}" for c in text) + '"'
