@@ -6,10 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 Row = dict[str, Any]
+L1_ARCHITECTURES = ("standard", "gated")
+# Sweeps are trained with a seed of their own: what chose a setting is not what is compared afterwards.
+TUNING_SEED = 100
+_EXTENSIONS = 4  # of a sweep, beyond the values of the plan
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,15 @@ class Cell:
 
     architecture: str  # standard, gated, topk (SAELens's own, dense), sparse_topk, switch
     d_sae: int
-    k: int = 32  # of those with an L1 coefficient: the L0 it was chosen for
+    k: int = 16  # of those with an L1 coefficient: the L0 it was chosen for
     n_experts: int = 1
-    lr: float = 1e-3
+    lr: float = 2e-3
     l1_coefficient: float = 0.0
     load_balance_coefficient: float = 0.3
+    load_balance_scale: str = "variance"
     gate: str = "probability"
+    units: str = "unit variance"  # of the activations; "model": as the language model has them
+    passes: int = 1
     seed: int = 0
 
     def key(self, of_run: dict[str, Any]) -> str:
@@ -35,10 +42,17 @@ class Cell:
     def label(self) -> str:
         return f"switch {self.n_experts}" if self.architecture == "switch" else self.architecture
 
-    def weight(self, d_in: int) -> float:
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        """What the time of a step depends on."""
+        return self.architecture, self.d_sae, self.n_experts, self.k
+
+    def weight(self, d_in: int, batch: int = 256) -> float:
         """How long it takes, in arbitrary units: for the estimate of the time left."""
-        dense = 5 * self.d_sae if self.architecture not in ("sparse_topk", "switch") else self.d_sae / self.n_experts
-        return d_in * (2 * dense + 12 * self.k) + 0.15 * self.d_sae * d_in
+        encoders = {"standard": 5.0, "topk": 5.0, "gated": 15.0}.get(self.architecture, 1.0)
+        return (
+            self.passes * d_in * (batch * (2 * encoders * self.d_sae / self.n_experts + 60 * self.k) + 400 * self.d_sae)
+        )
 
 
 @dataclass(frozen=True)
@@ -48,141 +62,255 @@ class Plan:
     d_sae: int
     ks: tuple[int, ...]
     experts: tuple[int, ...]
+    experts_all_ks: tuple[int, ...]  # these at every k, the others at the middle one
     flop_matched: tuple[int, ...]
     seeds: tuple[int, ...]
     few_seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
-    coefficients: tuple[float, ...]
-    scaling: tuple[int, ...]
-    l1_coefficients: dict[str, tuple[float, ...]]
-    baselines: tuple[str, ...] = ("standard", "gated")
+    wide: int  # learning rates are tuned here, too
+    coefficients: tuple[float, ...] = ()
+    long_coefficients: tuple[float, ...] = ()  # with the most passes
+    scale_coefficients: tuple[float, ...] = ()
+    gate_experts: tuple[int, ...] = ()
+    scaling: tuple[int, ...] = ()
+    several_seeds_up_to: int = 0  # the widest of `scaling` with few_seeds; wider ones have one
+    scaling_passes: int = 1
+    passes: tuple[int, ...] = ()
+    l1_coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def middle_k(self) -> int:
+        return self.ks[len(self.ks) // 2]
+
+    @property
+    def middle_experts(self) -> int:
+        return 16 if 16 in self.experts else self.experts[len(self.experts) // 2]
 
 
 PLANS = {
     "default": Plan(
-        d_sae=4096,
-        ks=(16, 32, 64),
+        d_sae=2048,
+        ks=(8, 16, 32),
         experts=(2, 4, 8, 16, 32, 64),
+        experts_all_ks=(4, 16, 64),
         flop_matched=(2, 4, 8),
         seeds=(0, 1, 2),
         few_seeds=(0, 1),
-        learning_rates=(3e-4, 1e-3, 3e-3),
-        coefficients=(0.0, 0.03, 0.3, 3.0, 30.0),
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        wide=8192,
+        coefficients=(0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0),
+        long_coefficients=(0.0, 0.1, 0.3, 1.0),
+        scale_coefficients=(0.01, 0.3, 3.0, 30.0),
+        gate_experts=(2, 16, 64),
         scaling=(2**11, 2**12, 2**13, 2**14, 2**15, 2**16),
-        l1_coefficients={"standard": (0.3, 1.0, 3.0), "gated": (0.3, 1.0, 3.0)},
+        several_seeds_up_to=2**12,
+        passes=(1, 4),
+        l1_coefficients={"standard": (4.0, 8.0, 16.0), "gated": (6.0, 12.0, 24.0)},
     ),
     "full": Plan(
         d_sae=4096,
-        ks=(8, 16, 32, 64, 128),
-        experts=(2, 4, 8, 16, 32),
+        ks=(8, 16, 32, 64),
+        experts=(2, 4, 8, 16, 32, 64),
+        experts_all_ks=(2, 4, 8, 16, 32, 64),
         flop_matched=(2, 4, 8, 16),
         seeds=(0, 1, 2, 3, 4),
         few_seeds=(0, 1, 2),
-        learning_rates=(1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3),
-        coefficients=(0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+        learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        wide=16384,
+        coefficients=(0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        long_coefficients=(0.0, 0.03, 0.1, 0.3, 1.0, 3.0),
+        scale_coefficients=(0.01, 0.1, 0.3, 1.0, 3.0, 30.0),
+        gate_experts=(2, 4, 8, 16, 32, 64),
         scaling=(2**11, 2**12, 2**13, 2**14, 2**15, 2**16),
-        l1_coefficients={"standard": (0.1, 0.3, 1.0, 3.0, 10.0), "gated": (0.1, 0.3, 1.0, 3.0, 10.0)},
+        several_seeds_up_to=2**16,
+        scaling_passes=4,
+        passes=(1, 2, 4),
+        l1_coefficients={"standard": (2.0, 4.0, 8.0, 16.0), "gated": (3.0, 6.0, 12.0, 24.0)},
     ),
     "tiny": Plan(
         d_sae=256,
         ks=(8,),
         experts=(4,),
+        experts_all_ks=(4,),
         flop_matched=(),
         seeds=(0, 1),
         few_seeds=(0,),
-        learning_rates=(1e-3,),
-        coefficients=(),
-        scaling=(),
-        l1_coefficients={},
-        baselines=(),
+        learning_rates=(2e-3,),
+        wide=256,
     ),
 }
 
-N_STAGES = 3
 
-
-def stage(number: int, plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
-    """(experiment, cell) of a stage; ``rows`` are the results of those before."""
-    return [_learning_rates, _l1_coefficients, _comparisons][number](plan, rows)
-
-
-def _learning_rates(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:  # noqa: ARG001
-    k = plan.ks[len(plan.ks) // 2]
-    shapes = [Cell("sparse_topk", plan.d_sae, k)]
-    shapes += [Cell("switch", plan.d_sae, k, E) for E in _ends(plan.experts)]
-    shapes += [
-        Cell(a, plan.d_sae, k, l1_coefficient=plan.l1_coefficients[a][len(plan.l1_coefficients[a]) // 2])
-        for a in plan.baselines
+def stages(plan: Plan, rows: Sequence[Row]) -> list[list[tuple[str, Cell]]]:
+    """(experiment, cell) of every stage. ``rows`` are the results so far: they decide the cells of later stages, and
+    whether the sweeps of the first ones go on."""
+    k, experts = plan.middle_k, sorted({plan.experts[0], plan.experts[len(plan.experts) // 2 - 1], plan.experts[-1]})
+    sparse = [Cell("sparse_topk", F, k) for F in sorted({plan.d_sae, plan.wide})]
+    sparse += [Cell("switch", plan.d_sae, k, E) for E in experts]
+    sparse += [Cell("switch", plan.wide, k, E) for E in experts[1:] if plan.wide > plan.d_sae]
+    dense = [
+        Cell(a, plan.d_sae, k, l1_coefficient=values[len(values) // 2]) for a, values in plan.l1_coefficients.items()
     ]
-    return [("learning rate", replace(c, lr=lr)) for c in shapes for lr in plan.learning_rates]
+    return [
+        _learning_rates(sparse, plan, rows),
+        _comparisons(plan, rows),
+        _learning_rates(dense, plan, rows),
+        _l1_coefficients(plan, rows),
+        _baselines(plan, rows),
+    ]
+
+
+def _learning_rates(shapes: Sequence[Cell], plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
+    cells = []
+    for shape in shapes:
+        swept = {r["lr"]: _criterion(r) for r in _swept(rows, "learning rate", shape.architecture, shape)}
+        cells += [replace(shape, lr=lr, seed=TUNING_SEED) for lr in _extended(plan.learning_rates, swept)]
+    return [("learning rate", c) for c in cells]
+
+
+def _extended(values: Sequence[float], found: dict[float, float]) -> list[float]:
+    """The values, and beyond their edge by their own ratio as long as the best one found is at the edge."""
+    values = list(values)
+    for _ in range(_EXTENSIONS):
+        if len(values) < 2 or not all(v in found for v in values):
+            break
+        best, ratio = min(values, key=found.__getitem__), values[1] / values[0]
+        if best == values[-1]:
+            values.append(float(f"{values[-1] * ratio:.6g}"))
+        elif best == values[0]:
+            values.insert(0, float(f"{values[0] / ratio:.6g}"))
+        else:
+            break
+    return values
 
 
 def _l1_coefficients(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
-    k = plan.ks[len(plan.ks) // 2]
-    return [
-        ("L1 coefficient", Cell(a, plan.d_sae, k, l1_coefficient=c, lr=best_lr(rows, a, 1)))
-        for a in plan.baselines
-        for c in plan.l1_coefficients[a]
-    ]
+    """As many as it takes for their L0s to enclose every k."""
+    cells = []
+    for a, values in plan.l1_coefficients.items():
+        lr = best_lr(rows, a, plan.d_sae, 1)
+        l0 = {r["l1_coefficient"]: r["l0"] for r in _swept(rows, "L1 coefficient", a)}
+        values, ratio = list(values), values[1] / values[0]
+        for _ in range(_EXTENSIONS):
+            if all(v in l0 for v in values) and max(l0.values()) < max(plan.ks):
+                values.insert(0, float(f"{values[0] / ratio:.6g}"))
+            if all(v in l0 for v in values) and min(l0.values()) > min(plan.ks):
+                values.append(float(f"{values[-1] * ratio:.6g}"))
+        cells += [Cell(a, plan.d_sae, plan.middle_k, l1_coefficient=c, lr=lr, seed=TUNING_SEED) for c in values]
+    return [("L1 coefficient", c) for c in cells]
 
 
 def _comparisons(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
-    def tuned(architecture: str, d_sae: int, k: int, E: int = 1, **options: Any) -> Cell:
-        return Cell(architecture, d_sae, k, E, lr=best_lr(rows, architecture, E), **options)
+    def tuned(architecture: str, d_sae: int, k: int = plan.middle_k, E: int = 1, **options: Any) -> Cell:
+        return Cell(architecture, d_sae, k, E, lr=best_lr(rows, architecture, d_sae, E), **options)
 
-    cells = []
+    cells: list[tuple[str, Cell]] = []
     for seed in plan.seeds:
         for k in plan.ks:
+            experts = plan.experts if k == plan.middle_k else plan.experts_all_ks
             cells.append(("fixed width", tuned("sparse_topk", plan.d_sae, k, seed=seed)))
-            cells += [("fixed width", tuned("switch", plan.d_sae, k, E, seed=seed)) for E in plan.experts]
-    for seed in plan.few_seeds:
-        for k in plan.ks:
+            cells += [("fixed width", tuned("switch", plan.d_sae, k, E, seed=seed)) for E in experts]
             cells += [("matched FLOPs", tuned("switch", plan.d_sae * E, k, E, seed=seed)) for E in plan.flop_matched]
-    for k in plan.ks:
-        for a in plan.baselines:
-            l1 = l1_for_l0(rows, a, k)
-            cells += [("fixed width", tuned(a, plan.d_sae, k, l1_coefficient=l1, seed=s)) for s in plan.few_seeds[:1]]
-    middle, E = plan.ks[len(plan.ks) // 2], plan.experts[len(plan.experts) // 2]
-    cells.append(("fixed width", replace(tuned("sparse_topk", plan.d_sae, middle), architecture="topk")))
-    for seed in plan.few_seeds:
+    E = plan.middle_experts
+    for seed in plan.seeds:
         cells += [
-            ("coefficient", tuned("switch", plan.d_sae, middle, E, load_balance_coefficient=c, seed=seed))
+            ("coefficient", tuned("switch", plan.d_sae, E=E, load_balance_coefficient=c, seed=seed))
             for c in plan.coefficients
         ]
-        if plan.coefficients:
-            cells += [
-                ("gate", tuned("switch", plan.d_sae, middle, n, gate=gate, seed=seed))
-                for n in _ends(plan.experts)
-                for gate in ("probability", "one")
-            ]
+        cells += [
+            ("gate", tuned("switch", plan.d_sae, E=n, gate=gate, seed=seed))
+            for n in plan.gate_experts
+            for gate in ("probability", "one")
+        ]
+    for seed in plan.few_seeds:
+        cells += [
+            (
+                "coefficient's scale",
+                tuned(
+                    *("switch", plan.d_sae),
+                    **{"E": E, "load_balance_coefficient": c, "load_balance_scale": scale, "units": "model"},
+                    seed=seed,
+                ),
+            )
+            for c in plan.scale_coefficients
+            for scale in ("variance", "d_in")
+        ]
     for width in plan.scaling:
-        cells.append(("scaling", tuned("sparse_topk", width, middle)))
-        for n in sorted({8, 64, max(2, width // 512)}):
-            if width // n >= middle:
-                cells.append(("scaling", tuned("switch", width, middle, n)))
+        for seed in plan.few_seeds if width <= plan.several_seeds_up_to else plan.few_seeds[:1]:
+            longer = {"passes": plan.scaling_passes, "seed": seed}
+            cells.append(("scaling", tuned("sparse_topk", width, **longer)))
+            cells += [
+                ("scaling", tuned("switch", width, E=E, **longer))
+                for E in sorted({8, 64, growing(width)})
+                if width // E >= plan.middle_k
+            ]
+    for seed in plan.few_seeds:
+        cells += [
+            (
+                "coefficient, more passes",
+                tuned("switch", plan.d_sae, E=E, load_balance_coefficient=c, passes=max(plan.passes), seed=seed),
+            )
+            for c in plan.long_coefficients
+        ]
+        for n in plan.passes:
+            cells.append(("passes", tuned("sparse_topk", plan.d_sae, passes=n, seed=seed)))
+            cells.append(("passes", tuned("switch", plan.d_sae, E=E, passes=n, seed=seed)))
+            cells += [("passes", tuned("switch", plan.d_sae * m, E=m, passes=n, seed=seed)) for m in plan.flop_matched]
     return cells
 
 
-def _ends(values: Sequence[int]) -> list[int]:
-    return sorted({values[0], values[-1]})
+def _baselines(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
+    lr = best_lr(rows, "sparse_topk", plan.d_sae, 1)
+    cells = [Cell("topk", plan.d_sae, plan.middle_k, lr=lr, seed=seed) for seed in plan.few_seeds]
+    for a in plan.l1_coefficients:
+        lr = best_lr(rows, a, plan.d_sae, 1)
+        cells += [
+            Cell(a, plan.d_sae, k, lr=lr, l1_coefficient=l1_for_l0(rows, a, k), seed=seed)
+            for seed in plan.few_seeds
+            for k in plan.ks
+        ]
+    return [("fixed width", c) for c in cells]
 
 
-def best_lr(rows: Sequence[Row], architecture: str, n_experts: int) -> float:
-    """Of the learning-rate sweep: that with the least error; for a number of experts not swept, the nearest one's."""
-    swept = [r for r in rows if r["experiment"] == "learning rate" and r["architecture"] == architecture]
+def growing(d_sae: int) -> int:
+    """The number of experts that grows with the width: experts of 256 latents."""
+    return max(2, d_sae // 256)
+
+
+# What earlier stages found
+
+
+def _swept(rows: Sequence[Row], experiment: str, architecture: str, shape: Cell | None = None) -> list[Row]:
+    found = [r for r in rows if r["experiment"] == experiment and r["architecture"] == architecture]
+    return [r for r in found if shape is None or (r["d_sae"], r["n_experts"]) == (shape.d_sae, shape.n_experts)]
+
+
+def _criterion(row: Row) -> float:
+    """What a learning rate is chosen by. With an L1 coefficient the error alone would favour those of larger L0."""
+    return row["final_loss"] if row["architecture"] in L1_ARCHITECTURES else row["fvu"]
+
+
+def best_lr(rows: Sequence[Row], architecture: str, d_sae: int, n_experts: int) -> float:
+    """Of the learning-rate sweep; for a shape not swept, that of the nearest: width and experts by their logarithms."""
+    swept = _swept(rows, "learning rate", architecture)
     if not swept:
         return Cell.lr
-    nearest = min({r["n_experts"] for r in swept}, key=lambda E: abs(math.log(E / n_experts)))
-    return min((r for r in swept if r["n_experts"] == nearest), key=lambda r: r["fvu"])["lr"]
+
+    def distance(row: Row) -> float:
+        return abs(math.log(row["d_sae"] / d_sae)) + abs(math.log(row["n_experts"] / n_experts))
+
+    nearest = min(map(distance, swept))
+    return min((r for r in swept if distance(r) == nearest), key=_criterion)["lr"]
 
 
 def l1_for_l0(rows: Sequence[Row], architecture: str, l0: float) -> float:
     """The coefficient whose L0 should be ``l0``: a straight line through the two nearest, both axes logarithmic."""
     swept = sorted(
         (math.log(max(r["l0"], 1e-3)), math.log(r["l1_coefficient"]))
-        for r in rows
-        if r["experiment"] == "L1 coefficient" and r["architecture"] == architecture
+        for r in _swept(rows, "L1 coefficient", architecture)
     )
+    if len(swept) < 2:
+        return 1.0
     below = [p for p in swept if p[0] <= math.log(l0)]
     i = min(max(len(below) - 1, 0), len(swept) - 2)
     (x0, y0), (x1, y1) = swept[i], swept[i + 1]

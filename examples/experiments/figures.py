@@ -1,19 +1,19 @@
-"""Draws the experiments from their CSVs: PNGs, and one HTML page with the pictures, the tables and the orderings.
+"""Draws the experiments from their CSVs alone: PNGs, the tables as CSV and Markdown, and one HTML page with all of it.
 
-    python examples/experiments/figures.py                      # of runs/experiments
-    python examples/experiments/figures.py --input FOLDER       # of any folder with results.csv and curves.csv
+    python examples/experiments/figures.py                                    # of runs/experiments
+    python examples/experiments/figures.py --output docs/experiments          # there, with the CSVs
+    python examples/experiments/figures.py --input docs/experiments           # again, from the CSVs there
 
-Points are means over seeds, bars the range from the least to the largest seed; one seed has no bar.
+Points are means over seeds, bars and bands the range from the least to the largest; one seed has none. Seconds are
+training steps times the time of one step in timing.csv; without that file, what needs seconds is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import csv
 import html
-import statistics
-from collections import defaultdict
+import math
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from tables import TABLES, Row, families, fit, grouped, label, mean, middle_k, of, read, values, with_seconds, write_csv
 
-Row = dict[str, Any]
-_NUMBERS_AS_TEXT = {"experiment", "architecture", "gate"}
+CSVS = ("results.csv", "curves.csv", "timing.csv")
+_GREY = {"standard": "#999999", "gated": "#555555"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,232 +35,287 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--output", type=Path, help="none: the input folder")
     args = parser.parse_args(argv)
-    rows, curves = read(args.input / "results.csv"), read(args.input / "curves.csv")
     output = args.output or args.input
     output.mkdir(parents=True, exist_ok=True)
+    for name in (*CSVS, "run.json"):
+        if output != args.input and (args.input / name).exists():
+            shutil.copyfile(args.input / name, output / name)
+    rows, curves, timing = (read(args.input / name) for name in CSVS)
+    if not rows:
+        raise SystemExit(f"{args.input}/results.csv holds no results: run.py writes it")
+    rows, curves = with_seconds(rows, timing), with_seconds(curves, timing)
     drawn = []
     for name, title, draw in FIGURES:
         figure = draw(rows, curves)
         if figure is not None:
             figure.suptitle(title, fontsize=11)
             figure.tight_layout()
-            figure.savefig(output / f"{name}.png", dpi=110)
+            figure.savefig(output / f"{name}.png", dpi=85, pil_kwargs={"compress_level": 9})
             plt.close(figure)
             drawn.append((name, title))
-    (output / "index.html").write_text(page(output, drawn, rows))
-    print(f"{len(drawn)} pictures and index.html in {output}")
+    written = [(name, title, of_rows(rows)) for name, title, of_rows in TABLES]
+    for name, _, body in written:
+        if body:
+            write_csv(output / "tables" / f"{name}.csv", body)
+    (output / "tables.md").write_text(markdown(written))
+    (output / "index.html").write_text(page(drawn, written, rows))
+    print(f"{len(drawn)} pictures, {sum(bool(body) for *_, body in written)} tables and index.html in {output}")
 
 
-def read(file: Path) -> list[Row]:
-    with open(file, newline="") as handle:
-        return [{n: v if n in _NUMBERS_AS_TEXT else float(v) for n, v in row.items()} for row in csv.DictReader(handle)]
+def colour(row: Row) -> Any:
+    """The same for the same SAE in every picture."""
+    if row["architecture"] == "switch":
+        return plt.get_cmap("viridis")(1.05 - min(math.log2(row["n_experts"]), 7) / 6.5)
+    return _GREY.get(row["architecture"], "#d1495b")
 
 
-def label(row: Row) -> str:
-    return f"switch, {row['n_experts']:.0f}" if row["architecture"] == "switch" else row["architecture"]
-
-
-def of(rows: Iterable[Row], *experiments: str) -> list[Row]:
-    """Rows of these experiments, each setting once."""
-    seen: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        if row["experiment"] in experiments:
-            seen[tuple((n, v) for n, v in row.items() if n != "experiment")] = row
-    return list(seen.values())
-
-
-def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[n] for n in names)].append(row)
-    return dict(sorted(groups.items()))
-
-
-def line(axis: Any, points: dict[float, list[float]], name: str, marker: str = "o") -> None:
-    xs = sorted(points)
-    means = [statistics.mean(points[x]) for x in xs]
+def errorbars(axis: Any, points: dict[float, list[float]], name: str, **style: Any) -> None:
+    """A mean and a range at each x."""
+    xs = sorted(x for x in points if not math.isnan(x))
+    means = [mean(points[x]) for x in xs]
     low = [m - min(points[x]) for x, m in zip(xs, means, strict=True)]
     high = [max(points[x]) - m for x, m in zip(xs, means, strict=True)]
-    axis.errorbar(xs, means, yerr=[low, high], label=name, marker=marker, markersize=3.5, linewidth=1, capsize=2)
+    options: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2.5} | style
+    axis.errorbar(xs, means, yerr=[low, high], label=name, **options)
+
+
+def decorated(axis: Any, **settings: Any) -> None:
+    axis.set(**settings)
+    axis.grid(alpha=0.25, which="major")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
+    """The x values themselves on a logarithmic axis."""
+    ticks = sorted(ticks)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
 
 
 def frontier(rows: list[Row]) -> Any:
-    """L0 against error and against loss recovered, a line an architecture."""
-    if not rows:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, y, title in zip(axes, ("fvu", "ce_recovered"), ("variance unexplained", "CE recovered"), strict=True):
+    """L0 against MSE, explained variance and CE recovered, a line an architecture."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    for axis, y, title in zip(
+        axes,
+        ("mse", "explained", "ce_recovered"),
+        ("MSE (model's units)", "explained variance", "CE loss recovered"),
+        strict=True,
+    ):
         for _, mine in grouped(rows, "architecture", "n_experts").items():
-            points: dict[float, list[float]] = defaultdict(list)
-            for same in grouped(mine, "k").values():
-                points[statistics.mean(r["l0"] for r in same)] = [r[y] for r in same]
-            line(axis, points, label(mine[0]))
-        axis.set(xlabel="L0", ylabel=title, xscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+            points = {
+                mean(values(same, "l0")): [1 - r["fvu"] if y == "explained" else r[y] for r in same]
+                for same in grouped(mine, "k").values()
+            }
+            errorbars(axis, points, label(mine[0]), color=colour(mine[0]))
+        decorated(axis, xlabel="L0 (active latents per token)", ylabel=title)
+        plain_ticks(axis, {r["k"] for r in rows})
+    axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
 def fixed_width(rows: list[Row], _curves: list[Row]) -> Any:
-    return frontier(of(rows, "fixed width"))
+    fixed = of(rows, "fixed width")
+    everywhere = {r["n_experts"] for r in fixed if r["k"] == max(values(fixed, "k"))}
+    # SAELens's topk has the digits of sparse_topk, and one k.
+    return frontier([r for r in fixed if r["n_experts"] in everywhere and r["architecture"] != "topk"])
 
 
 def matched_flops(rows: list[Row], _curves: list[Row]) -> Any:
     matched = of(rows, "matched FLOPs")
-    plain = [r for r in of(rows, "fixed width") if r["architecture"] == "sparse_topk"]
-    return frontier(plain + matched) if matched else None
-
-
-def middle_k(rows: Iterable[Row]) -> float:
-    ks = sorted({r["k"] for r in rows})
-    return ks[len(ks) // 2]
+    return frontier(of(rows, "fixed width", architecture="sparse_topk") + matched) if matched else None
 
 
 def training_curves(_rows: list[Row], curves: list[Row]) -> Any:
-    """Error against steps, FLOPs and seconds."""
-    chosen = [r for r in curves if r["experiment"] in ("fixed width", "matched FLOPs")]
-    if not chosen:
+    """Error against steps, FLOPs and seconds, in both settings."""
+    settings = {name: of(curves, name) for name in ("fixed width", "matched FLOPs") if of(curves, name)}
+    if not settings:
         return None
-    chosen = [r for r in chosen if r["k"] == middle_k(chosen) and r["seed"] == 0]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    for axis, x in zip(axes, ("step", "flops", "seconds"), strict=True):
-        for (_, _, width), mine in grouped(chosen, "architecture", "n_experts", "d_sae").items():
-            mine = sorted({r["step"]: r for r in mine}.values(), key=lambda r: r["step"])
-            axis.plot([r[x] for r in mine], [r["fvu"] for r in mine], label=f"{label(mine[0])}, F {width:.0f}", lw=1)
-        axis.set(xlabel=x, ylabel="variance unexplained", yscale="log", xscale="linear" if x == "step" else "log")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=6)
+    plain = [r for r in settings["fixed width"] if r["architecture"] == "sparse_topk"]
+    if "matched FLOPs" in settings:
+        settings["matched FLOPs"] = plain + settings["matched FLOPs"]
+    figure, axes = plt.subplots(len(settings), 3, figsize=(11, 3.4 * len(settings)), squeeze=False)
+    for row_of_axes, (setting, mine) in zip(axes, settings.items(), strict=True):
+        mine = [r for r in mine if r["k"] == middle_k(mine) and r["architecture"] != "topk"]
+        for axis, x in zip(row_of_axes, ("step", "flops", "seconds"), strict=True):
+            for (_, _, F), same in grouped(mine, "architecture", "n_experts", "d_sae").items():
+                points = grouped(same, "step").values()
+                xs = [mean(values(at, x)) for at in points]
+                errors = [values(at, "fvu") for at in points]
+                name = label(same[0]) + (f", F {F:.0f}" if setting != "fixed width" else "")
+                dashes = "--" if math.log2(same[0]["n_experts"]) % 2 else "-"  # neighbours differ in more than colour
+                axis.plot(xs, list(map(mean, errors)), label=name, lw=1.3, ls=dashes, color=colour(same[0]))
+                axis.fill_between(
+                    xs, list(map(min, errors)), list(map(max, errors)), alpha=0.2, color=colour(same[0]), lw=0
+                )
+            named = {"step": "training steps", "flops": "FLOPs of training, as the paper counts"}.get(x, "seconds")
+            scale = "linear" if x == "step" else "log"
+            decorated(axis, xlabel=named, ylabel="variance unexplained", yscale="log", xscale=scale)
+            axis.set_yticks([0.2, 0.3, 0.4, 0.6], ["0.2", "0.3", "0.4", "0.6"])
+            axis.minorticks_off()
+        row_of_axes[1].legend(fontsize=7, frameon=False, title=setting, title_fontsize=8, loc="lower left")
     return figure
 
 
 def experts(rows: list[Row], _curves: list[Row]) -> Any:
-    """Dead latents and expert load against the number of experts."""
-    switch = [r for r in of(rows, "fixed width") if r["architecture"] == "switch"]
+    """Error, dead latents and expert load against the number of experts."""
+    switch = of(rows, "fixed width", architecture="switch")
     if len({r["n_experts"] for r in switch}) < 2:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for (k,), mine in grouped(switch, "k").items():
-        by_E = grouped(mine, "n_experts")
-        line(axes[0], {E: [r["dead_latents"] / r["d_sae"] for r in same] for (E,), same in by_E.items()}, f"k {k:.0f}")
-        line(axes[1], {E: [r["load_max"] for r in same] for (E,), same in by_E.items()}, f"k {k:.0f}, busiest")
-        line(axes[1], {E: [r["load_min"] for r in same] for (E,), same in by_E.items()}, f"k {k:.0f}, idlest", "v")
-    axes[0].set(xlabel="experts", ylabel="share of dead latents", xscale="log")
-    axes[1].set(xlabel="experts", ylabel="load, times an even share", xscale="log")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    for i, ((k,), mine) in enumerate(grouped(switch, "k").items()):
+        by_E = {E: same for (E,), same in grouped(mine, "n_experts").items()}
+        name, shade = f"k {k:.0f}", f"C{i}"
+        topk = of(rows, "fixed width", architecture="sparse_topk", k=k)
+        errorbars(axes[0], {E: values(same, "fvu") for E, same in by_E.items()}, name, color=shade)
+        errorbars(
+            axes[1], {E: [r["dead_latents"] / r["d_sae"] for r in same] for E, same in by_E.items()}, name, color=shade
+        )
+        if topk:
+            at = {"color": shade, "ls": "--", "lw": 0.9, "label": f"TopK, k {k:.0f}"}
+            axes[0].axhline(mean(values(topk, "fvu")), **at)
+            axes[1].axhline(mean([r["dead_latents"] / r["d_sae"] for r in topk]), **at)
+        errorbars(axes[2], {E: values(same, "load_max") for E, same in by_E.items()}, f"{name}, busiest", color=shade)
+        errorbars(
+            axes[2],
+            {E: values(same, "load_min") for E, same in by_E.items()},
+            f"{name}, idlest",
+            **{"color": shade, "marker": "v", "linestyle": ":"},
+        )
+    for axis, y in zip(axes, ("variance unexplained", "share of dead latents", "load (1: an even share)"), strict=True):
+        decorated(axis, xlabel="experts", ylabel=y)
+        plain_ticks(axis, {r["n_experts"] for r in switch})
+        axis.legend(fontsize=7, frameon=False)
     return figure
 
 
 def sweeps(rows: list[Row], _curves: list[Row]) -> Any:
-    """The coefficient of the load balance, and the gate."""
+    """The coefficient of the load balance and its scale, the gate, the learning rate."""
     coefficient, gate = of(rows, "coefficient"), of(rows, "gate")
-    if not coefficient or not gate:
+    scale, rate = of(rows, "coefficient's scale"), of(rows, "learning rate")
+    if not coefficient or not gate or not scale or not rate:
         return None
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    by_c = {max(c, 0.01): same for (c,), same in grouped(coefficient, "load_balance_coefficient").items()}
-    line(axes[0], {c: [r["fvu"] for r in same] for c, same in by_c.items()}, "")
-    line(axes[1], {c: [r["load_max"] for r in same] for c, same in by_c.items()}, "")
-    axes[0].set(xlabel="coefficient (0 drawn at 0.01)", ylabel="variance unexplained", xscale="log")
-    axes[1].set(xlabel="coefficient (0 drawn at 0.01)", ylabel="busiest expert's load", xscale="log")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4))
+    least = min(c for c in values(coefficient, "load_balance_coefficient") if c > 0) / 10
+    longer = of(rows, "coefficient, more passes")
+    for axis, y, title in (
+        (axes[0, 0], "fvu", "variance unexplained"),
+        (axes[0, 1], "load_max", "load of the busiest expert"),
+    ):
+        for (n,), mine in grouped(coefficient + longer, "passes").items():
+            by_c = grouped(mine, "load_balance_coefficient").items()
+            name = f"{n:.0f} passes" if n > 1 else "one pass"
+            errorbars(axis, {max(c, least): values(same, y) for (c,), same in by_c}, name)
+        decorated(axis, xlabel=f"load-balance coefficient (0 drawn at {least:g})", ylabel=title, xscale="log")
+    for (name,), mine in grouped(scale, "load_balance_scale").items():
+        points = {c: values(same, "fvu") for (c,), same in grouped(mine, "load_balance_coefficient").items()}
+        errorbars(axes[0, 2], points, f"scale: {name}")
+    title = "coefficient, activations in the model's units"
+    decorated(axes[0, 2], xlabel=title, ylabel="variance unexplained", xscale="log")
     for (name,), mine in grouped(gate, "gate").items():
-        line(axes[2], {E: [r["fvu"] for r in same] for (E,), same in grouped(mine, "n_experts").items()}, name)
-    axes[2].set(xlabel="experts", ylabel="variance unexplained", xscale="log")
-    axes[2].legend(fontsize=8)
-    for axis in axes:
-        axis.grid(alpha=0.3)
+        points = {E: values(same, "fvu") for (E,), same in grouped(mine, "n_experts").items()}
+        errorbars(axes[1, 0], points, {"one": "gate: 1", "probability": "gate: the router's probability"}[name])
+    decorated(axes[1, 0], xlabel="experts", ylabel="variance unexplained")
+    plain_ticks(axes[1, 0], set(values(gate, "n_experts")))
+    narrow = min(values(rate, "d_sae"))
+    for (a, width, _), mine in grouped(rate, "architecture", "d_sae", "n_experts").items():
+        judged = "final_loss" if a in _GREY else "fvu"
+        best = min(values(mine, judged))
+        style = {"color": colour(mine[0]), "linestyle": "-" if width == narrow else "--"}
+        points = {r["lr"]: [r[judged] / best] for r in mine}
+        errorbars(axes[1, 1], points, f"{label(mine[0])}, F {width:.0f}", **style)
+    decorated(axes[1, 1], xlabel="learning rate", ylabel="error (L1: loss) over the best")
+    plain_ticks(axes[1, 1], set(values(rate, "lr")))
+    for (_, _, width), mine in grouped(of(rows, "passes"), "architecture", "n_experts", "d_sae").items():
+        points = {n: values(same, "fvu") for (n,), same in grouped(mine, "passes").items()}
+        errorbars(axes[1, 2], points, f"{label(mine[0])}, F {width:.0f}", color=colour(mine[0]))
+    decorated(axes[1, 2], xlabel="passes over the same tokens", ylabel="variance unexplained")
+    plain_ticks(axes[1, 2], set(values(of(rows, "passes"), "passes")))
+    for axis in axes.flat:
+        axis.legend(fontsize=7, frameon=False)
     return figure
 
 
 def scaling(rows: list[Row], _curves: list[Row]) -> Any:
-    """Error against FLOPs and against seconds over widths."""
-    chosen = of(rows, "scaling")
-    if len(chosen) < 2:
+    """Error against width, FLOPs and seconds, with least-squares lines."""
+    found = families(rows)
+    if not found or max(len(grouped(mine, "d_sae")) for mine in found.values()) < 2:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    families = {
-        "sparse_topk": [r for r in chosen if r["architecture"] == "sparse_topk"],
-        "switch, 8": [r for r in chosen if r["n_experts"] == 8],
-        "switch, 64": [r for r in chosen if r["n_experts"] == 64],
-        "switch, F / 512": [r for r in chosen if r["n_experts"] > 1 and r["n_experts"] == max(2, r["d_sae"] // 512)],
-    }
-    for axis, x in zip(axes, ("flops_per_activation", "seconds"), strict=True):
-        for name, mine in families.items():
-            mine = sorted(mine, key=lambda r: r["d_sae"])
-            if len(mine) > 1:
-                axis.plot([r[x] for r in mine], [r["fvu"] for r in mine], marker="o", ms=3.5, lw=1, label=name)
-        axis.set(xlabel=x.replace("_", " "), ylabel="variance unexplained", xscale="log", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=7)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5))
+    shades = {"TopK": "#d1495b", "Switch, 8 experts": "#7ad151", "Switch, 64 experts": "#414487"}
+    named = {"d_sae": "latents", "flops_per_activation": "FLOPs per activation, as the paper counts"}
+    for axis, x in zip(axes, ("d_sae", "flops_per_activation", "seconds"), strict=True):
+        for name, mine in found.items():
+            shade = shades.get(name, "#2a9d8f")
+            points = {mean(values(same, x)): values(same, "fvu") for same in grouped(mine, "d_sae").values()}
+            xs = sorted(v for v in points if not math.isnan(v))
+            if len(xs) < 2:
+                continue
+            fitted = ""
+            if x != "d_sae":
+                slope, error, intercept = fit(xs, [mean(points[v]) for v in xs])
+                axis.plot(xs, [math.exp(intercept) * v**slope for v in xs], ls=":", lw=1, color=shade)
+                fitted = f": {slope:.3f} ± {error:.3f}"
+            errorbars(axis, points, name + fitted, color=shade, linestyle="-" if x == "d_sae" else "none")
+        label_x = named.get(x, "seconds of training")
+        decorated(axis, xlabel=label_x, ylabel="variance unexplained", xscale="log", yscale="log")
+        axis.xaxis.set_minor_formatter("")
+        axis.yaxis.set_major_formatter("{x:.2f}")
+        axis.yaxis.set_minor_formatter("{x:.2f}")
+        axis.tick_params(axis="y", which="both", labelsize=7)
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        axis.legend(fontsize=7, frameon=False, title=None if x == "d_sae" else "slopes", title_fontsize=7, **below)
+    plain_ticks(axes[0], {r["d_sae"] for mine in found.values() for r in mine})
+    axes[0].tick_params(axis="x", labelsize=7)
     return figure
 
 
 FIGURES: list[tuple[str, str, Callable[[list[Row], list[Row]], Any]]] = [
     ("fixed_width", "Fixed width", fixed_width),
-    ("matched_flops", "Matched FLOPs per activation (experts as wide as the TopK SAE)", matched_flops),
-    ("training", "Error against steps, FLOPs and seconds", training_curves),
-    ("experts", "Dead latents and load against the number of experts, fixed width", experts),
-    ("sweeps", "The load-balance coefficient and the gate", sweeps),
-    ("scaling", "Widths from 2^11 to 2^16", scaling),
+    ("matched_flops", "Matched FLOPs per activation: experts as wide as the TopK SAE", matched_flops),
+    ("training", "Error while training", training_curves),
+    ("experts", "The number of experts at fixed width", experts),
+    ("sweeps", "Settings", sweeps),
+    ("scaling", "Widths", scaling),
 ]
 
 
-# Tables
+# The page
 
 
-def claims(rows: list[Row]) -> list[tuple[str, str, str]]:
-    """(what the paper found, here, whether it holds), at the middle k. An overlap of seeds is no ordering."""
-    fixed, matched = of(rows, "fixed width"), of(rows, "matched FLOPs")
-    if not fixed:
-        return []
-    k = middle_k(fixed)
-    topk = [r["fvu"] for r in fixed if r["architecture"] == "sparse_topk" and r["k"] == k]
-    found = []
-    for (E,), same in grouped([r for r in fixed if r["architecture"] == "switch" and r["k"] == k], "n_experts").items():
-        found.append((f"fixed width, {E:.0f} experts: worse than TopK", *compared([r["fvu"] for r in same], topk, 1)))
-    for (E,), same in grouped([r for r in matched if r["k"] == k], "n_experts").items():
-        found.append(
-            (f"matched FLOPs, {E:.0f} experts: better than TopK", *compared([r["fvu"] for r in same], topk, -1))
-        )
-    for name in ("standard", "gated"):
-        theirs = [r["fvu"] for r in fixed if r["architecture"] == name and r["k"] == k]
-        if theirs:
-            found.append((f"{name}: worse than TopK at equal L0", *compared(theirs, topk, 1)))
-    return found
+def markdown(tables: Iterable[tuple[str, str, list[Row]]]) -> str:
+    parts = ["# Tables of the experiments\n\nWritten by `figures.py` from the CSVs of this folder.\n"]
+    for name, title, body in tables:
+        if body:
+            lines = [list(body[0]), ["---"] * len(body[0]), *(r.values() for r in body)]
+            table = "\n".join("| " + " | ".join(str(v).replace("|", "/") for v in line) + " |" for line in lines)
+            parts.append(f"\n## {title}\n\n[tables/{name}.csv](tables/{name}.csv)\n\n{table}\n")
+    return "".join(parts)
 
 
-def compared(a: list[float], b: list[float], sign: int) -> tuple[str, str]:
-    change = statistics.mean(a) / statistics.mean(b) - 1
-    overlap = min(a) <= max(b) and min(b) <= max(a)
-    holds = "seeds overlap" if overlap else "holds" if change * sign > 0 else "does not hold"
-    return f"{change:+.1%} error ({len(a)} against {len(b)} seeds)", holds
-
-
-def page(folder: Path, drawn: list[tuple[str, str]], rows: list[Row]) -> str:
-    pictures = "".join(
-        f"<h2>{html.escape(title)}</h2><img alt='{name}' src='data:image/png;base64,"
-        f"{base64.b64encode((folder / f'{name}.png').read_bytes()).decode()}'>"
-        for name, title in drawn
+def page(drawn: list[tuple[str, str]], tables: Iterable[tuple[str, str, list[Row]]], rows: list[Row]) -> str:
+    pictures = "".join(f"<h2>{html.escape(title)}</h2><img alt='{name}' src='{name}.png'>" for name, title in drawn)
+    written = "".join(
+        f"<h2>{html.escape(title)}</h2>{table(list(body[0]), [list(r.values()) for r in body])}"
+        for _, title, body in tables
+        if body
     )
-    orderings = table(["the paper", "here", ""], claims(rows))
-    names = [n for n in (rows[0] if rows else {}) if n != "experiment"]
     everything = table(
-        ["experiment", *names],
-        [[r["experiment"], *(r[n] if isinstance(r[n], str) else f"{r[n]:.5g}" for n in names)] for r in rows],
+        list(rows[0]),
+        [[v if isinstance(v, str) else "" if math.isnan(v) else f"{v:.5g}" for v in r.values()] for r in rows],
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<title>Switch SAE experiments</title><style>body{font:15px sans-serif;max-width:1100px;margin:auto;"
+        "<title>Switch SAE experiments</title><style>body{font:15px sans-serif;max-width:1300px;margin:auto;"
         "padding:0 1em}img{max-width:100%}div{overflow-x:auto}table{border-collapse:collapse;font-size:12px}"
-        "td,th{border:1px solid #ccc;padding:2px 6px;text-align:right}</style>"
-        f"<h1>Switch SAE experiments</h1>{pictures}<h2>Orderings</h2>{orderings}"
-        f"<h2>Every cell</h2>{everything}</html>\n"
+        "td,th{border:1px solid #ccc;padding:2px 6px;text-align:left}</style>"
+        f"<h1>Switch SAE experiments</h1>{pictures}{written}<h2>Every SAE</h2>{everything}</html>\n"
     )
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
+def table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
+    def cells(tag: str, values: Sequence[Any]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values) + "</tr>"
 
     return f"<div><table>{cells('th', head)}{''.join(cells('td', row) for row in body)}</table></div>"
