@@ -436,6 +436,28 @@ OPERATORS = {
 }
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+def test_few_tokens_of_wide_experts(onednn, monkeypatch):
+    """The product of few rows with many latents has a way of its own, where torch has the operator for it."""
+    torch.manual_seed(0)
+    E, M, D, K = 3, 600, 37, 5
+    expert_B = torch.tensor([0] * 17 + [1] * 1 + [2] * 140)
+    x, W = torch.randn(len(expert_B), D), torch.randn(E * M, D)
+    taken = []
+    if onednn and torch_ops._has_onednn(x.device):
+        linear = torch_ops._onednn_linear
+        monkeypatch.setattr(torch_ops, "_onednn_linear", lambda a, b: taken.append(len(a)) or linear(a, b))
+    else:
+        monkeypatch.setattr(torch_ops, "_has_onednn", lambda _: False)
+    values, indices = switch_encode(x, expert_B, W, K, E)
+    assert taken == ([32, 16] if onednn and torch_ops._has_onednn(x.device) else [])  # 140 rows are not few
+    pre = torch.einsum("bd,bmd->bm", x.double(), W.double().view(E, M, D)[expert_B])
+    expected = pre.topk(K).values.relu()
+    assert_close("values", values.double().sort(descending=True).values, expected, 1e-6)
+    chosen = pre.gather(1, indices - M * expert_B.unsqueeze(1)).relu()
+    assert_close("chosen", chosen, values.double(), 1e-6)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_operators_are_torchs_own_citizens(name):

@@ -7,6 +7,7 @@ Where several routes of torch's own lead to a result, the one taken is the faste
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
 _PRODUCT_LATENTS = 1 << 10
 _SEARCH_ELEMENTS = 1 << 21
+_FEW_ROWS, _MANY_LATENTS, _ROWS_OF_A_KERNEL = 128, 512, 16
 # Gathered rows [rows, K, D] of the generic route, likewise.
 _CHUNK_ELEMENTS = 1 << 18
 
@@ -168,11 +170,36 @@ def _offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
     return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
 
 
-def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> Tensor:
+def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> None:
+    if (
+        len(x_RD) <= _FEW_ROWS
+        and len(W_PD) >= _MANY_LATENTS
+        and x_RD.dtype == torch.float32
+        and _has_onednn(x_RD.device)
+    ):
+        # MKL, which is behind torch.mm, copies the latents first, and few rows do not pay for that. oneDNN compiles a
+        # kernel for every number of rows: hence few different ones.
+        padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_OF_A_KERNEL))
+        out_RP.copy_(_onednn_linear(padded_RD, W_PD)[: len(x_RD)])
+        return
     block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" else len(W_PD)
     for low in range(0, len(W_PD), block):
         torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])
-    return out_RP
+
+
+def _onednn_linear(x_RD: Tensor, W_PD: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_RD, W_PD, None, "none", [], "")
+
+
+@cache
+def _has_onednn(device: torch.device) -> bool:
+    """Whether this torch has the operator, which is not among its public ones, and it works."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return torch.equal(_onednn_linear(torch.ones(1, 2), torch.ones(3, 2)), torch.full((1, 3), 2.0))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) -> tuple[Tensor, Tensor]:
