@@ -250,11 +250,13 @@ class Loop:
     def __init__(self, trainer_class: type[SAETrainer], contestant: Contestant) -> None:
         args = contestant.args
         self.batch, self.device, self.drawn = contestant.x, args.device, []
+        long = 10**9  # so that what is kept of a few steps in all runs is not kept of each
         cfg = SAETrainerConfig(
-            lr=LR, lr_end=LR, total_training_samples=0, train_batch_size_samples=args.batch, device=args.device
+            lr=LR, lr_end=LR, total_training_samples=long, train_batch_size_samples=args.batch, device=args.device
         )
         sae: Any = copy.deepcopy(contestant.module)
         self.trainer = trainer_class(cfg, sae, self.batches())
+        self.trainer.cfg.total_training_samples = 0
 
     def batches(self) -> Iterator[Tensor]:
         while True:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the imports proper are in the functions, after prepare_proc
     from torch import Tensor
 
     from sae_lens_switch import SparseCodes
+    from sae_lens_switch.history import History
 
 HOOK = "model.layers.12"  # the residual stream after layer 12 of 30, counted from 0
 D_IN = 576
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         log = TrainingLog()
         log.attach(runner)
         trained = runner.run()
+        log.history.save(folder / "sae")
+        held_out_contexts.save_to_disk(folder / "held_out")  # the text that the report reads
 
         console.print(
             "[bold]3/4[/] Loading the saved SAE with plain SAE.load_from_disk; evaluating it on held-out text"
@@ -187,20 +190,27 @@ class TrainingLog:
     tokens: int = 0
     seconds: float = 0.0  # language model and SAE together
     density: Tensor | None = None  # [F]
+    history: History | None = None  # what W&B would get, for the report
 
     def attach(self, runner: Any) -> None:
+        from sae_lens_switch.history import History
+
         stock_fit = runner.run_trainer_with_interruption_handling
 
         def fit(trainer: Any) -> TrainingSAE[Any]:
             stock_step, stock_bar = trainer.step, trainer._update_pbar
             first_counted_step = max(0, trainer.cfg.total_training_steps - DENSITY_STEPS)
             before: dict[str, Any] = {}
+            self.history = History(trainer.cfg.total_training_steps)
 
             def step(batch: Tensor) -> Any:
                 if trainer.n_training_steps == first_counted_step:
                     before.update(fired=trainer.act_freq_scores.clone(), tokens=trainer.n_training_samples)
                 output = stock_step(batch)
                 self.mse.append(output.losses["mse_loss"].item())
+                if self.history.is_due(trainer.n_training_steps + 1):
+                    metrics = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+                    self.history.add(trainer.n_training_steps + 1, metrics)
                 return output
 
             trainer.step = step
@@ -358,7 +368,11 @@ def print_table(console: Console, args: argparse.Namespace, metrics: dict[str, A
 def print_next_steps(console: Console, args: argparse.Namespace) -> None:
     console.print(
         f"""
-Saved in [bold]{args.output}[/]: the SAE in sae/, the picture summary.png, the numbers metrics.json. To use it:
+Saved in [bold]{args.output}[/]: the SAE in sae/, the picture summary.png, the numbers metrics.json. A page about it:
+
+    python -m sae_lens_switch.report {args.output}
+
+To use it:
 
     import sae_lens_switch  # tells SAELens about the architecture
     from sae_lens import SAE

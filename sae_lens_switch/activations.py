@@ -19,10 +19,10 @@ def activation_batches(
 ) -> Iterator[Tensor]:
     """Batches [batch_size, d_in] of activations, without end unless ``source`` is an iterable that ends.
 
-    source: a tensor [..., d_in], whose rows are shuffled anew in every epoch; the folder of a dataset as SAELens's
-    CacheActivationsRunner writes it, whose contexts and tokens are; or anything that can be iterated over, whose
-    items [..., d_in] are batches as they are.
-    hook_name: which column of the dataset, if it has several.
+    source:    a tensor [..., d_in], whose rows are shuffled anew in every epoch; the folder of a dataset as SAELens's
+               CacheActivationsRunner writes it, whose contexts and tokens are; or anything that can be iterated over,
+               whose items [..., d_in] are batches as they are
+    hook_name: which column of the dataset, if it has several
     What a tensor or a folder gives has ``state_dict`` and ``load_state_dict``: its place is kept in checkpoints.
     Raises ValueError for an empty source, fewer rows than a batch, or a folder that holds no activations.
     """

@@ -45,7 +45,14 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
+        self._history = trainer.history
         return trainer.fit()  # which handles interruptions itself
+
+    @override
+    def save_final_sae(self, sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
+        """As SAELens's, with the run's ``history.jsonl``."""
+        super().save_final_sae(sae, output_path, log_feature_sparsity)
+        self._history.save(output_path)
 
     @torch.no_grad()
     def _check_d_in(self) -> None:

@@ -24,6 +24,7 @@ from sae_lens_switch import checkpoints
 from sae_lens_switch.activations import ActivationSource, activation_batches
 from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
 from sae_lens_switch.config import SparseSAETrainerConfig
+from sae_lens_switch.history import History
 from sae_lens_switch.host import SparseStepOutput
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.optim import ConstrainedAdam, total_norm
@@ -58,8 +59,9 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         sae: Of any architecture; ours give their codes to the statistics, others their dense latents.
         data_provider: Where activations come from: an iterator of batches [n, d_in], a tensor, a folder of
             activations cached by SAELens (see ``activation_batches``).
-        evaluator, save_checkpoint_fn: As in SAELens. ``save_checkpoint_fn`` is given the checkpoint's folder while
-            that is still being written, to add files to it.
+        evaluator: As in SAELens.
+        save_checkpoint_fn: As in SAELens. It is given the checkpoint's folder while that is still being written, to
+            add files to it.
 
     Differences from SAELens: torch's fused Adam in one pass over the weights, or row-sparse Adam; clipping without a
     pass of its own; statistics from codes; nothing of a step outlives it; no wait for the device except to log, and
@@ -98,6 +100,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if hasattr(sae.cfg, "n_experts"):
             self.routing = RoutingMonitor(sae.cfg.n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
         self._interruption = Interruption()
+        self.history = History(cfg.total_training_steps)
 
     def _use_own_optimizer(self) -> None:
         """In place of SAELens's Adam, under the same schedule."""
@@ -151,7 +154,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _dead_mask(self) -> Tensor | None:
         """None for an SAE of ours that will not look at it: it is as long as the dictionary."""
-        uses_it = getattr(self.sae.cfg, "aux_loss_coefficient", 0) != 0 or self._is_logging_step()
+        logs_it = self._is_logging_step() or self.history.is_due(self.n_training_steps + 1)
+        uses_it = getattr(self.sae.cfg, "aux_loss_coefficient", 0) != 0 or logs_it
         ours = hasattr(self.sae, "row_grads")
         return self.dead_neurons if uses_it or not ours else None
 
@@ -181,7 +185,11 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     def step(self, batch: Tensor) -> TrainStepOutput:
         self.n_batches_drawn += 1
-        return super().step(self._rows(batch))
+        output = super().step(self._rows(batch))
+        step = self.n_training_steps + 1
+        if self.history.is_due(step):
+            self.history.add(step, self.build_train_step_log_dict(output, self.n_training_samples))
+        return output
 
     def _rows(self, batch: Tensor) -> Tensor:
         batch = batch.reshape(-1, batch.shape[-1])
@@ -477,6 +485,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """SAELens's files and ours, into a folder that is there."""
         self.sae.save_model(str(folder))
         save_file({"sparsity": self.log_feature_sparsity}, folder / SPARSITY_FILENAME)
+        self.history.save(folder)
         self.save_trainer_state(folder)
 
     def log_artifacts(self, folder: Path, aliases: list[str] | None) -> None:
@@ -537,6 +546,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         checkpoints.verify(path, self.config_of_record())
         state: dict[str, Any] = {}
         super().load_trainer_state(path)
+        self.history.load(path)
         if (path / STATE_FILENAME).exists():
             state = torch.load(path / STATE_FILENAME, map_location="cpu")
             self._skipped.copy_(state["skipped"])

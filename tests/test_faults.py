@@ -42,6 +42,7 @@ FILES = [
     "activation_scaler.json",
     "cfg.json",
     "checkpoint.json",
+    "history.jsonl",
     "sae_weights.safetensors",
     "sparse_trainer_state.pt",
     "sparsity.safetensors",

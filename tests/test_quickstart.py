@@ -39,7 +39,7 @@ def assert_complete(output: Path, metrics: dict, printed: str) -> None:
     assert metrics.keys() == NUMBERS | {"expert_load"}
     assert all(isinstance(metrics[name], (int, float)) for name in NUMBERS)
     assert sum(metrics["expert_load"]) == pytest.approx(1)
-    assert {p.name for p in output.iterdir()} == {"sae", "summary.png", "metrics.json"}
+    assert {p.name for p in output.iterdir()} == {"sae", "held_out", "summary.png", "metrics.json"}
     assert not list(output.parent.glob(f".{output.name}-*"))  # the working folder is gone
     assert (output / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(SAE.load_from_disk(output / "sae"), SwitchSAE)
