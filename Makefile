@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU := 2.13.0
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: install quickstart test test-slow bench experiments kernels-report gpu-check lint clean
+.PHONY: install quickstart test test-slow bench experiments kernels-report gpu-check docs browser lint clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,14 @@ kernels-report: install
 gpu-check: install
 	$(PIP) install --quiet -e ".[bench]"
 	$(BIN)/python benchmarks/gpu_check.py
+
+# The documentation's site, runs/site/index.html; no network is needed.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Chromium, in which the tests open the report; without it they are skipped, with this command as the reason.
+browser:
+	command -v chromium >/dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium)
 
 lint: install
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[24_576, 98_304, 393_216, 999_424])
-    parser.add_argument("--batch", type=int, default=16384)
+    parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--d-in", type=int, default=256)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--expert-width", type=int, default=8192)

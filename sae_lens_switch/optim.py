@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 
 # Rows are visited in blocks that stay in cache, so that several operations on a block read memory once; in how many
 # rows, is measured on a CPU.
-_ROWS_STEPPED = {"cpu": 512}
+_ROWS_STEPPED = {"cpu": 1024}
 _ROWS_STEPPED_ON_GPU = 1 << 14
 _ROWS_PROJECTED = 256
 _ROWS_NORMALIZED = 4096
