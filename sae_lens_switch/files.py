@@ -4,8 +4,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
+from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 
@@ -21,6 +24,19 @@ def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -
         for file in written:
             os.replace(file, path / file.name)
     return path / written[0].name, path / written[1].name
+
+
+def fold_activation_scaler(sae: Any, checkpoint: Path) -> None:
+    """Fold into the weights what training did to the activations, as at its end; nothing where it did nothing."""
+    if not (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).is_file():
+        return
+    scaler = ActivationScaler()
+    scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        w = scaler.whitening
+        sae.fold_activation_whitening(w.mean, w.matrix, w.inverse_matrix)
 
 
 def latent_major(W_DF: Tensor) -> Tensor:

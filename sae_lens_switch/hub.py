@@ -29,7 +29,6 @@ from huggingface_hub.utils import (
 )
 from sae_lens import SAE, TrainingSAE, logger
 from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
@@ -37,13 +36,13 @@ from sae_lens.constants import (
 )
 from sae_lens.loading.pretrained_sae_loaders import get_sae_lens_config_from_disk, read_sae_components_from_disk
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_switch.card import PICTURE, model_card
+from sae_lens_switch.files import fold_activation_scaler
 from sae_lens_switch.plots import sae_summary
 
 _README = "README.md"
@@ -340,14 +339,8 @@ def _load(sae_id: str, path: Path) -> SAE[Any]:
         x = torch.zeros(2, sae.cfg.d_in, dtype=sae.dtype)
         with torch.no_grad():
             sae(x.view(2, 1, 1, -1) if sae.hook_z_reshaping_mode else x)
-        if training and (path / ACTIVATION_SCALER_CFG_FILENAME).is_file():
-            scaler = ActivationScaler()
-            scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
-            if scaler.scaling_factor is not None:
-                sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-            if scaler.whitening is not None:
-                w = scaler.whitening
-                sae.fold_activation_whitening(w.mean, w.matrix, w.inverse_matrix)
+        if training:
+            fold_activation_scaler(sae, path)
     except Exception as error:  # a config or weights of a stranger can go wrong in any way
         raise ValueError(f"SAE {sae_id!r} must be one that SAELens can load and run; {path}: {error!r}") from error
     return sae

@@ -18,14 +18,12 @@ from typing import Any, cast
 import torch
 from sae_lens import SAE, TrainingSAE, logger
 from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.load_model import load_model
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from safetensors.torch import load_file
@@ -39,6 +37,7 @@ from sae_lens_switch.analysis import (
     observe,
     router_geometry,
 )
+from sae_lens_switch.files import fold_activation_scaler
 from sae_lens_switch.history import FILENAME as HISTORY_FILENAME
 from sae_lens_switch.history import read_history
 from sae_lens_switch.page import page_of
@@ -108,14 +107,7 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
     folder = find_sae(run)
     in_training = (folder / TRAINER_STATE_FILENAME).exists()
     sae: Any = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
-    if (folder / ACTIVATION_SCALER_CFG_FILENAME).exists():  # what is folded into the weights at the end of training
-        scaler = ActivationScaler()
-        scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
-        if scaler.scaling_factor is not None:
-            sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        if scaler.whitening is not None:
-            w = scaler.whitening
-            sae.fold_activation_whitening(w.mean, w.matrix, w.inverse_matrix)
+    fold_activation_scaler(sae, folder)
     if str(sae.cfg.metadata.hook_name).endswith("_z"):
         sae.turn_off_forward_pass_hook_z_reshaping()  # the activation store lays heads side by side
     loaded = Run(folder, sae.eval(), runner=_json(folder / RUNNER_CFG_FILENAME))
