@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from sae_lens_switch_kernels import library, sparse_autoencode, torch_ops
 
+from sae_lens_switch.row_sparse import _put_rows
+
 B, D, N_LATENTS, K, ROUNDS = 4096, 768, 24576, 32, 7
 
 
@@ -62,7 +64,7 @@ def main() -> None:
             "CSR product into used memory": lambda: step_summing_by(chosen_sums),
         },
     )
-    chosen = library._DENSE_UP_TO["cpu"]
+    before = library._DENSE_UP_TO["cpu"]
     for n_experts, k in ((32, 32), (128, 32), (256, 32), (128, 64), (128, 128)):
         compare(
             f"forward, backward; E {n_experts}, k {k}, M / k {N_LATENTS / n_experts / k:g}",
@@ -71,7 +73,32 @@ def main() -> None:
                 "dense within experts": lambda E=n_experts, k=k: step(E, k, 10**9),
             },
         )
-    library._DENSE_UP_TO["cpu"] = chosen
+    library._DENSE_UP_TO["cpu"] = before
+
+    experts = torch.randn(32, 4096, 256)
+    out = torch.empty(128, 4096)
+    for n in (17, 67, 128):
+        few = torch.randn(n, 256)
+
+        def by_mm(few=few, n=n) -> None:
+            for W in experts:
+                torch.mm(few, W.T, out=out[:n])
+
+        def chosen(few=few, n=n) -> None:  # oneDNN, where torch has it
+            for W in experts:
+                torch_ops._product(few, W, out[:n])
+
+        compare(f"{n} tokens an expert of 4,096 latents, D 256", {"torch.mm": by_mm, "chosen": chosen})
+
+    rows, moved = torch.randperm(100_000)[:30_000].sort().values, torch.randn(30_000, 512)
+    table = torch.zeros(100_000, 512)
+    compare(
+        "30,000 rows of 2 KiB written back",
+        {
+            "index_copy_": lambda: table.index_copy_(0, rows, moved),
+            "as 16-byte elements": lambda: _put_rows(table, rows, moved),
+        },
+    )
 
     wide = torch.randn(8 * N_LATENTS, D)
     both = [torch.zeros_like(wide) for _ in range(2)]
