@@ -73,7 +73,6 @@ class Plan:
     scale_coefficients: tuple[float, ...] = ()
     gate_experts: tuple[int, ...] = ()
     scaling: tuple[int, ...] = ()
-    several_seeds_up_to: int = 0  # the widest of `scaling` with few_seeds; wider ones have one
     scaling_passes: int = 1
     passes: tuple[int, ...] = ()
     l1_coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -103,7 +102,6 @@ PLANS = {
         scale_coefficients=(0.01, 0.3, 3.0, 30.0),
         gate_experts=(2, 16, 64),
         scaling=(2**11, 2**12, 2**13, 2**14, 2**15, 2**16),
-        several_seeds_up_to=2**12,
         passes=(1, 4),
         l1_coefficients={"standard": (4.0, 8.0, 16.0), "gated": (6.0, 12.0, 24.0)},
     ),
@@ -122,7 +120,6 @@ PLANS = {
         scale_coefficients=(0.01, 0.1, 0.3, 1.0, 3.0, 30.0),
         gate_experts=(2, 4, 8, 16, 32, 64),
         scaling=(2**11, 2**12, 2**13, 2**14, 2**15, 2**16),
-        several_seeds_up_to=2**16,
         scaling_passes=4,
         passes=(1, 2, 4),
         l1_coefficients={"standard": (2.0, 4.0, 8.0, 16.0), "gated": (3.0, 6.0, 12.0, 24.0)},
@@ -236,7 +233,7 @@ def _comparisons(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
             for scale in ("variance", "d_in")
         ]
     for width in plan.scaling:
-        for seed in plan.few_seeds if width <= plan.several_seeds_up_to else plan.few_seeds[:1]:
+        for seed in plan.few_seeds:
             longer = {"passes": plan.scaling_passes, "seed": seed}
             cells.append(("scaling", tuned("sparse_topk", width, **longer)))
             cells += [
@@ -252,6 +249,7 @@ def _comparisons(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
             )
             for c in plan.long_coefficients
         ]
+    for seed in plan.seeds:
         for n in plan.passes:
             cells.append(("passes", tuned("sparse_topk", plan.d_sae, passes=n, seed=seed)))
             cells.append(("passes", tuned("switch", plan.d_sae, E=E, passes=n, seed=seed)))
@@ -261,12 +259,12 @@ def _comparisons(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
 
 def _baselines(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
     lr = best_lr(rows, "sparse_topk", plan.d_sae, 1)
-    cells = [Cell("topk", plan.d_sae, plan.middle_k, lr=lr, seed=seed) for seed in plan.few_seeds]
+    cells = [Cell("topk", plan.d_sae, plan.middle_k, lr=lr, seed=seed) for seed in plan.seeds]
     for a in plan.l1_coefficients:
         lr = best_lr(rows, a, plan.d_sae, 1)
         cells += [
             Cell(a, plan.d_sae, k, lr=lr, l1_coefficient=l1_for_l0(rows, a, k), seed=seed)
-            for seed in plan.few_seeds
+            for seed in plan.seeds
             for k in plan.ks
         ]
     return [("fixed width", c) for c in cells]
