@@ -75,6 +75,15 @@ def has_hooks(hook: nn.Module) -> bool:
     return bool(hook._forward_hooks or hook._backward_hooks or hook._backward_pre_hooks or hook._forward_pre_hooks)
 
 
+def reconstruction_error(sae: Any, sae_out: Tensor, x: Tensor) -> Tensor:
+    """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes.
+
+    Which is what torch does with two dtypes; but not all its versions can differentiate that.
+    """
+    dtype = torch.promote_types(sae_out.dtype, x.dtype)
+    return sae.mse_loss_fn(sae_out.to(dtype), x.to(dtype)).sum(dim=-1).mean()
+
+
 def finish_decoding(sae: Any, out: Tensor) -> Tensor:
     """What follows ``f @ W_dec + b_dec`` in every SAE of SAELens."""
     return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(sae.hook_sae_recons(out)), sae.d_head)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
+from sae_lens_switch_kernels import RowGrads
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.optimizer import (
@@ -31,11 +32,12 @@ def scaling_law_lr(d_sae: int) -> float:
 @torch.no_grad()
 def normalize_rows_(W_FD: Tensor) -> None:
     """Scale each row of W to unit norm, in place; an all-zero row stays zero, and a unit one as it is, to the bit."""
-    info = torch.finfo(W_FD.dtype)
-    unit = 8 * info.eps if info.bits >= 32 else 0.0
+    dtype = torch.promote_types(W_FD.dtype, torch.float32)
+    info = torch.finfo(dtype)
     for rows in W_FD.split(_ROWS_NORMALIZED):
-        norms = rows.norm(dim=1, keepdim=True)
-        rows.div_(norms.masked_fill_((norms - 1).abs() <= unit, 1).clamp_min_(info.tiny))
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
+        norms.masked_fill_((norms - 1).abs() <= 8 * info.eps, 1).clamp_min_(info.tiny)
+        rows.mul_(norms.reciprocal_())  # half the time of a division
 
 
 @torch.no_grad()
@@ -47,10 +49,11 @@ def remove_parallel_(grad_FD: Tensor, W_FD: Tensor) -> None:
         grad_rows.sub_(along.to(rows.dtype) * rows)
 
 
-def without_parallel(grad_RD: Tensor, W_RD: Tensor, out_RD: Tensor) -> Tensor:
-    """``remove_parallel_`` of a few rows, into other memory."""
-    along_R = torch.mul(grad_RD, W_RD, out=out_RD).sum(dim=1, keepdim=True)
-    return torch.sub(grad_RD, torch.mul(W_RD, along_R, out=out_RD), out=out_RD)
+def without_parallel(grad_RD: Tensor, W_RD: Tensor, out_RD: Tensor, along_R: Tensor | None = None) -> Tensor:
+    """``remove_parallel_`` of a few rows, into other memory; ``along_R`` is <grad, W>, where that is known."""
+    if along_R is None:
+        along_R = torch.mul(grad_RD, W_RD, out=out_RD).sum(dim=1)
+    return torch.addcmul(grad_RD, W_RD, along_R.unsqueeze(1), value=-1, out=out_RD)
 
 
 @torch.no_grad()
@@ -105,6 +108,7 @@ class ConstrainedAdam(torch.optim.Adam):
         except RuntimeError:  # torch has no fused step for this device
             super().__init__(parameters, lr=lr, betas=betas)
         self.unit_rows, self.project = unit_rows, project
+        self.row_grads = RowGrads(active_only=False) if unit_rows is not None and project else None
         _StepView(self, masters=True, after_step=after_step)
 
     @property
@@ -122,10 +126,18 @@ class ConstrainedAdam(torch.optim.Adam):
                     self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
 
     @torch.no_grad()
-    def step(self, _closure: None = None, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        _closure: None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        along_F: Tensor | None = None,
+    ) -> None:
         """One step of the gradients divided by ``grad_scale``; none, on the device, where ``found_inf`` is 1.
 
-        Both are for a fused step of float32 alone.
+        ``along_F`` is the component of each row of unit_rows.grad along the row, as a backward pass leaves it in
+        ``row_grads``; without it, it is computed. All are for a fused step of float32 alone.
         """
         for group in self.param_groups:
             lists: Any = [[] for _ in range(6)]
@@ -143,7 +155,7 @@ class ConstrainedAdam(torch.optim.Adam):
             for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
                 grad = grad.contiguous()  # torch's fused step takes for granted that it is laid out as the parameter
                 if p is self.unit_rows:
-                    self._step_unit_rows(p, grad, m, v, step, options)
+                    self._step_unit_rows(p, grad, m, v, step, options, along_F)
                 else:
                     torch.ops.aten._fused_adam_([p], [grad], [m], [v], [], [step], **options)
             if found_inf is not None:
@@ -159,13 +171,21 @@ class ConstrainedAdam(torch.optim.Adam):
             normalize_rows_(W)
 
     def _step_unit_rows(
-        self, W_FD: Tensor, grad_FD: Tensor, m_FD: Tensor, v_FD: Tensor, step: Tensor, options: dict[str, Any]
+        self,
+        W_FD: Tensor,
+        grad_FD: Tensor,
+        m_FD: Tensor,
+        v_FD: Tensor,
+        step: Tensor,
+        options: dict[str, Any],
+        along_F: Tensor | None,
     ) -> None:
         n = _ROWS_STEPPED.get(W_FD.device.type, _ROWS_STEPPED_ON_GPU)
         scratch = torch.empty_like(W_FD[:n])
-        for w, grad, m, v in zip(*(t.split(n) for t in (W_FD, grad_FD, m_FD, v_FD)), strict=True):
+        for i, (w, grad, m, v) in enumerate(zip(*(t.split(n) for t in (W_FD, grad_FD, m_FD, v_FD)), strict=True)):
             if self.project:
-                grad = without_parallel(grad, w, scratch[: len(w)])
+                along = None if along_F is None else along_F[i * n : (i + 1) * n]
+                grad = without_parallel(grad, w, scratch[: len(w)], along)
             torch.ops.aten._fused_adam_([w], [grad], [m], [v], [], [step], **options)
             normalize_rows_(w)
 

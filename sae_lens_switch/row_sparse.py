@@ -58,20 +58,28 @@ class RowSparseAdam(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 data, rows_R = p.detach(), self.row_grads.rows_R
-                grad = by_row.get(p)
+                grad, along_R = by_row.get(p), self.row_grads.along_R
                 if p in by_row:
                     data = data.T if p is sae.W_enc else data
                     if p.grad is not None:  # a dense gradient, from a step with hooks: its rows that are not 0
                         dense = p.grad.T if p is sae.W_enc else p.grad
                         rows_R = dense.reshape(len(dense), -1).any(dim=1).nonzero().flatten()
-                        grad = dense[rows_R]
+                        grad, along_R = dense[rows_R], None
                 elif p.grad is not None:  # any other parameter is one row
                     data, grad, rows_R = data.view(1, -1), p.grad.reshape(1, -1), _FIRST.to(p.device)
                 if grad is not None and rows_R is not None and len(rows_R):
-                    self._step_rows(p, data.view(len(data), -1), grad.view(len(grad), -1), rows_R, group, grad_scale)
+                    data, grad = data.view(len(data), -1), grad.view(len(grad), -1)
+                    self._step_rows(p, data, grad, along_R, rows_R, group, grad_scale)
 
     def _step_rows(
-        self, p: nn.Parameter, data: Tensor, grad: Tensor, rows_R: Tensor, group: dict[str, Any], scale: Tensor | float
+        self,
+        p: nn.Parameter,
+        data: Tensor,
+        grad: Tensor,
+        along_R: Tensor | None,
+        rows_R: Tensor,
+        group: dict[str, Any],
+        scale: Tensor | float,
     ) -> None:
         """Step rows [R] of the parameter, seen as ``data`` [rows, columns]."""
         state = self._state(p, data)
@@ -84,14 +92,16 @@ class RowSparseAdam(Optimizer):
         block = min(_ROWS_STEPPED if data.device.type == "cpu" else len(rows_R), len(rows_R))
         w_buffer, moments_buffer = (t.new_empty(block, *t.shape[1:]) for t in (weights, moments))
         buffers = [torch.empty_like(w_buffer) for _ in range(2)]
-        for rows, grad_part, step in zip(rows_R.split(block), grad.split(block), step_R.split(block), strict=True):
+        parts = zip(rows_R.split(block), grad.split(block), step_R.split(block), strict=True)
+        for i, (rows, grad_part, step) in enumerate(parts):
             w, both = w_buffer[: len(rows)], moments_buffer[: len(rows)]
             g, scratch = (t[: len(rows)] for t in buffers)
             torch.index_select(weights, 0, rows, out=w)
             torch.index_select(moments, 0, rows, out=both)
             torch.div(grad_part, scale, out=g)
             if project:
-                g, scratch = without_parallel(g, w, scratch), g
+                along = None if along_R is None else along_R[i * block : (i + 1) * block] / scale
+                g, scratch = without_parallel(g, w, scratch, along), g
             _adam_update(w, g, both[:, 0], both[:, 1], step, group, scratch)
             if unit:
                 normalize_rows_(w)

@@ -29,6 +29,7 @@ from sae_lens_switch.host import (
     has_hooks,
     normalized_input,
     pre_bias,
+    reconstruction_error,
 )
 from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
 from sae_lens_switch.router import (
@@ -271,7 +272,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
     A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK then waits.
     """
 
-    row_grads: RowGrads | None = None  # where a row-sparse optimiser wants the gradients of W_enc and W_dec
+    row_grads: RowGrads | None = None  # what an optimiser wants of a backward pass
     refuses_not_finite = True  # a trainer that skips such steps itself turns it off
 
     def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
@@ -322,7 +323,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             codes = SparseCodes(values, result.indices_BK, self.cfg.d_sae)
             acts, hidden_pre = None, values
 
-        mse_loss = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+        mse_loss = reconstruction_error(self, sae_out, x)
         load_E = expert_load(assignment)
         balance = load_balance_loss(assignment.probs_BE, load_E)
         balance_loss = step_input.coefficients["load_balance"] * self._load_balance_scale(x) * balance

@@ -20,6 +20,7 @@ from sae_lens_switch.host import (
     has_hooks,
     normalized_input,
     pre_bias,
+    reconstruction_error,
 )
 
 
@@ -32,7 +33,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     A hook on the dense latents makes a step run as SAELens's own, densely.
     """
 
-    row_grads: RowGrads | None = None  # where a row-sparse optimiser wants the gradients of W_enc, W_dec and b_enc
+    row_grads: RowGrads | None = None  # what an optimiser wants of a backward pass
 
     @override
     def initialize_weights(self) -> None:
@@ -104,7 +105,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         values = result.values_BK.detach()
         if scale_F is not None:
             values = values * scale_F[result.indices_BK]
-        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+        mse_loss = reconstruction_error(self, sae_out, step_input.sae_in)
         aux = sae_out.new_zeros(())
         if dead_N is not None and result.aux_out_BD is not None:
             aux = aux_loss(self, step_input.sae_in, sae_out, result.aux_out_BD, len(dead_N))

@@ -240,16 +240,18 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 optimizer.step(grad_scale=scale)
                 if hasattr(sae, "follow_ties"):
                     sae.follow_ties()
-            optimizer.row_grads.clear()
         elif _LOOK_EVERY.get(norm.device.type) == 1 and not good:  # nothing to wait for
             pass
         elif optimizer.is_fused and norm.dtype == torch.float32:
             # The fused step divides by the scale, and leaves everything as it is where something was not finite.
-            optimizer.step(grad_scale=scale, found_inf=(~good).to(torch.float32))
+            along_F = None if optimizer.row_grads is None else optimizer.row_grads.along_R
+            optimizer.step(grad_scale=scale, found_inf=(~good).to(torch.float32), along_F=along_F)
         elif good:
             for grad in grads:
                 grad.div_(scale)
             optimizer.step()
+        if optimizer.row_grads is not None:
+            optimizer.row_grads.clear()
         return good
 
     def _stop_if_diverged(self, x_BD: Tensor) -> None:
@@ -623,8 +625,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
 @contextmanager
 def _on_our_terms(sae: Any, row_grads: RowGrads | None) -> Iterator[None]:
-    """An SAE of ours looks at its loss, and refuses to go on; here it need not, and the device is not waited for. Where
-    the optimiser wants it, the gradients of active rows go to ``row_grads``."""
+    """An SAE of ours looks at its loss, and refuses to go on; here it need not, and the device is not waited for. What
+    the optimiser wants of the backward pass goes to ``row_grads``."""
     ours = {"refuses_not_finite": False, "row_grads": row_grads}
     before = {name: getattr(sae, name) for name in ours if hasattr(sae, name)}
     for name in before:

@@ -265,7 +265,11 @@ def test_sparse_autoencode_and_all_its_gradients(B, D, E, M, K, names, route, mo
 
 @shapes
 @pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS.keys())
-def test_row_grads_are_the_rows_of_the_dense_gradients_that_are_not_zero(B, D, E, M, K, names):
+@pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
+def test_row_grads_are_the_rows_of_the_dense_gradients_that_are_not_zero(
+    B, D, E, M, K, names, dense_up_to, monkeypatch
+):
+    monkeypatch.setitem(library._DENSE_UP_TO, "cpu", dense_up_to)
     leaves, constants = autoencoder_inputs(B, D, E, M, K, names)
     upstream = [torch.randn(B, n, dtype=torch.float64) for n in (D, D)]
 
@@ -286,6 +290,30 @@ def test_row_grads_are_the_rows_of_the_dense_gradients_that_are_not_zero(B, D, E
             actual[name] = torch.zeros_like(leaves[name]).index_copy(0, rows.rows_R, row_grad)
     for name in expected:
         assert_close(name, actual[name], expected[name])
+    along_F = (expected["W_dec_FD"] * leaves["W_dec_FD"]).sum(1)
+    assert_close("along", torch.zeros(E * M, dtype=torch.float64).index_copy(0, rows.rows_R, rows.along_R), along_F)
+
+    # Or the same components alone, of every latent, and gradients where they always are.
+    rows = RowGrads(active_only=False)
+    actual = gradients(row_grads=rows)
+    for name in expected:
+        assert_close(name, actual[name], expected[name])
+    assert_close("along", rows.along_R, along_F)
+    assert rows.rows_R is rows.dW_dec_RD is None
+
+
+@pytest.mark.parametrize("active_only", [True, False])
+@pytest.mark.parametrize("how", ["bf16 weights", "autocast"])
+def test_low_precision_leaves_no_component_along_the_weights(how, active_only):
+    leaves, constants = autoencoder_inputs(6, 4, 1, 9, 3, set())
+    dtype = torch.bfloat16 if how == "bf16 weights" else torch.float32
+    inputs = {name: t.to(dtype).requires_grad_() for name, t in leaves.items()}
+    rows = RowGrads(active_only)
+    with torch.autocast("cpu", enabled=how == "autocast"):
+        out = sparse_autoencode(**inputs, **constants, row_grads=rows).out_BD
+    out.sum().backward()
+    assert rows.along_R is None
+    assert (rows.dW_dec_RD is None) == (inputs["W_dec_FD"].grad is not None) == (not active_only)
 
 
 def test_row_grads_hold_one_backward_pass_at_a_time_and_are_as_long_as_the_active_latents():

@@ -16,6 +16,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens_switch_kernels import library
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -185,6 +186,31 @@ def test_a_first_step_is_clip_project_adam_renormalise_written_out(optimizer, ma
         )
 
 
+@pytest.mark.parametrize("options", [{}, {"gate": "one"}, {"aux_loss_coefficient": 0.5}], ids=str)
+def test_the_backward_pass_tells_the_step_what_to_project_out(options, monkeypatch):
+    batches = activations(20)
+    sae = training_sae(dtype="float32", **options)
+    trainer_ = our_trainer(sae, batches, dead_feature_window=2)
+    told, step = [], trainer_.optimizer.step
+
+    def looked_at(*, along_F, **others):
+        told.append(along_F)
+        if along_F is not None:
+            expected = (sae.W_dec.grad.double() * sae.W_dec.detach()).sum(1)
+            torch.testing.assert_close(along_F.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        step(along_F=along_F, **others)
+
+    monkeypatch.setattr(trainer_.optimizer, "step", looked_at)
+    outputs = run(trainer_, batches)
+    assert len(told) == len(batches)
+    assert all(along_F is not None and along_F.any() for along_F in told)
+    if options.get("aux_loss_coefficient"):
+        assert any(o.losses["auxiliary_reconstruction_loss"] > 0 for o in outputs)
+    sae.hook_sae_acts_post.add_hook(lambda t, hook: t)  # noqa: ARG005
+    run(trainer_, batches[:1])
+    assert told[-1] is None
+
+
 def test_projection_and_norm_written_out():
     g, W = torch.randn(1300, 7, dtype=torch.float64), torch.randn(1300, 7, dtype=torch.float64)
     W /= W.norm(dim=1, keepdim=True)
@@ -192,7 +218,9 @@ def test_projection_and_norm_written_out():
     projected = g.clone()
     remove_parallel_(projected, W)
     torch.testing.assert_close(projected, expected)
-    torch.testing.assert_close(without_parallel(g, W, torch.empty_like(g)), expected)
+    along_R = (g * W).sum(1)
+    for known in (None, along_R):
+        torch.testing.assert_close(without_parallel(g, W, torch.empty_like(g), known), expected)
     others = [g.T, torch.randn(5), torch.tensor(3.0)]
     expected = sum(t.double().square().sum() for t in others).sqrt()
     torch.testing.assert_close(total_norm(others).double(), expected, rtol=1e-6, atol=0)
@@ -222,6 +250,7 @@ def test_row_sparse_adam_is_adam_of_each_row_in_the_steps_of_its_latent():
         g.rows_R = rows
         g.dW_enc_RD, g.dW_dec_RD = torch.randn(2, 9, D, generator=generator, dtype=torch.float64)
         g.d_bias_R = torch.zeros(9)
+        g.along_R = torch.full((9,), torch.nan)  # of no use without a constraint
         for name, grad in (("W_enc", g.dW_enc_RD), ("W_dec", g.dW_dec_RD)):
             given[name].append(dict(zip(rows.tolist(), grad.clone() / 2.0, strict=True)))
         optimizer.step(grad_scale=2.0)
@@ -393,7 +422,9 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])
 def test_a_step_never_waits_for_the_device(architecture, monkeypatch):
-    monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})  # as on a GPU
+    # As on a GPU, where a range is checked by an assertion on the device.
+    monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})
+    monkeypatch.setattr(library, "_check_range", lambda *_: None)
     batches = activations(4)
     sae = (
         training_sae(dtype="float32")

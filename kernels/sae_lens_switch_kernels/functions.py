@@ -125,7 +125,7 @@ def sparse_autoencode(
     only their rows are read, and get a gradient from it. With expert_B: those of the token's own expert, all of them
     where it has fewer than k_aux, weighted by the gate, which gets no gradient from them.
     row_grads: where backward leaves the gradients of W_enc, W_dec and bias, of the active latents alone; these get
-    none then, and nothing in the step but the weights is as long as the dictionary.
+    none then, and nothing in the step but the weights is as long as the dictionary. Or, as it says, less.
     Differentiable once, in x, W_enc, W_dec, gates, pre_bias and bias, from out, values and aux_out.
     Raises ValueError as the functions it joins.
     """
@@ -140,7 +140,8 @@ def sparse_autoencode(
             raise ValueError(f"k_aux must be between 1 and the {len(dead_N)} dead latents; got k_aux={k_aux}")
     inputs = x_BD, W_enc_FD, W_dec_FD, gates_B, pre_bias_D, bias_F, scale_F, expert_B, dead_N
     constants = k, k_aux, n_experts, dtype
-    if row_grads is None:
+    # What an optimiser can do without is no reason to leave a graph that is being compiled.
+    if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
         outputs = library.autoencode(*inputs, *constants)
     else:
         outputs = library.AutoencodeRows.apply(row_grads, *inputs, *constants)

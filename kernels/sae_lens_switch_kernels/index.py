@@ -18,6 +18,10 @@ class LatentIndex(NamedTuple):
     order_N: Tensor
     starts_F1: Tensor
 
+    def sums(self, values_N: Tensor) -> Tensor:
+        """[F], of values in the order of ``order_N``."""
+        return torch.segment_reduce(values_N, "sum", offsets=self.starts_F1, initial=0, unsafe=True)
+
 
 def latent_index(indices_BK: Tensor, n_latents: int) -> LatentIndex:
     """One stable sort of B * K numbers; no host synchronisation."""
@@ -38,19 +42,25 @@ def active_latent_index(indices_BK: Tensor) -> tuple[Tensor, LatentIndex]:
 
 @dataclass
 class RowGrads:
-    """Weight gradients of a step's active latents alone, written by the backward pass that it was given to.
+    """What the backward pass that it was given to leaves for an optimiser.
 
-    rows_R:    the latents, ascending, each once; None until a backward pass has run
+    active_only: weight gradients are left here, of the step's active latents alone. False: they go where autograd puts
+               them, as ever, and only along_R is left here, of all latents
+    rows_R:    the active latents, ascending, each once; None until a backward pass has run
     dW_enc_RD, dW_dec_RD, d_bias_R: their rows of the gradients; those of all other latents are zero
+    along_R:   <dW_dec[r], W_dec[r]>, which a constrained decoder's gradient must lose, and which costs nothing where
+               the gradients are made; None where that is done in less than float32
     """
 
+    active_only: bool = True
     rows_R: Tensor | None = None
     dW_enc_RD: Tensor | None = None
     dW_dec_RD: Tensor | None = None
     d_bias_R: Tensor | None = None
+    along_R: Tensor | None = None
 
     def clear(self) -> None:
-        self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = None
+        self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = self.along_R = None
 
 
 class LatentGrads(NamedTuple):

@@ -245,7 +245,7 @@ def autoencode_backward(
 
 
 class _Backward:
-    """The backward pass of ``autoencode``; with a ``RowGrads``, weight gradients go there, of active latents alone."""
+    """The backward pass of ``autoencode``; with a ``RowGrads``, what that asks for goes there."""
 
     def __init__(
         self,
@@ -261,6 +261,8 @@ class _Backward:
         row_grads: RowGrads | None = None,
     ) -> None:
         self.p, self.dtype, self.row_grads = primitives(x_BD), dtype, row_grads
+        self.active_only = row_grads is not None and row_grads.active_only
+        self.leaves_along = row_grads is not None and dtype == W_dec_FD.dtype and dtype.itemsize >= 4
         self.x_BD, self.W_enc_FD, self.W_dec_FD, self.gates_B = x_BD, W_enc_FD, W_dec_FD, gates_B
         self.centered_BD = centered_BD if centered_BD.numel() else x_BD
         self.groups = _groups(x_BD, expert_B, n_experts)
@@ -282,17 +284,17 @@ class _Backward:
         values_BK, indices_BK = groups.sorted(values_BK), groups.sorted(indices_BK)
         acts_BK = _gated(values_BK, gates_B, groups)
         g_BD = x_BD.new_zeros(x_BD.shape) if grad_out_BD is None else groups.sorted(grad_out_BD).contiguous()
-        codes = _Codes(self.p, indices_BK, len(self.W_dec_FD), groups, self.dtype, self.row_grads is not None)
-        d_values_BK = codes.at_indices(g_BD, self.W_dec_FD)
+        codes = _Codes(self.p, indices_BK, len(self.W_dec_FD), groups, self.dtype, self.active_only)
+        d_acts_BK = d_values_BK = codes.at_indices(g_BD, self.W_dec_FD)
         d_gates_B = x_BD.new_empty(0)
         if gates_B is not None:
-            d_gates_B = groups.unsorted((d_values_BK * values_BK).sum(1).to(gates_B.dtype))
-            d_values_BK = _gated(d_values_BK, gates_B, groups)
+            d_gates_B = groups.unsorted((d_acts_BK * values_BK).sum(1).to(gates_B.dtype))
+            d_values_BK = _gated(d_acts_BK, gates_B, groups)
         if grad_values_BK is not None:
             d_values_BK = d_values_BK + groups.sorted(grad_values_BK)
         # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
         d_pre_BK = d_values_BK * (values_BK > 0)
-        rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, self.centered_BD)
+        rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, self.centered_BD, self._along(acts_BK, d_acts_BK))
         d_x_BD = codes.decode(d_pre_BK, self.W_enc_FD) if needs_x else x_BD.new_empty(0)
         if self.dead_N is not None and grad_aux_BD is not None:
             dead = _dead_latents(self.dead_N, groups, len(self.W_enc_FD), aux_indices_BA.shape[1])
@@ -301,30 +303,36 @@ class _Backward:
             d_x_BD = d_x_BD + d_dead_x_BD if needs_x else d_x_BD
 
         # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.
-        dW_dec, dW_enc, d_bias = grads
+        dW_dec, dW_enc, d_bias, *along = grads
         d_pre_bias_D = x_BD.new_empty(0)
         if needs_pre_bias:
             d_pre_bias_D = -(d_bias @ self.W_enc_FD if rows_R is None else _weighted_sum(d_bias, rows_R, self.W_enc_FD))
         d_x_BD = groups.unsorted(d_x_BD) if needs_x else d_x_BD
-        if self.row_grads is None:
-            return d_x_BD, dW_enc, dW_dec, d_gates_B, d_pre_bias_D, d_bias
-        if self.row_grads.rows_R is not None:
-            raise RuntimeError("row_grads still holds an earlier backward pass: take a step, or clear() it")
         kept = self.row_grads
+        if kept is not None:
+            if kept.rows_R is not None or kept.along_R is not None:
+                raise RuntimeError("row_grads still holds an earlier backward pass: take a step, or clear() it")
+            kept.along_R = along[0] if along else None
+        if kept is None or not kept.active_only:
+            return d_x_BD, dW_enc, dW_dec, d_gates_B, d_pre_bias_D, d_bias
         kept.rows_R, kept.dW_enc_RD, kept.dW_dec_RD, kept.d_bias_R = rows_R, dW_enc, dW_dec, d_bias
         empty = x_BD.new_empty(0)
         return d_x_BD, empty, empty, d_gates_B, d_pre_bias_D, empty
+
+    def _along(self, acts_BK: Tensor, d_acts_BK: Tensor) -> Tensor | None:
+        """<dW_dec[f], W_dec[f]>, by token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>."""
+        return acts_BK * d_acts_BK if self.leaves_along else None
 
     def _aux(
         self, dead: "_DeadLatents", grad_BD: Tensor, values_BA: Tensor, indices_BA: Tensor, needs_x: bool
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """The dead latents with gradients, these, and what comes back to x."""
         g_BD = self.groups.sorted(grad_BD).contiguous()
-        codes = _Codes(self.p, indices_BA, len(dead.rows_N), self.groups, self.dtype, self.row_grads is not None)
-        d_pre_BA = _gated(codes.at_indices(g_BD, self.W_dec_FD[dead.rows_N]), self.gates_B, self.groups)
-        d_pre_BA = dead.only_real(d_pre_BA, indices_BA)
+        codes = _Codes(self.p, indices_BA, len(dead.rows_N), self.groups, self.dtype, self.active_only)
+        d_acts_BA = codes.at_indices(g_BD, self.W_dec_FD[dead.rows_N])
+        d_pre_BA = dead.only_real(_gated(d_acts_BA, self.gates_B, self.groups), indices_BA)
         acts_BA = _gated(values_BA, self.gates_B, self.groups)
-        rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, self.centered_BD)
+        rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, self.centered_BD, self._along(acts_BA, d_acts_BA))
         d_x_BD = codes.decode(d_pre_BA, self.W_enc_FD[dead.rows_N]) if needs_x else g_BD.new_empty(0)
         return dead.rows_N if rows_R is None else dead.rows_N[rows_R], grads, d_x_BD
 
@@ -444,7 +452,7 @@ autoencode.register_autograd(_autoencode_backward, setup_context=_autoencode_set
 
 
 class AutoencodeRows(torch.autograd.Function):
-    """``autoencode`` whose weight gradients go to a RowGrads, of the active latents alone, and nowhere else."""
+    """``autoencode`` whose backward pass leaves in a RowGrads what that asks for."""
 
     @staticmethod
     def forward(_row_grads: RowGrads, *inputs: Any) -> tuple[Tensor, ...]:
@@ -463,11 +471,10 @@ class AutoencodeRows(torch.autograd.Function):
         n_experts, dtype = ctx.constants
         backward = _Backward(*inputs, n_experts=n_experts, dtype=dtype, row_grads=ctx.row_grads)
         codes = values_BK, indices_BK, aux_values_BA, aux_indices_BA
-        d_x_BD, _, _, d_gates_B, d_pre_bias_D, _ = backward(
-            grad_out_BD, grad_values_BK, grad_aux_BD, *codes, needs[0], needs[4]
-        )
-        found = d_x_BD, None, None, d_gates_B, d_pre_bias_D
-        return None, *(g if needed else None for g, needed in zip(found, needs[:5], strict=True)), *[None] * 8
+        grads = backward(grad_out_BD, grad_values_BK, grad_aux_BD, *codes, needs[0], needs[4])
+        elsewhere = (1, 2, 5) if ctx.row_grads.active_only else ()  # W_enc, W_dec and bias
+        found = (g if needs[i] and i not in elsewhere else None for i, g in enumerate(grads))
+        return None, *found, *[None] * 7
 
 
 class _Codes:
@@ -498,21 +505,26 @@ class _Codes:
         return self.p.matmul_at_indices(g_BD, W_FD, self.indices_BK)
 
     def weight_grads(
-        self, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor, x_BD: Tensor
+        self, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor, x_BD: Tensor, along_BK: Tensor | None
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """Which rows, None for all, of dW_dec, dW_enc and d_bias."""
+        """Which rows, None for all, of dW_dec, dW_enc and d_bias; and of along's sums, if given."""
         if self.dense:
             dW_dec_FD, dW_enc_FD = (
                 self.p.grouped_weight_grad(v_BK, self.indices_BK, y_BD, self.n_latents, *self.dense_options)
                 for v_BK, y_BD in ((values_BK, g_BD), (d_pre_BK, x_BD))
             )
-            zeros_F = d_pre_BK.new_zeros(self.n_latents)
-            return None, (dW_dec_FD, dW_enc_FD, zeros_F.index_add_(0, self.indices_BK.flatten(), d_pre_BK.flatten()))
+            sums = [
+                t_BK.new_zeros(self.n_latents).index_add_(0, self.indices_BK.flatten(), t_BK.flatten())
+                for t_BK in (d_pre_BK, along_BK)
+                if t_BK is not None
+            ]
+            return None, (dW_dec_FD, dW_enc_FD, *sums)
         rows_R, index = None, None
         if self.active_only:
             rows_R, index = active_latent_index(self.indices_BK)
         index = index or latent_index(self.indices_BK, self.n_latents)
-        return rows_R, self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD)[:3]
+        grads = self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD)[:3]
+        return rows_R, grads if along_BK is None else (*grads, index.sums(along_BK.flatten()[index.order_N]))
 
 
 def _check_range(name: str, t: Tensor, end: int) -> None:

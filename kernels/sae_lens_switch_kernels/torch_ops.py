@@ -66,7 +66,7 @@ def latent_weight_grads(
         return LatentGrads(dW_dec_FD, None, None, fired_F)
     d_pre_N = d_pre_BK.flatten()[index.order_N]
     dW_enc_FD = _segment_sums(d_pre_N, tokens_N, index.starts_F1, x_BD)
-    d_b_enc_F = torch.segment_reduce(d_pre_N, "sum", offsets=index.starts_F1, initial=0, unsafe=True)
+    d_b_enc_F = index.sums(d_pre_N)
     return LatentGrads(dW_dec_FD, dW_enc_FD, d_b_enc_F, fired_F)
 
 
