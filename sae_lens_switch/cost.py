@@ -164,7 +164,7 @@ class Cost:
             "latent gradient": 2 * D * (F if dense else K),
             "decoder gradient": 2 * D * (F if dense else K),
             "encoder gradient": 2 * D * (F if dense else K),
-            "pre-bias gradient": 2 * D * self.rows / B,
+            "pre-bias gradient": 2 * D * (F if dense else self.rows / B),
             "clipping and constraint": (2 + (4 if self.architecture == "switch" else 0)) * weights / B,
             "optimiser": 12 * weights / B,
         }
@@ -240,7 +240,10 @@ class Cost:
         return sum(self.seconds(machine).values())
 
 
-_MATRIX_PRODUCTS = ("encoder", "decoder", "latent gradient", "decoder gradient", "encoder gradient")
+_MATRIX_PRODUCTS = (
+    *("encoder", "decoder", "latent gradient"),
+    *("decoder gradient", "encoder gradient", "pre-bias gradient"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

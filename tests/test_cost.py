@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from torch.utils.flop_counter import FlopCounterMode
 
 from sae_lens_switch import (
     SparseTopKTrainingSAE,
@@ -14,7 +16,7 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
-from sae_lens_switch.cost import Cost, Machine, describe
+from sae_lens_switch.cost import _MATRIX_PRODUCTS, Cost, Machine, describe
 
 SHAPE = {"d_in": 24, "d_sae": 160, "k": 4}
 MACHINE = Machine(flops=1e11, gather=5e9, regather=2e10, stream=1e10, select=1e9, fresh=2e9)
@@ -119,3 +121,14 @@ def test_the_command_prints_the_table_and_refuses_what_it_cannot_use():
         assert refused.returncode != 0
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def test_matrix_products_of_saelens_topk_are_those_that_torch_counts():
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=6, d_sae=40, k=3))
+    step = TrainStepInput(
+        sae_in=torch.randn(16, 6), coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+    )
+    with FlopCounterMode(display=False) as counter:
+        sae.training_forward_pass(step).loss.backward()
+    flops = Cost("topk", 6, 40, 3, batch=16).flops
+    assert counter.get_total_flops() == 16 * sum(flops[name] for name in _MATRIX_PRODUCTS)
