@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from sae_lens_switch_kernels import RowGrads
+from sae_lens_switch_kernels.memory import zeros_large
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.optimizer import (
@@ -114,6 +115,17 @@ class ConstrainedAdam(torch.optim.Adam):
     @property
     def is_fused(self) -> bool:
         return bool(self.param_groups[0]["fused"])
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As torch's, with new moments in huge pages where there are any: a step reads and writes all of them."""
+        fresh = [p for p in group["params"] if p.grad is not None and not self.state[p]]
+        if fresh:
+            super()._init_group(group, *([] for _ in lists))
+        for p in fresh:
+            for name in ("exp_avg", "exp_avg_sq"):
+                t = self.state[p][name]
+                self.state[p][name] = zeros_large(*t.shape, dtype=t.dtype, device=t.device)
+        return super()._init_group(group, *lists)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but whether a step is fused is a matter of the device here, and not of the checkpoint's."""

@@ -79,6 +79,24 @@ def test_constrained_adam_is_project_adam_renormalise_over_the_whole_matrix(fuse
     assert state["step"] == 4
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout):
+    start = torch.randn(1 << 11, 1 << 10)
+    ours, plain = (nn.Parameter(start.clone() if layout == "contiguous" else start.T.clone().T) for _ in range(2))
+    optimizers = [ConstrainedAdam([ours], 1e-2), torch.optim.Adam([plain], lr=1e-2, fused=True)]
+    step_in_memory_order(optimizers[1])
+    for _ in range(3):
+        grad = torch.randn_like(start)
+        for p, optimizer in zip((ours, plain), optimizers, strict=True):
+            p.grad = torch.empty_like(p).copy_(grad)
+            optimizer.step()
+    assert torch.equal(ours, plain)
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment, expected = (o.state_dict()["state"][0][name] for o in optimizers)
+        assert moment.stride() == ours.stride()
+        assert torch.equal(moment, expected)
+
+
 def test_a_step_that_found_inf_changes_nothing_and_does_not_count():
     p = nn.Parameter(unit(torch.randn(700, 5)))
     optimizer = ConstrainedAdam([p], 0.1, unit_rows=p)
