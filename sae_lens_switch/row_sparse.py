@@ -58,34 +58,26 @@ class RowSparseAdam(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 data, rows_R = p.detach(), self.row_grads.rows_R
-                grad, along_R = by_row.get(p), self.row_grads.along_R
+                grad = by_row.get(p)
                 if p in by_row:
                     data = data.T if p is sae.W_enc else data
                     if p.grad is not None:  # a dense gradient, from a step with hooks: its rows that are not 0
                         dense = p.grad.T if p is sae.W_enc else p.grad
                         rows_R = dense.reshape(len(dense), -1).any(dim=1).nonzero().flatten()
-                        grad, along_R = dense[rows_R], None
+                        grad = dense[rows_R]
                 elif p.grad is not None:  # any other parameter is one row
                     data, grad, rows_R = data.view(1, -1), p.grad.reshape(1, -1), _FIRST.to(p.device)
                 if grad is not None and rows_R is not None and len(rows_R):
-                    data, grad = data.view(len(data), -1), grad.view(len(grad), -1)
-                    self._step_rows(p, data, grad, along_R, rows_R, group, grad_scale)
+                    self._step_rows(p, data.view(len(data), -1), grad.view(len(grad), -1), rows_R, group, grad_scale)
 
     def _step_rows(
-        self,
-        p: nn.Parameter,
-        data: Tensor,
-        grad: Tensor,
-        along_R: Tensor | None,
-        rows_R: Tensor,
-        group: dict[str, Any],
-        scale: Tensor | float,
+        self, p: nn.Parameter, data: Tensor, grad: Tensor, rows_R: Tensor, group: dict[str, Any], scale: Tensor | float
     ) -> None:
         """Step rows [R] of the parameter, seen as ``data`` [rows, columns]."""
         state = self._state(p, data)
         weights, moments = state.get("master", data), state["moments"]
         unit = p is self.sae.W_dec and getattr(self.sae.cfg, "normalize_decoder", False)
-        project = unit and self.sae.cfg.project_decoder_grad
+        project, along_R = unit and self.sae.cfg.project_decoder_grad, self.row_grads.along_R
         step_R = state["step"][rows_R] + 1
         state["step"][rows_R] = step_R
         # On a CPU in blocks that stay in cache, all through the same buffers.

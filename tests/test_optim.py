@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from sae_lens_switch_kernels.memory import zeros_large
 from torch import nn
 
+from sae_lens_switch import optim
 from sae_lens_switch.optim import ConstrainedAdam, step_in_memory_order
 
 
@@ -80,9 +82,11 @@ def test_constrained_adam_is_project_adam_renormalise_over_the_whole_matrix(fuse
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout):
+def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout, monkeypatch):
+    made = []
+    monkeypatch.setattr(optim, "zeros_large", lambda *shape, **of: made.append(shape) or zeros_large(*shape, **of))
     start = torch.randn(1 << 11, 1 << 10)
-    ours, plain = (nn.Parameter(start.clone() if layout == "contiguous" else start.T.clone().T) for _ in range(2))
+    ours, plain = (nn.Parameter(start.clone() if layout == "contiguous" else start.T.contiguous().T) for _ in range(2))
     optimizers = [ConstrainedAdam([ours], 1e-2), torch.optim.Adam([plain], lr=1e-2, fused=True)]
     step_in_memory_order(optimizers[1])
     for _ in range(3):
@@ -90,6 +94,7 @@ def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout):
         for p, optimizer in zip((ours, plain), optimizers, strict=True):
             p.grad = torch.empty_like(p).copy_(grad)
             optimizer.step()
+    assert made == 2 * [start.shape if layout == "contiguous" else start.T.shape]
     assert torch.equal(ours, plain)
     for name in ("exp_avg", "exp_avg_sq"):
         moment, expected = (o.state_dict()["state"][0][name] for o in optimizers)
