@@ -298,6 +298,7 @@ class StepConstraint(Protocol):
 _constrained: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
+@torch.compiler.disable  # of a step that is compiled, what it registers would be lost
 def constrain_optimizer_steps(sae: StepConstraint) -> None:
     """From now on, whatever optimiser steps ``sae.W_dec`` calls the SAE's two methods around the step.
 

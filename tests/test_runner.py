@@ -65,6 +65,7 @@ from sae_lens_switch import (
     checkpoints,
     scaling_law_lr,
 )
+from sae_lens_switch.optim import constrain_optimizer_steps
 from sae_lens_switch.runner import _MultiSAETrainer, constructing, with_options
 
 pytestmark = [
@@ -638,17 +639,25 @@ def test_runs_of_every_kind_end_in_a_loadable_sae(options, tmp_path, model, data
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_run_trains_the_same_sae(backend, tmp_path, model, dataset, monkeypatch):
+@pytest.mark.parametrize(
+    "runner_class",
+    [LanguageModelSAETrainingRunner, sae_lens_switch.LanguageModelSAETrainingRunner],
+    ids=["stock", "ours"],
+)
+def test_a_compiled_run_trains_the_same_sae(backend, runner_class, tmp_path, model, dataset, monkeypatch):
+    constrain_optimizer_steps(another := training_sae())  # as in a notebook where one was trained before
     compile_with_stock_backend = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_with_stock_backend(function, backend=backend))
     weights = []
     for compiled in (False, True):
         torch.manual_seed(0)
         cfg = our_config(tmp_path, lr=1e-3, compile_sae=compiled)
-        runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model)
+        runner = runner_class(cfg, override_dataset=dataset, override_model=model)
         weights.append(runner.run().state_dict())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights[1]["W_dec"].norm(dim=1), torch.ones(F))
+    assert another is not None
 
 
 class Wandb:
