@@ -1,6 +1,6 @@
 """What a way to train costs or brings in quality, on a real language model's activations.
 
-    python benchmarks/quality.py        # about half an hour on two CPU cores, no network
+    python benchmarks/quality.py        # about ten minutes on two CPU cores, no network
 
 The same Switch SAE, the same activations in the same order, one setting changed at a time: lazy Adam for dense Adam,
 low precision for float32, AuxK for none. Fraction of variance unexplained on held-out tokens, and dead latents.
@@ -38,8 +38,11 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dead latents at k = 8": {
         "no AuxK": AUX,
-        "AuxK, coefficient 1/32": AUX | {"aux_loss_coefficient": 1 / 32},
-        "AuxK, coefficient 1": AUX | {"aux_loss_coefficient": 1.0},
+        "AuxK of d_in / 2, 1/32": AUX | {"aux_loss_coefficient": 1 / 32, "aux_k": 288},
+        "AuxK of d_in / 2, 1": AUX | {"aux_loss_coefficient": 1.0, "aux_k": 288},
+        "AuxK of k, 1/32": AUX | {"aux_loss_coefficient": 1 / 32},
+        "AuxK of k, 1/4": AUX | {"aux_loss_coefficient": 1 / 4},
+        "AuxK of k, 1": AUX | {"aux_loss_coefficient": 1.0},
     },
 }
 

@@ -67,6 +67,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         bias_start (str): Where b_dec and b_router start, taken from the first batch: its "geometric_median" (the paper), its "mean", or "zeros".
         router_start_std (float | None): Standard deviation that the router's logits are scaled to on the first batch, so that routing starts equally sharp for activations of any size. None: as initialised, uniform in +-1/sqrt(d_in), as the authors do.
         aux_loss_coefficient (float): Weight of AuxK, by which the dead latents of a token's own expert learn from what the others leave. The paper has none.
+        aux_k (int | None): How many of them, for a token. None: k.
         tie_router_bias (bool): The router subtracts b_dec, and b_router follows it: the authors' checkpoints have one vector for both.
     """
 
@@ -82,6 +83,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     bias_start: BiasStart = "geometric_median"
     router_start_std: float | None = 1.0
     aux_loss_coefficient: float = 0.0
+    aux_k: int | None = None
     tie_router_bias: bool = False
 
     @override
@@ -95,6 +97,8 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         _validate_choice("bias_start", self.bias_start, BiasStart)
         if self.load_balance_coefficient is None:
             self.load_balance_coefficient = _DEFAULT_COEFFICIENT[self.load_balance_scale]
+        if self.aux_k is None:
+            self.aux_k = self.k
         for name in ("load_balance_coefficient", "load_balance_warm_up_steps", "aux_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)!r}")
@@ -108,6 +112,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
             )
         super().__post_init__()
         _validate_switch(self)
+        _validate_whole_numbers(self, "aux_k")
 
 
 @dataclass

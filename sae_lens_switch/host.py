@@ -32,13 +32,13 @@ class SparseStepOutput(TrainStepOutput):
 def dead_latents(sae: Any, mask_F: Tensor | None, n_experts: int = 1) -> tuple[Tensor | None, int]:
     """Indices of the dead latents, and how many reconstruct a token's residual (Gao et al. 2024, A.2); None: none do.
 
-    Half of d_in as in SAELens, or all there are of the expert that has most.
+    ``aux_k``, or all there are of the expert that has most.
     """
     if mask_F is None or sae.cfg.aux_loss_coefficient == 0:
         return None, 0
     dead_N = mask_F.nonzero().flatten()
     most = len(dead_N) if n_experts == 1 else int(mask_F.view(n_experts, -1).sum(1).max())
-    k_aux = min(sae.cfg.d_in // 2, most)
+    k_aux = min(aux_k(sae), most)
     if k_aux == 0:
         return None, 0
     if sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
@@ -49,11 +49,16 @@ def dead_latents(sae: Any, mask_F: Tensor | None, n_experts: int = 1) -> tuple[T
     return dead_N, k_aux
 
 
+def aux_k(sae: Any) -> int:
+    """Half of d_in, as in SAELens, for an SAE whose config has no ``aux_k``."""
+    return getattr(sae.cfg, "aux_k", sae.cfg.d_in // 2)
+
+
 def aux_loss(sae: Any, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_dead: Tensor | int) -> Tensor:
-    """coefficient * min(1, n_dead / (d_in / 2)) * mean_B ||aux_out - (x - sae_out)||^2; n_dead of all, or a token."""
+    """coefficient * min(1, n_dead / aux_k) * mean_B ||aux_out - (x - sae_out)||^2; n_dead of all, or a token."""
     residual = (x_BD - sae_out_BD).detach()
     error_B = (sae.reshape_fn_out(aux_out_BD, sae.d_head) - residual).pow(2).sum(dim=-1)
-    few = torch.as_tensor(n_dead, dtype=error_B.dtype, device=error_B.device) / (x_BD.shape[-1] // 2)
+    few = torch.as_tensor(n_dead, dtype=error_B.dtype, device=error_B.device) / aux_k(sae)
     few = few.clamp(max=1)
     return sae.cfg.aux_loss_coefficient * (few * error_B).mean()
 

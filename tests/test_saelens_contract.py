@@ -225,6 +225,8 @@ OTHER_TRAINING_FIELDS = OTHER_FIELDS | {
     "decoder_init_norm": None,
     "bias_start": "mean",
     "router_start_std": None,
+    "aux_loss_coefficient": 0.25,
+    "aux_k": 5,
     "tie_router_bias": True,
 }
 

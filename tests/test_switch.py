@@ -361,6 +361,7 @@ def test_a_training_step_makes_no_tensor_of_batch_times_width():
         ({"load_balance_coefficient": -1.0}, "load_balance_coefficient must be at least 0; got -1.0"),
         ({"load_balance_coefficient": math.nan}, "load_balance_coefficient must be at least 0; got nan"),
         ({"bias_start": "median"}, "bias_start must be one of"),
+        ({"aux_k": 0}, "aux_k must be a whole number, at least 1; got 0"),
         ({"router_start_std": 0.0}, "router_start_std must be positive"),
         ({"decoder_init_norm": 0.1}, "decoder_init_norm must be 1.0 or None"),
         (

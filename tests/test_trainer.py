@@ -317,9 +317,10 @@ def test_dense_steps_with_hooks_are_taken_by_row_sparse_adam_too():
 
 @pytest.mark.parametrize("gate", ["probability", "one"])
 @pytest.mark.parametrize("dead", [[1], [0, 3, 4, 5, 6, 7, 8, 11, 35], list(range(F))], ids=len)
-def test_auxk_of_a_switch_sae_written_out_token_by_token(gate, dead):
+@pytest.mark.parametrize("aux_k", [None, 1, K + 1, 100])
+def test_auxk_of_a_switch_sae_written_out_token_by_token(gate, dead, aux_k):
     """The dead latents of the token's own expert reconstruct the residual; none of the loss reaches the router."""
-    sae = training_sae(gate=gate, aux_loss_coefficient=0.7, bias_start="mean")
+    sae = training_sae(gate=gate, aux_loss_coefficient=0.7, aux_k=aux_k, bias_start="mean")
     (x,) = activations(1, batch=23)
     mask = torch.zeros(F, dtype=torch.bool)
     mask[dead] = True
@@ -336,7 +337,7 @@ def test_auxk_of_a_switch_sae_written_out_token_by_token(gate, dead):
 
     p = torch.softmax((x.double() - sae.b_router) @ sae.W_router, dim=1).detach()
     total = torch.zeros((), dtype=torch.float64)
-    k_aux = min(D // 2, max(int(mask.view(E, M)[e].sum()) for e in range(E)))
+    aux_k = aux_k or K
     for b, x_D in enumerate(x.double()):
         e = int(p[b].argmax())
         f = p[b, e] if gate == "probability" else 1.0
@@ -348,9 +349,9 @@ def test_auxk_of_a_switch_sae_written_out_token_by_token(gate, dead):
         aux = torch.zeros(D, dtype=torch.float64)
         if mine:
             dead_pre = (x_D - sae.b_dec) @ sae.W_enc[:, mine]
-            best = dead_pre.topk(min(k_aux, len(mine)))
+            best = dead_pre.topk(min(aux_k, len(mine)))
             aux = f * best.values @ sae.W_dec[torch.tensor(mine)[best.indices]]
-        total = total + min(1, len(mine) / (D // 2)) * (aux - (x_D - out).detach()).square().sum()
+        total = total + min(1, len(mine) / aux_k) * (aux - (x_D - out).detach()).square().sum()
     expected = 0.7 * total / len(x)
     torch.testing.assert_close(aux_loss, expected, rtol=1e-9, atol=1e-12)
     wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
