@@ -95,6 +95,13 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
     def _run_with_interruption_handling(self, trainer: Any) -> Any:
         return trainer.fit()
 
+    @override
+    def _save_final_outputs(self, saes: Any, trainer: Any) -> None:
+        """As SAELens's, with each SAE's ``history.jsonl``."""
+        super()._save_final_outputs(saes, trainer)
+        for name, of_one in trainer.trainers.items():
+            of_one.history.save(Path(cast(str, self.cfg.output_path)) / name)
+
 
 class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     """Interrupted between steps only, when all SAEs have had the same batches; checkpoints are whole or not there."""

@@ -1,5 +1,6 @@
 """SAELens's runner on synthetic activations, on our trainer; apart, because SAELens imports its own only when asked."""
 
+from pathlib import Path
 from typing import Any
 
 from sae_lens.synthetic import synthetic_sae_runner as synthetic_module
@@ -7,6 +8,7 @@ from typing_extensions import override
 
 from sae_lens_switch.config import TrainerOptions
 from sae_lens_switch.runner import constructing, with_options
+from sae_lens_switch.trainer import SparseSAETrainer
 
 
 class SyntheticSAERunner(synthetic_module.SyntheticSAERunner):
@@ -18,5 +20,16 @@ class SyntheticSAERunner(synthetic_module.SyntheticSAERunner):
 
     @override
     def run(self) -> Any:
-        with constructing(synthetic_module, "SAETrainer", with_options(self.options)):
+        with constructing(synthetic_module, "SAETrainer", self._make_trainer):
             return super().run()
+
+    def _make_trainer(self, **kwargs: Any) -> SparseSAETrainer[Any, Any]:
+        trainer = with_options(self.options)(**kwargs)
+        self._history = trainer.history
+        return trainer
+
+    @override
+    def _save_outputs(self, output_path: Path, *args: Any, **kwargs: Any) -> None:
+        """As SAELens's, with the run's ``history.jsonl``."""
+        super()._save_outputs(output_path, *args, **kwargs)
+        self._history.save(output_path)

@@ -27,6 +27,7 @@ from sae_lens_switch import (
     TrainerOptions,
     activation_batches,
 )
+from sae_lens_switch.history import FILENAME, read_history
 from sae_lens_switch.synthetic import SyntheticSAERunner
 
 exactly = {"rtol": 0, "atol": 0}
@@ -498,3 +499,4 @@ def test_our_synthetic_runner_trains_with_our_trainer_and_its_options(optimizer,
     assert 0 < result.final_eval.mcc <= 1
     x = random_input(7, D, dtype=torch.float32)
     torch.testing.assert_close(SAE.load_from_disk(tmp_path / "output")(x), result.sae(x), **exactly)
+    assert [row["step"] for row in read_history(tmp_path / "output" / FILENAME)] == list(range(1, 11))

@@ -64,39 +64,14 @@ def save_language_model(folder: Path) -> Path:
     return folder
 
 
-def record_history(runner: Any) -> History:
-    """What the trainer logs, of every run that a history is wanted of."""
-    fit, history = runner.run_trainer_with_interruption_handling, History(6)
-
-    def recording(trainer: Any) -> Any:
-        step = trainer.step
-
-        def step_and_record(batch: torch.Tensor) -> Any:
-            output = step(batch)
-            history.add(
-                trainer.n_training_steps + 1, trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-            )
-            return output
-
-        trainer.step = step_and_record
-        return fit(trainer)
-
-    runner.run_trainer_with_interruption_handling = recording
-    return history
-
-
 def train(folder: Path, language_model: Path, text: Dataset, **fields: Any) -> Path:
     """A run of six steps; returns its output folder."""
     own = {"model_name": str(language_model), "model_class_name": "AutoModelForCausalLM", "hook_name": HOOK}
     own |= {"d_in": D, "d_sae": F, "lr": 1e-2}
     own |= {"architecture": "switch", "n_experts": E, "k": K} if "architecture" not in fields else {}
     own |= {"seqpos_slice": (SKIPPED, None), "prepend_bos": False, "exclude_special_tokens": [3]}
-    runner = LanguageModelSAETrainingRunner(
-        LanguageModelSAERunnerConfig(**run_fields(folder, **{**own, **fields})), override_dataset=text
-    )
-    history = record_history(runner)
-    runner.run()
-    history.save(folder / "output")
+    cfg = LanguageModelSAERunnerConfig(**run_fields(folder, **{**own, **fields}))
+    LanguageModelSAETrainingRunner(cfg, override_dataset=text).run()
     return folder / "output"
 
 

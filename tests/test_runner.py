@@ -65,6 +65,7 @@ from sae_lens_switch import (
     checkpoints,
     scaling_law_lr,
 )
+from sae_lens_switch.history import FILENAME, read_history
 from sae_lens_switch.optim import constrain_optimizer_steps
 from sae_lens_switch.runner import _MultiSAETrainer, constructing, with_options
 
@@ -590,7 +591,11 @@ def test_our_multi_sae_runner_saves_whole_checkpoints_and_resumes(tmp_path, mode
     (saved,) = [p for p in (tmp_path / "checkpoints").rglob("checkpoint.json")]
     checkpoints.verify(saved.parent)
     assert (saved.parent / "b" / "sae_weights.safetensors").exists()
+    histories = {name: read_history(tmp_path / "output" / name / FILENAME) for name in "ab"}
+    assert [[row["step"] for row in history] for history in histories.values()] == 2 * [[1, 2, 3, 4, 5, 6]]
+    assert histories["a"] != histories["b"]
     resumed = runner(resume_from_checkpoint=str(saved.parent), n_checkpoints=0).run()
+    assert read_history(tmp_path / "output" / "b" / FILENAME)[:4] == histories["b"][:4]
     assert all(torch.isfinite(p).all() for sae in resumed.values() for p in sae.parameters())
     again = runner(resume="latest", n_checkpoints=0)
     again.run()
