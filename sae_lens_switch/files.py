@@ -26,16 +26,21 @@ def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -
     return path / written[0].name, path / written[1].name
 
 
-def fold_activation_scaler(sae: Any, checkpoint: Path) -> None:
-    """Fold into the weights what training did to the activations, as at its end; nothing where it did nothing."""
-    if not (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).is_file():
-        return
-    scaler = ActivationScaler()
-    scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
+def fold_saved_scaler(sae: Any, checkpoint: Path) -> None:
+    """Fold into a checkpoint's weights what training did to the activations, as ``fit`` does at its end."""
+    if (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).is_file():
+        scaler = ActivationScaler()
+        scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
+        fold_activation_scaler(sae, scaler)
+
+
+def fold_activation_scaler(sae: Any, scaler: ActivationScaler) -> None:
+    """Fold into the weights what the scaler does to activations; from then on it does nothing."""
     if scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        scaler.scaling_factor = None
     if scaler.whitening is not None:
-        w = scaler.whitening
+        w, scaler.whitening = scaler.whitening, None
         sae.fold_activation_whitening(w.mean, w.matrix, w.inverse_matrix)
 
 

@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_switch.card import PICTURE, model_card
-from sae_lens_switch.files import fold_activation_scaler
+from sae_lens_switch.files import fold_saved_scaler
 from sae_lens_switch.plots import sae_summary
 
 _README = "README.md"
@@ -340,7 +340,7 @@ def _load(sae_id: str, path: Path) -> SAE[Any]:
         with torch.no_grad():
             sae(x.view(2, 1, 1, -1) if sae.hook_z_reshaping_mode else x)
         if training:
-            fold_activation_scaler(sae, path)
+            fold_saved_scaler(sae, path)
     except Exception as error:  # a config or weights of a stranger can go wrong in any way
         raise ValueError(f"SAE {sae_id!r} must be one that SAELens can load and run; {path}: {error!r}") from error
     return sae

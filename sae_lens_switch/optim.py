@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.memory import zeros_large
+from sae_lens_switch_kernels.memory import in_large, zeros_large
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.optimizer import (
@@ -128,14 +128,19 @@ class ConstrainedAdam(torch.optim.Adam):
         return super()._init_group(group, *lists)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but whether a step is fused is a matter of the device here, and not of the checkpoint's."""
+        """As torch's, with moments where a step is fast; whether it is fused is a matter of this device, and not of the
+        checkpoint's."""
         fused = self.is_fused
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group["fused"] = fused
             for p in group["params"]:
-                if fused and p in self.state:
-                    self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
+                if p not in self.state:
+                    continue
+                state = self.state[p]
+                state |= {name: in_large(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+                if fused:
+                    state["step"] = state["step"].to(p.device, torch.float32)
 
     @torch.no_grad()
     def step(  # type: ignore[override]

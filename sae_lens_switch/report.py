@@ -37,7 +37,7 @@ from sae_lens_switch.analysis import (
     observe,
     router_geometry,
 )
-from sae_lens_switch.files import fold_activation_scaler
+from sae_lens_switch.files import fold_saved_scaler
 from sae_lens_switch.history import FILENAME as HISTORY_FILENAME
 from sae_lens_switch.history import read_history
 from sae_lens_switch.page import page_of
@@ -107,7 +107,7 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
     folder = find_sae(run)
     in_training = (folder / TRAINER_STATE_FILENAME).exists()
     sae: Any = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
-    fold_activation_scaler(sae, folder)
+    fold_saved_scaler(sae, folder)
     if str(sae.cfg.metadata.hook_name).endswith("_z"):
         sae.turn_off_forward_pass_hook_z_reshaping()  # the activation store lays heads side by side
     loaded = Run(folder, sae.eval(), runner=_json(folder / RUNNER_CFG_FILENAME))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.memory import zeros_large
+from sae_lens_switch_kernels.memory import in_large, zeros_large
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -121,7 +121,7 @@ class RowSparseAdam(Optimizer):
         for i, p in enumerate(parameters_of(self)):
             saved = state_dict["state"].get(i)
             if saved is not None:
-                self.state[p] = {name: t.to(p.device).clone() for name, t in saved.items()}
+                self.state[p] = {name: in_large(t.to(p.device)) for name, t in saved.items()}
 
 
 def _adam_update(

@@ -15,6 +15,7 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.util import path_or_tmp_dir
 from sae_lens_switch_kernels import RowGrads
+from sae_lens_switch_kernels.memory import in_large
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,6 +25,7 @@ from sae_lens_switch import checkpoints
 from sae_lens_switch.activations import ActivationSource, activation_batches
 from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
 from sae_lens_switch.config import SparseSAETrainerConfig
+from sae_lens_switch.files import fold_activation_scaler
 from sae_lens_switch.history import History
 from sae_lens_switch.host import SparseStepOutput
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
@@ -107,6 +109,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         cfg: Any = self.cfg
         sae: Any = self.sae
         sae.to(cfg.device)
+        for p in sae.parameters():
+            p.data = in_large(p.data)
         betas = cfg.adam_beta1, cfg.adam_beta2
         if cfg.optimizer == "row_sparse_adam":
             self.optimizer = RowSparseAdam(sae, cfg.lr, betas)
@@ -368,13 +372,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _finish(self) -> None:
         self._log(self.full_sparsity_window_log())
-        scaler = self.activation_scaler
-        if scaler.scaling_factor is not None:
-            self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-            scaler.scaling_factor = None
-        if scaler.whitening is not None:
-            w, scaler.whitening = scaler.whitening, None
-            self.sae.fold_activation_whitening(w.mean, w.matrix, w.inverse_matrix)
+        fold_activation_scaler(self.sae, self.activation_scaler)
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
             self.save_checkpoint(f"final_{self.n_training_samples}")

@@ -143,3 +143,18 @@ def test_large_tensors_use_memory_again_and_never_while_it_is_in_use(monkeypatch
         memory.empty_large(1200 + n, 1000, **options)
     assert len(memory._free) <= memory._SIZES_KEPT
     assert memory.empty_large(3, 5, **options).shape == (3, 5)
+
+
+@pytest.mark.parametrize("shape", [(1000, 1200), (1200, 1000, 2), (3, 5), (0, 3), ()], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+def test_a_tensor_moved_to_large_memory_is_what_it_was(shape, layout):
+    t = torch.randn(shape)
+    if layout == "transposed" and t.ndim == 2:
+        t = t.T
+    elif layout == "strided" and t.ndim > 1:
+        t = t[:, ::2]
+    moved = memory.in_large(t)
+    assert (moved.shape, moved.stride(), moved.dtype) == (t.shape, t.stride(), t.dtype)
+    assert torch.equal(moved, t)
+    large = t.nbytes >= memory._SMALLEST and layout != "strided"
+    assert (moved.data_ptr() != t.data_ptr()) == large

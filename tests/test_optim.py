@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_lens_switch_kernels import memory
 from sae_lens_switch_kernels.memory import zeros_large
 from torch import nn
 
@@ -81,25 +82,33 @@ def test_constrained_adam_is_project_adam_renormalise_over_the_whole_matrix(fuse
     assert state["step"] == 4
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "scalar", "empty"])
 def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout, monkeypatch):
+    """Made anew, and read from a checkpoint."""
     made = []
-    monkeypatch.setattr(optim, "zeros_large", lambda *shape, **of: made.append(shape) or zeros_large(*shape, **of))
-    start = torch.randn(1 << 11, 1 << 10)
-    ours, plain = (nn.Parameter(start.clone() if layout == "contiguous" else start.T.contiguous().T) for _ in range(2))
+    monkeypatch.setattr(memory, "zeros_large", lambda *shape, **of: made.append(shape) or zeros_large(*shape, **of))
+    monkeypatch.setattr(optim, "zeros_large", memory.zeros_large)
+    shape = {"scalar": (), "empty": (0, 3)}.get(layout, (1 << 11, 1 << 10))
+    start = torch.randn(shape)
+    ours, plain = (nn.Parameter(start.T.contiguous().T if layout == "transposed" else start.clone()) for _ in range(2))
+    in_memory = start.T.shape if layout == "transposed" else start.shape
     optimizers = [ConstrainedAdam([ours], 1e-2), torch.optim.Adam([plain], lr=1e-2, fused=True)]
     step_in_memory_order(optimizers[1])
-    for _ in range(3):
-        grad = torch.randn_like(start)
-        for p, optimizer in zip((ours, plain), optimizers, strict=True):
-            p.grad = torch.empty_like(p).copy_(grad)
-            optimizer.step()
-    assert made == 2 * [start.shape if layout == "contiguous" else start.T.shape]
-    assert torch.equal(ours, plain)
-    for name in ("exp_avg", "exp_avg_sq"):
-        moment, expected = (o.state_dict()["state"][0][name] for o in optimizers)
-        assert moment.stride() == ours.stride()
-        assert torch.equal(moment, expected)
+    for again in range(2):
+        for _ in range(3):
+            grad = torch.randn_like(start)
+            for p, optimizer in zip((ours, plain), optimizers, strict=True):
+                p.grad = torch.empty_like(p).copy_(grad)
+                optimizer.step()
+        assert made == (4 if again and start.ndim == 2 and len(start) else 2) * [in_memory]
+        assert torch.equal(ours, plain)
+        states = [o.state_dict()["state"][0] for o in optimizers]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert states[0][name].stride() == ours.stride()
+            assert torch.equal(states[0][name], states[1][name])
+        saved = optimizers[0].state_dict()
+        optimizers[0] = ConstrainedAdam([ours], 1e-2)
+        optimizers[0].load_state_dict(saved)
 
 
 def test_a_step_that_found_inf_changes_nothing_and_does_not_count():

@@ -16,7 +16,7 @@ def empty_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor
     """torch.empty; on a CPU in a block that an earlier such tensor has left, in huge pages where there are any."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     if not _is_large(n_bytes, device):
-        return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     size = _size_class(n_bytes)
     try:
         block = _free[size].pop()
@@ -32,8 +32,15 @@ def zeros_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor
     """torch.zeros; on a CPU in new memory, in huge pages likewise, that is taken where it is first written to."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     if not _is_large(n_bytes, device):
-        return torch.zeros(*shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     return _on(memoryview(_new_block(n_bytes)), shape, dtype)
+
+
+def in_large(t: Tensor) -> Tensor:
+    """t, laid out as it is, moved to memory as of zeros_large where that is other memory."""
+    if t.is_contiguous() and _is_large(t.nbytes, t.device):
+        return zeros_large(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
+    return in_large(t.T).T if t.ndim == 2 and t.T.is_contiguous() and not t.is_contiguous() else t
 
 
 def _is_large(n_bytes: int, device: torch.device) -> bool:
