@@ -76,8 +76,8 @@ def main() -> None:
     library._DENSE_UP_TO["cpu"] = before
 
     experts = torch.randn(32, 4096, 256)
-    out = torch.empty(128, 4096)
-    for n in (17, 67, 128):
+    out = torch.empty(512, 4096)
+    for n in (17, 67, 128, 512):
         few = torch.randn(n, 256)
 
         def by_mm(few=few, n=n) -> None:

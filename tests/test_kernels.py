@@ -464,11 +464,12 @@ OPERATORS = {
 }
 
 
+@pytest.mark.parametrize("M", [600, 1100])
 @pytest.mark.parametrize("onednn", [True, False])
-def test_few_tokens_of_wide_experts(onednn, monkeypatch):
-    """The product of few rows with many latents has a way of its own, where torch has the operator for it."""
+def test_wide_experts_in_float32(onednn, M, monkeypatch):
+    """The product with many latents has a way of its own, where torch has the operator for it."""
     torch.manual_seed(0)
-    E, M, D, K = 3, 600, 37, 5
+    E, D, K = 3, 37, 5
     expert_B = torch.tensor([0] * 17 + [1] * 1 + [2] * 140)
     x, W = torch.randn(len(expert_B), D), torch.randn(E * M, D)
     taken = []
@@ -478,7 +479,9 @@ def test_few_tokens_of_wide_experts(onednn, monkeypatch):
     else:
         monkeypatch.setattr(torch_ops, "_has_onednn", lambda _: False)
     values, indices = switch_encode(x, expert_B, W, K, E)
-    assert taken == ([32, 16] if onednn and torch_ops._has_onednn(x.device) else [])  # 140 rows are not few
+    blocks = 1 if M <= torch_ops._PRODUCT_LATENTS else 2
+    wanted = [rows for rows in (32, 16, 144) for _ in range(blocks)]
+    assert taken == (wanted if onednn and torch_ops._has_onednn(x.device) else [])
     pre = torch.einsum("bd,bmd->bm", x.double(), W.double().view(E, M, D)[expert_B])
     expected = pre.topk(K).values.relu()
     assert_close("values", values.double().sort(descending=True).values, expected, 1e-6)

@@ -26,7 +26,7 @@ _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
 _PRODUCT_LATENTS = 1 << 10
 _SEARCH_ELEMENTS = 1 << 21
-_FEW_ROWS, _MANY_LATENTS, _ROWS_OF_A_KERNEL = 128, 512, 16
+_MANY_LATENTS, _ROWS_OF_A_KERNEL = 512, 16
 # Gathered rows [rows, K, D] of the generic route, likewise.
 _CHUNK_ELEMENTS = 1 << 18
 
@@ -171,16 +171,13 @@ def _offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
 
 
 def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> None:
-    if (
-        len(x_RD) <= _FEW_ROWS
-        and len(W_PD) >= _MANY_LATENTS
-        and x_RD.dtype == torch.float32
-        and _has_onednn(x_RD.device)
-    ):
-        # MKL, which is behind torch.mm, copies the latents first, and few rows do not pay for that. oneDNN compiles a
-        # kernel for every number of rows: hence few different ones.
+    if len(W_PD) >= _MANY_LATENTS and x_RD.dtype == torch.float32 and _has_onednn(x_RD.device):
+        # MKL, which is behind torch.mm, copies the latents first; for as few rows as a tile has, it does not pay.
+        # oneDNN compiles a kernel for every number of rows: hence few different ones.
         padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_OF_A_KERNEL))
-        out_RP.copy_(_onednn_linear(padded_RD, W_PD)[: len(x_RD)])
+        for low in range(0, len(W_PD), _PRODUCT_LATENTS):
+            part_RP = _onednn_linear(padded_RD, W_PD[low : low + _PRODUCT_LATENTS])
+            out_RP[:, low : low + _PRODUCT_LATENTS].copy_(part_RP[: len(x_RD)])
         return
     block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" else len(W_PD)
     for low in range(0, len(W_PD), block):
