@@ -473,14 +473,14 @@ def test_wide_experts_in_float32(onednn, M, monkeypatch):
     expert_B = torch.tensor([0] * 17 + [1] * 1 + [2] * 140)
     x, W = torch.randn(len(expert_B), D), torch.randn(E * M, D)
     taken = []
+    monkeypatch.setattr(torch_ops, "_PRODUCT_ELEMENTS", 32 * 1100)
     if onednn and torch_ops._has_onednn(x.device):
         linear = torch_ops._onednn_linear
         monkeypatch.setattr(torch_ops, "_onednn_linear", lambda a, b: taken.append(len(a)) or linear(a, b))
     else:
         monkeypatch.setattr(torch_ops, "_has_onednn", lambda _: False)
     values, indices = switch_encode(x, expert_B, W, K, E)
-    blocks = 1 if M <= torch_ops._PRODUCT_LATENTS else 2
-    wanted = [rows for rows in (32, 16, 144) for _ in range(blocks)]
+    wanted = [32, 16, 144] if M == 600 else [32, 16, 144, 144]
     assert taken == (wanted if onednn and torch_ops._has_onednn(x.device) else [])
     pre = torch.einsum("bd,bmd->bm", x.double(), W.double().view(E, M, D)[expert_B])
     expected = pre.topk(K).values.relu()

@@ -20,11 +20,11 @@ from sae_lens_switch_kernels.memory import empty_large
 
 # Pre-activations are made a tile at a time: rows enough for the matrix product to run at full speed, latents few
 # enough that a dictionary of any width takes the same memory. On a CPU the product takes a block of latents at a time,
-# whose weights stay in cache, and the tile is searched a few rows at a time, likewise.
+# which stays in cache with its weights, and the tile is searched a few rows at a time, likewise.
 _TILE_ROWS = {"cpu": 512}
 _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
-_PRODUCT_LATENTS = 1 << 10
+_PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
 _SEARCH_ELEMENTS = 1 << 21
 _MANY_LATENTS, _ROWS_OF_A_KERNEL = 512, 16
 # Gathered rows [rows, K, D] of the generic route, likewise.
@@ -175,9 +175,10 @@ def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> None:
         # MKL, which is behind torch.mm, copies the latents first; for as few rows as a tile has, it does not pay.
         # oneDNN compiles a kernel for every number of rows: hence few different ones.
         padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_OF_A_KERNEL))
-        for low in range(0, len(W_PD), _PRODUCT_LATENTS):
-            part_RP = _onednn_linear(padded_RD, W_PD[low : low + _PRODUCT_LATENTS])
-            out_RP[:, low : low + _PRODUCT_LATENTS].copy_(part_RP[: len(x_RD)])
+        block = max(_PRODUCT_LATENTS, _PRODUCT_ELEMENTS // max(len(padded_RD), 1))
+        for low in range(0, len(W_PD), block):
+            part_RP = _onednn_linear(padded_RD, W_PD[low : low + block])
+            out_RP[:, low : low + block].copy_(part_RP[: len(x_RD)])
         return
     block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" else len(W_PD)
     for low in range(0, len(W_PD), block):
