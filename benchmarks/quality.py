@@ -26,6 +26,7 @@ from offline import cached_activations, language_model_folder, text_datasets, to
 
 # Each group: what is compared, and its settings. The first is what the others stand beside.
 AUX = {"k": 8, "d_sae": 16384}
+AUX_OF_SAELENS = AUX | {"aux_k": 576 // 2}  # half of SmolLM2's d_in
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "optimiser": {
         "dense Adam": {},
@@ -38,8 +39,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dead latents at k = 8": {
         "no AuxK": AUX,
-        "AuxK of d_in / 2, 1/32": AUX | {"aux_loss_coefficient": 1 / 32, "aux_k": 288},
-        "AuxK of d_in / 2, 1": AUX | {"aux_loss_coefficient": 1.0, "aux_k": 288},
+        "AuxK of d_in / 2, 1/32": AUX_OF_SAELENS | {"aux_loss_coefficient": 1 / 32},
+        "AuxK of d_in / 2, 1": AUX_OF_SAELENS | {"aux_loss_coefficient": 1.0},
         "AuxK of k, 1/32": AUX | {"aux_loss_coefficient": 1 / 32},
         "AuxK of k, 1/4": AUX | {"aux_loss_coefficient": 1 / 4},
         "AuxK of k, 1": AUX | {"aux_loss_coefficient": 1.0},

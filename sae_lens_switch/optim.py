@@ -128,8 +128,7 @@ class ConstrainedAdam(torch.optim.Adam):
         return super()._init_group(group, *lists)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, with moments where a step is fast; whether it is fused is a matter of this device, and not of the
-        checkpoint's."""
+        """As torch's, with moments in huge pages; and a step is fused if this device can, whatever the checkpoint's."""
         fused = self.is_fused
         super().load_state_dict(state_dict)
         for group in self.param_groups:

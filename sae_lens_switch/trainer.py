@@ -110,7 +110,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         sae: Any = self.sae
         sae.to(cfg.device)
         for p in sae.parameters():
-            p.data = in_large(p.data)
+            p.data = in_large(p.data)  # every step goes through all of it
         betas = cfg.adam_beta1, cfg.adam_beta2
         if cfg.optimizer == "row_sparse_adam":
             self.optimizer = RowSparseAdam(sae, cfg.lr, betas)

@@ -312,6 +312,19 @@ def test_dense_steps_with_hooks_are_taken_by_row_sparse_adam_too():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+def test_weights_are_moved_to_large_memory_as_they_are(optimizer):
+    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(d_in=512, d_sae=2048, n_experts=4, k=4))
+    before = {name: (p, p.data_ptr(), p.stride(), p.detach().clone()) for name, p in sae.named_parameters()}
+    our_trainer(sae, [torch.randn(8, 512)], optimizer=optimizer)
+    for name, p in sae.named_parameters():
+        same, place, stride, values = before[name]
+        assert p is same
+        assert p.stride() == stride
+        assert torch.equal(p, values)
+        assert (p.data_ptr() != place) == (name in ("W_enc", "W_dec"))
+
+
 # Dead latents
 
 
