@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU := 2.13.0
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: install quickstart test test-slow bench experiments kernels-report gpu-check docs browser lint clean
+.PHONY: install quickstart test test-slow campaign bench experiments kernels-report gpu-check docs browser lint clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ test: install
 # The real language model, full training runs, everything marked slow.
 test-slow: install
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Random kills, mutated configs, corrupted files, odd numbers: CAMPAIGN="--campaign-seed 3 --campaign-count 1000".
+campaign: install
+	$(BIN)/python -m pytest tests/campaign -m slow $(CAMPAIGN)
 
 # Ours beside the others, in one process: a table, and runs/bench.json.
 bench: install

@@ -22,3 +22,9 @@ def model():
 @pytest.fixture(scope="session")
 def dataset():
     return tiny_dataset()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("campaign", "the randomised trials of tests/campaign")
+    group.addoption("--campaign-seed", type=int, default=0, help="another seed, other trials")
+    group.addoption("--campaign-count", type=int, help="trials of each kind, in place of its own number")
