@@ -94,9 +94,18 @@ def trainer(sae: Any, batches: list[Tensor] | Iterator[Tensor], **fields: Any) -
 
 def largest_allocation(function: Callable[[], Any]) -> int:
     """Bytes of the largest piece of memory that torch asks for while the function runs, inside operators too."""
+    return max(_allocations(function))
+
+
+def net_allocated(function: Callable[[], Any]) -> int:
+    """Bytes that torch allocates while the function runs, less those that it frees, inside operators and graphs too."""
+    return sum(_allocations(function))
+
+
+def _allocations(function: Callable[[], Any]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    return max(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    return [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
