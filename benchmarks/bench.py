@@ -412,7 +412,7 @@ def sparse_topk(args: argparse.Namespace) -> SparseTopKTrainingSAE:
 def switch_sae(args: argparse.Namespace, n_experts: int, d_sae: int | None = None) -> SwitchTrainingSAE:
     options = fields(args) | {"n_experts": n_experts, "d_sae": d_sae or args.d_sae}
     sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, load_balance_coefficient=0.0))
-    sae._weights_at_birth = None  # no start from the first batch: the same weights for all
+    sae.is_fresh = False  # no start from the first batch: the same weights for all
     with_weights(sae, args, d_sae)
     with torch.no_grad():
         sae.W_router.copy_(router(args, n_experts))

@@ -1,7 +1,9 @@
 """Activations to train on, from wherever they are: an iterator, a tensor, a folder that SAELens has cached."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ ActivationSource = Iterable[Tensor] | Tensor | str | Path
 
 # Cached contexts are read this many batches at a time, and their tokens mixed.
 _BATCHES_AT_ONCE = 16
+# By so many of its contexts a source is known again.
+_CONTEXTS_COMPARED = 16
 
 
 def activation_batches(
@@ -23,13 +27,14 @@ def activation_batches(
                CacheActivationsRunner writes it, whose contexts and tokens are; or anything that can be iterated over,
                whose items [..., d_in] are batches as they are
     hook_name: which column of the dataset, if it has several
-    What a tensor or a folder gives has ``state_dict`` and ``load_state_dict``: its place is kept in checkpoints.
+    What a tensor or a folder gives has ``state_dict`` and ``load_state_dict``: its place is kept in checkpoints, with
+    a fingerprint of the activations, without which the place would mean nothing.
     Raises ValueError for an empty source, fewer rows than a batch, or a folder that holds no activations.
     """
     if isinstance(source, Tensor):
         if source.ndim < 2:
             raise ValueError(f"activations must have shape [..., d_in]; got {tuple(source.shape)}")
-        return _Shuffled(_Rows(source.reshape(-1, source.shape[-1])), batch_size, seed)
+        return _Shuffled(_Rows(source.detach().reshape(-1, source.shape[-1])), batch_size, seed)
     if isinstance(source, str | Path):
         return _Shuffled(_CachedContexts(Path(source), hook_name), batch_size, seed)
     return iter(source)
@@ -117,8 +122,29 @@ class _Shuffled(Iterator[Tensor]):
             self._order = self.epoch, torch.randperm(len(self.contexts), generator=generator)
         return self._order[1]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batch": self.batch}
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "batch": self.batch, "source": self._source}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the place is one in other activations; nothing has changed then."""
+        before = state.get("source", self._source)  # earlier versions kept none
+        if before != self._source:
+            what = "; ".join(
+                f"{n} was {v!r}, is {self._source[n]!r}" for n, v in before.items() if v != self._source[n]
+            )
+            raise ValueError(
+                f"activations must be those that the checkpoint was trained on, to go on in them: {what}. To train the "
+                "SAE on others, load it with TrainingSAE.load_from_disk and begin a run of its own"
+            )
+        if not 0 <= state["batch"] <= self.batches_an_epoch:
+            raise ValueError(
+                f"batch must be one of an epoch's {self.batches_an_epoch}, to go on from there; got {state['batch']}"
+            )
         self.epoch, self.batch = state["epoch"], state["batch"]
+
+    @cached_property
+    def _source(self) -> dict[str, Any]:
+        n = len(self.contexts)
+        sample = self.contexts[torch.linspace(0, n - 1, min(n, _CONTEXTS_COMPARED), dtype=torch.float64).long()]
+        digest = hashlib.sha256(sample.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+        return {"contexts": n, "context_size": self.contexts.context_size, "sample_sha256": digest}

@@ -18,7 +18,11 @@ from sae_lens import logger
 from safetensors import SafetensorError
 
 MANIFEST = "checkpoint.json"
+# In a checkpoint of a run that scales its activations: what training goes on from.
+TRAINING_FOLDER = "training"
 _FINAL = "final_"
+# How long a run is to be, and with it the end of its schedule: a checkpoint is no bar to changing one's mind.
+_MAY_CHANGE = {"total_training_samples", "lr_decay_steps"}
 
 
 class CheckpointError(ValueError):
@@ -114,6 +118,13 @@ def latest(base: Path | str, config: dict[str, Any] | None = None) -> Path | Non
     return None
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    """The settings that a verified checkpoint, or one SAE's part of it, was written with; {} where none are kept."""
+    if (path / MANIFEST).exists():
+        return _read_manifest(path).get("config", {})
+    return config_of(path.parent).get(path.name, {}) if (path.parent / MANIFEST).exists() else {}
+
+
 def prune(base: Path, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints in ``base``; final ones stay."""
     for path, _ in sorted(_unfinished(base, depth=1), key=lambda c: c[1], reverse=True)[keep:]:
@@ -152,7 +163,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    for name in sorted(saved.keys() | wanted.keys()):
+    for name in sorted((saved.keys() | wanted.keys()) - _MAY_CHANGE):
         a, b = saved.get(name), wanted.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b)

@@ -37,5 +37,10 @@ class SparseCodes:
             check_invariants=False,
         )
 
+    def view(self, *lead: int) -> "SparseCodes":
+        """The same tokens, laid out as [*lead, K]."""
+        K = self.values.shape[-1]
+        return SparseCodes(self.values.view(*lead, K), self.indices.view(*lead, K), self.d_sae)
+
     def detach(self) -> "SparseCodes":
         return SparseCodes(self.values.detach(), self.indices, self.d_sae)

@@ -178,6 +178,7 @@ class TrainerOptions:
 
     Args:
         optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which touches only the latents that were active: at most k of every token, however wide the dictionary.
+        gradient_accumulation_steps (int): Parts that each batch is computed in, one after the other, in the memory of one part; their gradients are summed to the batch's. What is taken from a batch as a whole, such as the load balance, is taken from each part.
         max_grad_norm (float | None): Gradients are scaled down to this norm. None: they are not.
         resume (str | None): A checkpoint to go on from, or "latest": the newest whole one below checkpoint_path, if there is any.
         keep_checkpoints (int | None): Older checkpoints than this many are removed. None: all stay. The final one always does.
@@ -188,6 +189,7 @@ class TrainerOptions:
     """
 
     optimizer: OptimizerName = "adam"
+    gradient_accumulation_steps: int = 1
     max_grad_norm: float | None = 1.0
     resume: str | None = None
     keep_checkpoints: int | None = None
@@ -203,7 +205,7 @@ class TrainerOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive or None; got {value!r}")
-        _validate_whole_numbers(self, "max_skipped_steps", "collapse_patience")
+        _validate_whole_numbers(self, "gradient_accumulation_steps", "max_skipped_steps", "collapse_patience")
         if self.keep_checkpoints is not None:
             _validate_whole_numbers(self, "keep_checkpoints")
 

@@ -49,10 +49,22 @@ def latent_major(W_DF: Tensor) -> Tensor:
     return W_DF.T.contiguous().T
 
 
-def bfloat16_parts(t: Tensor) -> Tensor:
-    """[3, ...] float32, each part a bfloat16 number: their sum is t to the last bit of float32."""
-    parts, rest = [], t.float()
+def digits(t: Tensor) -> Tensor:
+    """[4, ...] float32: three digits to the base 256 and an exponent for each float32 number of t.
+
+    All are whole numbers of at most 8 bits, so that a cast to bfloat16 or float16 and back leaves them as they are,
+    however small the numbers themselves.
+    """
+    mantissa, exponent = torch.frexp(t.float())
+    rest, parts = mantissa.double(), []
     for _ in range(3):
-        parts.append(rest.bfloat16().float())
+        rest = rest * 256
+        parts.append(rest.trunc())
         rest = rest - parts[-1]
-    return torch.stack(parts)
+    return torch.stack([*parts, exponent]).float()
+
+
+def from_digits(parts: Tensor) -> Tensor:
+    """float32 [...], the numbers whose ``digits`` these are, bit-identical."""
+    high, middle, low, exponent = parts.double()
+    return torch.ldexp(((low / 256 + middle) / 256 + high) / 256, exponent).float()

@@ -68,7 +68,22 @@ def normalized_input(sae: Any, x: Tensor) -> Tensor:
 
     Once per encode: the hook fires and run-time normalisation remembers its statistics for decode.
     """
-    return sae.run_time_activation_norm_fn_in(sae.hook_sae_input(sae.reshape_fn_in(x.to(sae.dtype))))
+    return sae.run_time_activation_norm_fn_in(sae.hook_sae_input(sae.reshape_fn_in(differentiable(x).to(sae.dtype))))
+
+
+def differentiable(x: Tensor) -> Tensor:
+    """x, or a copy of one made under inference_mode, which a backward pass may not keep."""
+    return x.clone() if x.is_inference() and torch.is_grad_enabled() else x
+
+
+def activation_rows(x: Tensor, d_in: int) -> Tensor:
+    """Activations [..., d_in] as rows [B, d_in]. Raises ValueError for another width, or if there are none."""
+    if x.ndim == 0 or x.shape[-1] != d_in:
+        width = x.shape[-1] if x.ndim else "none"
+        raise ValueError(f"d_in must be the width of the activations, {width}; got d_in={d_in}, shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"activations must hold at least one token; got shape {tuple(x.shape)}")
+    return differentiable(x).reshape(-1, d_in)
 
 
 def pre_bias(sae: Any) -> Tensor | None:

@@ -8,7 +8,7 @@ from sae_lens.registry import (
     register_sae_class,
     register_sae_training_class,
 )
-from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAEConfig
 
 from sae_lens_switch.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_switch.switch import SwitchSAE, SwitchTrainingSAE
@@ -22,6 +22,8 @@ def register() -> None:
     """
     # Inference first: a training config looks up its inference config as soon as one is built.
     _register(SAE_CLASS_REGISTRY, register_sae_class, "switch", SwitchSAE, SwitchSAEConfig)
+    # What a checkpoint of a sparse_topk run holds is a TopK SAE like any other.
+    _register(SAE_CLASS_REGISTRY, register_sae_class, "sparse_topk", TopKSAE, TopKSAEConfig)
     for name, sae_class, config_class in (
         ("switch", SwitchTrainingSAE, SwitchTrainingSAEConfig),
         ("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),

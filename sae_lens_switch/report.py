@@ -37,6 +37,7 @@ from sae_lens_switch.analysis import (
     observe,
     router_geometry,
 )
+from sae_lens_switch.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.files import fold_saved_scaler
 from sae_lens_switch.history import FILENAME as HISTORY_FILENAME
 from sae_lens_switch.history import read_history
@@ -105,7 +106,7 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
     """Everything but the language model. Raises ValueError if there is no SAE, or a file that is not what it says."""
     run = Path(run)
     folder = find_sae(run)
-    in_training = (folder / TRAINER_STATE_FILENAME).exists()
+    in_training = (folder / TRAINER_STATE_FILENAME).exists() or (folder / TRAINING_FOLDER).is_dir()
     sae: Any = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
     fold_saved_scaler(sae, folder)
     if str(sae.cfg.metadata.hook_name).endswith("_z"):

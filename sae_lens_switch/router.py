@@ -54,18 +54,17 @@ def load_balance_loss(probs_BE: Tensor, load_E: Tensor) -> Tensor:
 class RoutingStatistics:
     """What a training step's routing looked like; every number is computed when asked for, not before."""
 
-    def __init__(self, assignment: Assignment, load_E: Tensor, dead_latents_F: Tensor | None = None) -> None:
-        self.load_E = load_E
-        self.gates_B = assignment.gates_BA.detach().flatten()
-        self._dead_latents_F = dead_latents_F
+    def __init__(self, load_E: Tensor, gates_B: Tensor, dead_latents_F: Tensor | None = None) -> None:
+        self.load_E, self.gates_B = load_E, gates_B
+        self.dead_latents_F = dead_latents_F
 
     @cached_property
     def dead_latents_E(self) -> Tensor:
         """Dead latents of each expert, [E]."""
         E = len(self.load_E)
-        if self._dead_latents_F is None:
+        if self.dead_latents_F is None:
             return torch.zeros(E)
-        return self._dead_latents_F.view(E, -1).sum(1)
+        return self.dead_latents_F.view(E, -1).sum(1)
 
     @property
     def load_entropy(self) -> Tensor:

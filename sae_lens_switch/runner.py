@@ -172,6 +172,8 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
         trainers: dict[str, Any] = self.trainers
         checkpoints.verify(path, {name: trainer.config_of_record() for name, trainer in trainers.items()})
         super().load_checkpoint(path)
+        for trainer in trainers.values():
+            trainer.restore_training_weights()
 
 
 def _find_checkpoint(cfg: Any, resume: str | None) -> None:

@@ -1,11 +1,13 @@
 """The Switch SAE (arXiv 2410.08201): a router sends each activation to one of E small TopK SAEs."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from sae_lens import logger
 from sae_lens.saes.sae import (
     SAE,
     TrainCoefficientConfig,
@@ -20,11 +22,13 @@ from typing_extensions import override
 
 from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig
-from sae_lens_switch.files import bfloat16_parts, latent_major, replace_files
+from sae_lens_switch.files import digits, from_digits, latent_major, replace_files
 from sae_lens_switch.host import (
     SparseStepOutput,
+    activation_rows,
     aux_loss,
     dead_latents,
+    differentiable,
     finish_decoding,
     has_hooks,
     normalized_input,
@@ -41,9 +45,11 @@ from sae_lens_switch.router import (
     router_dtype,
     router_logits,
 )
-from sae_lens_switch.start import bias_from_batch
+from sae_lens_switch.start import Spread, bias_from_batch
 
 _ROUTER = ("W_router", "b_router")
+# In a file of weights: the SAE is as it was initialised. Only then is it there.
+_FRESH = "fresh"
 # SAELens keeps these as closures over the SAE, which cannot be pickled, and which a copy would share.
 _CLOSURES = ("reshape_fn_in", "reshape_fn_out", "run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
 
@@ -156,10 +162,10 @@ class _Switch(SAE[Any]):
         if isinstance(feature_acts, SparseCodes):
             values, indices = feature_acts.values, feature_acts.indices
             K = values.shape[-1]
-            out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
+            out = sparse_decode(differentiable(values).reshape(-1, K), indices.reshape(-1, K), self.W_dec)
             out = out.view(*values.shape[:-1], self.W_dec.shape[-1])
         else:
-            out = feature_acts @ self.W_dec
+            out = differentiable(feature_acts) @ self.W_dec
         return finish_decoding(self, out + self.b_dec)
 
     # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here
@@ -234,7 +240,7 @@ class _Switch(SAE[Any]):
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
         for name in _ROUTER:
             # SAELens casts every tensor of a file to the dtype it is loaded in before we see it.
-            state_dict[f"{name}_parts"] = bfloat16_parts(state_dict[name])
+            state_dict[f"{name}_digits"] = digits(state_dict[name])
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -247,11 +253,22 @@ class _Switch(SAE[Any]):
             found = tuple(state_dict[name].shape)
             if found != shape:
                 raise ValueError(f"{name} must have shape {shape} by the config; the weights have {found}")
-        state_dict["W_enc"] = latent_major(state_dict["W_enc"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As torch's, which by itself would refuse what our files hold beside the parameters."""
         for name in _ROUTER:
-            parts = state_dict.pop(f"{name}_parts", None)
-            if state_dict[name].dtype in (torch.bfloat16, torch.float16):
-                state_dict[name] = state_dict[name].float() if parts is None else parts.float().sum(0)
+            exact = _exact(state_dict, prefix + name)
+            cast = state_dict.get(prefix + name)
+            if exact is not None and cast is not None and cast.dtype in (torch.bfloat16, torch.float16):
+                state_dict[prefix + name] = exact
+        if prefix + "W_enc" in state_dict:
+            state_dict[prefix + "W_enc"] = latent_major(state_dict[prefix + "W_enc"])
+        is_fresh = state_dict.pop(prefix + _FRESH, None) is not None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._has_loaded(is_fresh)
+
+    def _has_loaded(self, is_fresh: bool) -> None:
+        pass  # of no concern after training
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -270,6 +287,9 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
     (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead latents of a token's own expert, weighted by its
     gate, reconstruct what is left of the token.
     A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK then waits.
+
+    is_fresh: whether weights are as initialised. The biases and the router's sharpness are then taken from the first
+        batch whose step is good. False once that is done, and once weights are loaded or written to; kept in files.
     """
 
     row_grads: RowGrads | None = None  # what an optimiser wants of a backward pass
@@ -277,8 +297,9 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
 
     def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self._weights_at_birth = None if self.device.type == "meta" else self._sample_of_weights()
-        self.start_put_off = False  # True: until a batch that is finite
+        self._as_initialized: list[Tensor] | None = None
+        self.is_fresh = self.device.type != "meta"
+        self._before_start: dict[str, Tensor] = {}
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -300,12 +321,13 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step's loss and its parts.
 
-        Raises ValueError if the activations are not of width d_in, or if they or the loss are not finite.
+        ``sae_in`` is [..., d_in]; what depends on the batch as a whole, such as the balance, sees all its rows as one.
+        Raises ValueError if the activations are not of width d_in, or there are none, or if they or the loss are not
+        finite.
         """
-        x = step_input.sae_in
-        if x.shape[-1] != self.cfg.d_in:
-            raise ValueError(f"d_in must be the width of the activations, {x.shape[-1]}; got d_in={self.cfg.d_in}")
-        self._start_from_batch(step_input)
+        given = step_input.sae_in
+        x = activation_rows(given, self.cfg.d_in)
+        self._start_from_batch(x)
         if self.cfg.normalize_decoder or self.cfg.tie_router_bias:
             constrain_optimizer_steps(self)
 
@@ -335,21 +357,25 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             n_dead_B = dead_E[assignment.experts_BA.flatten()]
             losses["auxiliary_reconstruction_loss"] = aux_loss(self, x, sae_out, aux_out, n_dead_B)
         loss = sum(losses.values(), start=sae_out.new_zeros(()))
-        if self.refuses_not_finite and not torch.isfinite(loss):
-            raise ValueError(_not_finite(x, step_input.n_training_steps))
-        statistics = RoutingStatistics(assignment, load_E, step_input.dead_neuron_mask)
+        if self.refuses_not_finite:
+            good = bool(torch.isfinite(loss))
+            self.settle_start(good)
+            if not good:
+                raise ValueError(_not_finite(x, step_input.n_training_steps))
+        statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
+        lead = given.shape[:-1]
         fields = {
-            "sae_in": x,
-            "sae_out": sae_out,
-            "hidden_pre": hidden_pre.detach(),
+            "sae_in": given,
+            "sae_out": sae_out.view(given.shape),
+            "hidden_pre": hidden_pre.detach().view(*lead, hidden_pre.shape[-1]),
             "loss": loss,
             "losses": losses,
             "metrics": {"load_balance": balance.detach(), **statistics.metrics()},
         }
         if codes is not None:
-            return SparseStepOutput(codes=codes, routing=statistics, **fields)
+            return SparseStepOutput(codes=codes.view(*lead), routing=statistics, **fields)
         assert acts is not None
-        return TrainStepOutput(feature_acts=acts.detach(), **fields)
+        return TrainStepOutput(feature_acts=acts.detach().view(*lead, self.cfg.d_sae), **fields)
 
     def _autoencode(
         self, x: Tensor, assignment: Assignment, dead_N: Tensor | None = None, k_aux: int = 0
@@ -375,7 +401,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
-        x = step_input.sae_in
+        x = activation_rows(step_input.sae_in, self.cfg.d_in)
         assignment = self._assign(normalized_input(self, x))
         balance = load_balance_loss(assignment.probs_BE, expert_load(assignment))
         return {"load_balance_loss": step_input.coefficients["load_balance"] * self._load_balance_scale(x) * balance}
@@ -389,34 +415,84 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
 
     # The start, and what happens around an optimiser's step
 
-    @torch.no_grad()
-    def _start_from_batch(self, step_input: TrainStepInput) -> None:
-        """On the first batch of all, move the biases into the data and fit the router's sharpness to it.
+    @override
+    def _has_loaded(self, is_fresh: bool) -> None:
+        self.is_fresh = is_fresh
 
-        Only weights as this SAE was born with them: those of a checkpoint or of another SAE are left alone.
+    @property
+    def is_fresh(self) -> bool:
+        return self._as_initialized is not None and not self._has_been_filled(self._as_initialized)
+
+    @is_fresh.setter
+    def is_fresh(self, value: bool) -> None:
+        self._as_initialized = self._sample_of_weights() if value else None
+
+    @torch.no_grad()
+    def _start_from_batch(self, x_BD: Tensor) -> None:
+        """If this SAE is fresh, move its biases into the data and fit the router's sharpness to it.
+
+        Only finite numbers come of it: another batch is waited for otherwise. Frozen parameters stay.
         """
-        birth, self._weights_at_birth = self._weights_at_birth, None
-        if not self.start_put_off:
-            if birth is None or step_input.n_training_steps > 0:
-                return
-            pairs = zip(birth, self._sample_of_weights(), strict=True)
-            if not all(torch.allclose(a, b, rtol=2e-2) for a, b in pairs):
-                return
-        self.start_put_off = not torch.isfinite(step_input.sae_in).all()
-        if self.start_put_off:
+        if not self.is_fresh:
             return
-        batch = self.run_time_activation_norm_fn_in(step_input.sae_in.to(self.dtype))
-        bias_D = bias_from_batch(batch, self.cfg.bias_start)
-        self.b_dec.copy_(bias_D)
-        self.b_router.copy_(bias_D)
-        if self.cfg.router_start_std is not None:
-            std = router_logits(batch, self.W_router, self.b_router).std()
-            if std > 0:
-                self.W_router.mul_(self.cfg.router_start_std / std)
+        batch_BD = self.run_time_activation_norm_fn_in(x_BD.to(self.dtype))
+        if not torch.isfinite(batch_BD).all():
+            return
+        with torch.autocast(batch_BD.device.type, enabled=False):
+            starts, says, level = self._start_of(batch_BD)
+        if not all(torch.isfinite(t.to(getattr(self, name).dtype)).all() for name, t in starts.items()):
+            return
+        self.is_fresh, self._before_start = False, {}
+        for name, t in starts.items():
+            p = getattr(self, name)
+            if p.requires_grad:
+                self._before_start[name] = p.detach().clone()
+                p.copy_(t)
+        logger.log(level, says)
+
+    def _start_of(self, batch_BD: Tensor) -> tuple[dict[str, Tensor], str, int]:
+        """What parameters start at, what to say of it, and how loudly."""
+        bias_D = bias_from_batch(batch_BD, self.cfg.bias_start)
+        starts = {"b_dec": bias_D, "b_router": bias_D}
+        spread, std = Spread.of(batch_BD), self.cfg.router_start_std
+        says = f"biases start at {self.cfg.bias_start} of {spread}"
+        if std is not None and not spread.is_none:
+            found = router_logits(batch_BD, self.W_router, bias_D).std()
+            starts["W_router"] = self.W_router * (std / found)
+            says += f"; the router's logits at a standard deviation of {std:.4g}, {found:.4g} before"
+        elif std is not None:
+            says += "; the router as initialised, as these are all the same: router_start_std needs some that differ"
+        return starts, says, logging.WARNING if spread.is_none else logging.INFO
+
+    @torch.no_grad()
+    def settle_start(self, good: Tensor | bool) -> None:
+        """Tell the SAE whether the step of the forward pass before was good: if not, a start from it is taken back."""
+        if self._before_start and not good:
+            for name, t in self._before_start.items():
+                getattr(self, name).copy_(t)
+            self.is_fresh = True
+        self._before_start = {}
+
+    def _has_been_filled(self, as_initialized: list[Tensor]) -> bool:
+        """Whether weights were written to in place, past ``load_state_dict``: torch keeps no trace of that."""
+        pairs = zip(as_initialized, self._sample_of_weights(), strict=True)
+        return not all(torch.allclose(a, b, rtol=2e-2) for a, b in pairs)  # but for a change of dtype
 
     def _sample_of_weights(self) -> list[Tensor]:
-        matrices = (self.W_enc, self.W_dec, self.W_router)
-        return [W.detach()[:4, :16].float().cpu() for W in matrices] + [self.b_dec.detach().float().cpu()]
+        matrices = [W[:: max(1, W.shape[0] // 32), :: max(1, W.shape[1] // 32)] for W in (self.W_enc, self.W_dec)]
+        samples = [*matrices, self.W_router, self.b_router, self.b_dec]
+        return [t.detach().to("cpu", torch.float32, copy=True) for t in samples]
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        if self.is_fresh:
+            state_dict[_FRESH] = torch.ones(1)
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        state_dict.pop(_FRESH, None)
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
@@ -461,3 +537,12 @@ def _not_finite(x_BD: Tensor, step: int) -> str:
         f"the loss of training step {step} is not finite, though the activations are: the learning rate may be too "
         "high. The weights are those of the step before."
     )
+
+
+def _exact(state_dict: dict[str, Any], key: str) -> Tensor | None:
+    """The float32 numbers of a router's parameter, of whatever dtype its file was loaded in; taken from the dict."""
+    parts = state_dict.pop(f"{key}_digits", None)
+    if parts is not None:
+        return from_digits(parts)
+    sum_of = state_dict.pop(f"{key}_parts", None)  # as version 0.1 wrote them
+    return None if sum_of is None else sum_of.float().sum(0)

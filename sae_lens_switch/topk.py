@@ -14,8 +14,10 @@ from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.files import latent_major, replace_files
 from sae_lens_switch.host import (
     SparseStepOutput,
+    activation_rows,
     aux_loss,
     dead_latents,
+    differentiable,
     finish_decoding,
     has_hooks,
     normalized_input,
@@ -44,7 +46,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def encode(self, x: Tensor) -> Tensor:
         """Dense latents [..., F] of x [..., D]."""
         if has_hooks(self.hook_sae_acts_pre):
-            return super().encode(x)
+            return super().encode(differentiable(x))
         return self.hook_sae_acts_post(self.encode_sparse(x).to_dense())
 
     def encode_sparse(self, x: Tensor) -> SparseCodes:
@@ -67,14 +69,14 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def decode(self, feature_acts: Tensor | SparseCodes) -> Tensor:
         """x_hat [..., D] of latents [..., F], dense or COO, or of SparseCodes."""
         if not isinstance(feature_acts, SparseCodes):
-            return super().decode(feature_acts)
+            return super().decode(differentiable(feature_acts))
         values, indices = feature_acts.values, feature_acts.indices
         scale_F = self._selection_scale()
         if scale_F is not None:
             values = values / scale_F[indices]
         K = values.shape[-1]
-        out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
-        return finish_decoding(self, out.view(*values.shape[:-1], -1) + self.b_dec)
+        out = sparse_decode(differentiable(values).reshape(-1, K), indices.reshape(-1, K), self.W_dec)
+        return finish_decoding(self, out.view(*values.shape[:-1], self.W_dec.shape[-1]) + self.b_dec)
 
     def _selection_scale(self) -> Tensor | None:
         """||W_dec[f]||, by which SAELens multiplies latents before it selects them."""
@@ -82,10 +84,15 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step's loss and its parts. ``hidden_pre`` is [B, K]: the latents that were selected."""
+        """One step's loss and its parts, of ``sae_in`` [..., d_in]; ``hidden_pre``, [..., K], is what was selected.
+
+        Raises ValueError if the activations are not of width d_in, or if there are none.
+        """
+        given = step_input.sae_in
+        rows_BD = activation_rows(given, self.cfg.d_in)
         if has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post):
             return super().training_forward_pass(step_input)
-        x = normalized_input(self, step_input.sae_in)
+        x = normalized_input(self, rows_BD)
         with torch.no_grad():
             scale_F = self._selection_scale()
         dead_N, k_aux = dead_latents(self, step_input.dead_neuron_mask)
@@ -105,15 +112,15 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         values = result.values_BK.detach()
         if scale_F is not None:
             values = values * scale_F[result.indices_BK]
-        mse_loss = reconstruction_error(self, sae_out, step_input.sae_in)
+        mse_loss = reconstruction_error(self, sae_out, rows_BD)
         aux = sae_out.new_zeros(())
         if dead_N is not None and result.aux_out_BD is not None:
-            aux = aux_loss(self, step_input.sae_in, sae_out, result.aux_out_BD, len(dead_N))
+            aux = aux_loss(self, rows_BD, sae_out, result.aux_out_BD, len(dead_N))
         return SparseStepOutput(
-            codes=SparseCodes(values, result.indices_BK, self.cfg.d_sae),
-            sae_in=step_input.sae_in,
-            sae_out=sae_out,
-            hidden_pre=values,
+            codes=SparseCodes(values, result.indices_BK, self.cfg.d_sae).view(*given.shape[:-1]),
+            sae_in=given,
+            sae_out=sae_out.view(given.shape),
+            hidden_pre=values.view(*given.shape[:-1], self.cfg.k),
             loss=mse_loss + aux,
             losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux},
         )

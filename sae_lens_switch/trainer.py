@@ -1,5 +1,8 @@
 """SparseSAETrainer: what a training step does around forward and backward, and what keeps a long run safe."""
 
+import copy
+import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,28 +12,32 @@ import torch
 import wandb
 from sae_lens import logger
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import SPARSITY_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.util import path_or_tmp_dir
 from sae_lens_switch_kernels import RowGrads
 from sae_lens_switch_kernels.memory import in_large
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_switch import checkpoints
+from sae_lens_switch.accumulation import RowGradsSum, merged
 from sae_lens_switch.activations import ActivationSource, activation_batches
+from sae_lens_switch.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
 from sae_lens_switch.config import SparseSAETrainerConfig
 from sae_lens_switch.files import fold_activation_scaler
 from sae_lens_switch.history import History
-from sae_lens_switch.host import SparseStepOutput
+from sae_lens_switch.host import SparseStepOutput, activation_rows
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.optim import ConstrainedAdam, total_norm
 from sae_lens_switch.row_sparse import RowSparseAdam
+from sae_lens_switch.switch import SwitchTrainingSAE
 
 STATE_FILENAME = "sparse_trainer_state.pt"
 # A host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
@@ -42,11 +49,19 @@ _REMEMBERED = (
     *("n_batches_drawn", "n_interventions"),
     *("_reported_skips", "_reported_collapse", "_watched_at"),
 )
+# What says, in an SAE's metadata, which activations a run trains on.
+_SOURCE = (
+    *("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "seqpos_slice"),
+    *("exclude_special_tokens", "model_from_pretrained_kwargs"),
+)
 # What may differ between a run and the checkpoint it goes on from.
 _NOT_IN_CHECKPOINT = {
     *("device", "checkpoint_path", "n_checkpoints", "save_final_checkpoint", "logger", "resume"),
-    *("keep_checkpoints", "max_skipped_steps"),
+    *("keep_checkpoints", "max_skipped_steps", "gradient_accumulation_steps"),
 }
+
+
+Firings = tuple[Tensor | None, Tensor]
 
 
 class TrainingDivergedError(RuntimeError):
@@ -89,6 +104,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
         data_provider = activation_batches(data_provider, cfg.train_batch_size_samples)
         self._n_passes = 0
+        self._training_weights: Path | None = None
         self._last_fired_F = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=cfg.device)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn, **kwargs)
         self._use_own_optimizer()
@@ -124,7 +140,11 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 project=getattr(sae.cfg, "project_decoder_grad", False),
                 after_step=getattr(sae, "follow_ties", None),
             )
-        self.lr_scheduler = get_lr_scheduler(
+        self.lr_scheduler = self._schedule()
+
+    def _schedule(self) -> LRScheduler:
+        cfg: Any = self.cfg
+        return get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
             optimizer=self.optimizer,
@@ -163,21 +183,18 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         ours = hasattr(self.sae, "row_grads")
         return self.dead_neurons if uses_it or not ours else None
 
-    def _count_fired(self, output: TrainStepOutput, good: Tensor) -> None:
+    def _count_fired(self, firings: list[Firings], n_rows: int, good: Tensor) -> None:
         self._n_passes += 1
-        if isinstance(output, SparseStepOutput):
-            indices = output.codes.indices.flatten()
-            fired = (output.codes.values.flatten() > 0) & good
-            now = torch.where(fired, self._n_passes, torch.iinfo(torch.int32).min).to(torch.int32)
-            self._last_fired_F.scatter_reduce_(0, indices, now, "amax")
-            self.act_freq_scores.scatter_add_(0, indices, fired.to(self.act_freq_scores.dtype))
-        else:
-            acts = output.feature_acts
-            counts_F = (acts.bool() if acts.is_sparse else acts.ne(0)).to(torch.float32).sum(0)
-            counts_F = (counts_F.to_dense() if counts_F.is_sparse else counts_F) * good
-            self._last_fired_F.masked_fill_(counts_F > 0, self._n_passes)
-            self.act_freq_scores += counts_F
-        self.n_frac_active_samples += len(output.sae_in)
+        for indices, counts in firings:
+            counts = counts * good
+            now = torch.where(counts > 0, self._n_passes, torch.iinfo(torch.int32).min).to(torch.int32)
+            if indices is None:
+                torch.maximum(self._last_fired_F, now, out=self._last_fired_F)
+                self.act_freq_scores += counts
+            else:
+                self._last_fired_F.scatter_reduce_(0, indices, now, "amax")
+                self.act_freq_scores.scatter_add_(0, indices, counts.to(self.act_freq_scores.dtype))
+        self.n_frac_active_samples += n_rows
 
     @override
     def full_sparsity_window_log(self) -> dict[str, Any]:
@@ -189,34 +206,33 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     def step(self, batch: Tensor) -> TrainStepOutput:
         self.n_batches_drawn += 1
-        output = super().step(self._rows(batch))
+        output = super().step(activation_rows(batch.detach(), self.sae.cfg.d_in))
         step = self.n_training_steps + 1
         if self.history.is_due(step):
             self.history.add(step, self.build_train_step_log_dict(output, self.n_training_samples))
         return output
 
-    def _rows(self, batch: Tensor) -> Tensor:
-        batch = batch.reshape(-1, batch.shape[-1])
-        if batch.shape[1] != self.sae.cfg.d_in:
-            raise ValueError(f"activations must be d_in={self.sae.cfg.d_in} wide; got shape {tuple(batch.shape)}")
-        return batch
-
     @override
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
-        step_input = TrainStepInput(
-            sae_in=sae_in,
-            dead_neuron_mask=self._dead_mask(),  # type: ignore[arg-type]
-            coefficients=self.get_coefficients(),
-            n_training_steps=self.n_training_steps,
-            is_logging_step=self._is_logging_step(),
-        )
-        with self.autocast_if_enabled, _on_our_terms(sae, getattr(self.optimizer, "row_grads", None)):
-            output = sae.training_forward_pass(step_input=step_input)
-        output.loss.backward()
+        parts = sae_in.chunk(self.cfg.gradient_accumulation_steps)
+        row_grads = getattr(self.optimizer, "row_grads", None)
+        row_grads_sum = RowGradsSum(row_grads if len(parts) > 1 else None)
+        dead_mask = self._dead_mask()
+        outputs, firings = [], []
+        for part in parts:
+            output = self._forward(sae, part, dead_mask, row_grads)
+            (output.loss if len(parts) == 1 else output.loss * (len(part) / len(sae_in))).backward()
+            row_grads_sum.take()
+            outputs.append(output)
+            firings.append(_firings(output))
+        output = merged(outputs)
+        row_grads_sum.put_back()
         with torch.no_grad():
             good = self._clip_and_step(output.loss)
-            self._count_fired(output, good)
+            if isinstance(sae, SwitchTrainingSAE):
+                sae.settle_start(good)
+            self._count_fired(firings, len(sae_in), good)
             if self.routing is not None and isinstance(output, SparseStepOutput) and output.routing is not None:
                 self.routing.update(output.routing.load_E)
         self.optimizer.zero_grad()
@@ -227,6 +243,19 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._stop_if_diverged(sae_in)
             self._watch_routing(sae_in)
         return output
+
+    def _forward(
+        self, sae: T_TRAINING_SAE, x_BD: Tensor, dead_mask: Tensor | None, row_grads: RowGrads | None
+    ) -> TrainStepOutput:
+        step_input = TrainStepInput(
+            sae_in=x_BD,
+            dead_neuron_mask=dead_mask,  # type: ignore[arg-type]
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+        with self.autocast_if_enabled, _on_our_terms(sae, row_grads):
+            return sae.training_forward_pass(step_input=step_input)
 
     def _clip_and_step(self, loss: Tensor) -> Tensor:
         """Clip, project, step, renormalise. Returns, still on the device, whether there was a step."""
@@ -269,15 +298,23 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"gradient were not finite{f' ({reason})' if in_a_row else ''}"
             )
         if in_a_row >= self.cfg.max_skipped_steps:
-            where, step = "nowhere, as checkpoint_path is None", self.n_training_steps
-            if self.cfg.checkpoint_path is not None:
-                self.n_training_steps += 1  # this one is over
-                self.save_checkpoint(f"diverged_{self.n_training_samples}")
-                where = f"{self.cfg.checkpoint_path}/diverged_{self.n_training_samples}"
-            raise TrainingDivergedError(
+            what_happened = (
                 f"{in_a_row} steps in a row were skipped because loss or gradient were not finite, the last one step "
-                f"{step}. The last good weights are saved: {where}"
+                f"{self.n_training_steps}"
             )
+            raise TrainingDivergedError(f"{what_happened}. {self._save_because_diverged()}")
+
+    def _save_because_diverged(self) -> str:
+        """Skipped steps leave the weights as the last good step left them. Returns where they are now."""
+        bad = _not_finite_parameters(self.sae)
+        if bad:
+            return f"Nothing is saved, since these weights are not finite: {', '.join(bad)}"
+        where = "nowhere, as checkpoint_path is None"
+        if self.cfg.checkpoint_path is not None:
+            self.n_training_steps += 1  # this one is over
+            self.save_checkpoint(f"diverged_{self.n_training_samples}")
+            where = f"{self.cfg.checkpoint_path}/diverged_{self.n_training_samples}"
+        return f"The last good weights are saved: {where}"
 
     # The loop
 
@@ -287,6 +324,9 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.sae.to(self.cfg.device)
         if self.cfg.resume is not None and self.n_training_steps == 0:
             self.resume(self.cfg.resume)
+        self.restore_training_weights()
+        if bad := _not_finite_parameters(self.sae):
+            raise ValueError(f"weights of the SAE must be finite to train it; those of {', '.join(bad)} are not")
         with self._interruption, self._progress() as progress:
             try:
                 self._estimate_normalization()
@@ -368,7 +408,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 batch = next(self.data_provider, None)
             if batch is None:
                 raise ValueError(f"activations ended after {i} batches, before n_batches_for_norm_estimate={n}")
-            yield self._rows(batch)
+            yield activation_rows(batch.detach(), self.sae.cfg.d_in)
 
     def _finish(self) -> None:
         self._log(self.full_sparsity_window_log())
@@ -483,10 +523,23 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def write_checkpoint(self, folder: Path) -> None:
         """SAELens's files and ours, into a folder that is there."""
-        self.sae.save_model(str(folder))
         save_file({"sparsity": self.log_feature_sparsity}, folder / SPARSITY_FILENAME)
         self.history.save(folder)
-        self.save_trainer_state(folder)
+        scaler = self.activation_scaler
+        if scaler.scaling_factor is None and scaler.whitening is None:
+            self.sae.save_model(str(folder))
+            self.save_trainer_state(folder)
+            return
+        # The SAE is one for activations as they are, as it is at the end of training; training goes on from its own
+        # weights, which are for scaled ones.
+        folded = copy.deepcopy(self.sae)
+        fold_activation_scaler(folded, copy.copy(scaler))
+        folded.save_model(str(folder))
+        training = folder / TRAINING_FOLDER
+        self.save_trainer_state(training)
+        weights = self.sae.state_dict()
+        self.sae.process_state_dict_for_saving(weights)
+        save_file(weights, training / SAE_WEIGHTS_FILENAME)
 
     def log_artifacts(self, folder: Path, aliases: list[str] | None) -> None:
         if self.cfg.logger.log_to_wandb:
@@ -517,7 +570,6 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         super().save_trainer_state(checkpoint_path)
         state: dict[str, Any] = {
             "skipped": self._skipped,
-            "start_put_off": bool(getattr(self.sae, "start_put_off", False)),
             **{name: getattr(self, name) for name in _REMEMBERED},
             "coefficients": {
                 name: {k: getattr(s, k) for k in ("final_value", "warm_up_steps")}
@@ -544,14 +596,18 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _load(self, path: Path) -> dict[str, Any]:
         """Everything but what concerns the activations and random numbers, which is returned."""
         checkpoints.verify(path, self.config_of_record())
+        self._check_source(path)
+        training = path / TRAINING_FOLDER
+        self._training_weights = training / SAE_WEIGHTS_FILENAME if training.is_dir() else None
+        training = training if training.is_dir() else path
         state: dict[str, Any] = {}
-        super().load_trainer_state(path)
+        super().load_trainer_state(training)
         self.history.load(path)
-        if (path / STATE_FILENAME).exists():
-            state = torch.load(path / STATE_FILENAME, map_location="cpu")
+        if (training / STATE_FILENAME).exists():
+            state = torch.load(training / STATE_FILENAME, map_location="cpu", weights_only=True)
             self._skipped.copy_(state["skipped"])
-            if hasattr(self.sae, "start_put_off"):
-                cast(Any, self.sae).start_put_off = state["start_put_off"]
+            if self._skipped[0] >= self.cfg.max_skipped_steps:  # of a run that stopped because of them
+                self._skipped[0] = 0
             vars(self).update({name: state[name] for name in _REMEMBERED})
             if self.routing is not None:
                 self.routing.load_state_dict(state["routing"])
@@ -567,7 +623,59 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate if estimated else 0
         # Thresholds that were passed make no checkpoint again.
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
+        self._follow_new_plan(checkpoints.config_of(path).get("trainer", {}))
         return state
+
+    def _follow_new_plan(self, before: dict[str, Any]) -> None:
+        """A run that is to be longer than its checkpoint's, or shorter, gets the schedule of its new length."""
+        planned, steps = self.cfg.total_training_samples, self.cfg.total_training_steps
+        was = before.get("total_training_samples", planned)
+        if was == planned and before.get("lr_decay_steps", self.cfg.lr_decay_steps) == self.cfg.lr_decay_steps:
+            return
+        lr_before = self.optimizer.param_groups[0]["lr"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.lr
+        self.lr_scheduler = self._schedule()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch misses the optimiser's steps in between
+            for _ in range(self.n_training_steps):
+                self.lr_scheduler.step()
+        logger.warning(
+            f"the run was planned for {was} samples and goes on to {planned}, from {self.n_training_samples}: the "
+            f"learning rate is {self.optimizer.param_groups[0]['lr']:.4g} from here on ({lr_before:.4g} by the plan "
+            f"before), and follows lr_scheduler_name={self.cfg.lr_scheduler_name!r} with lr_decay_steps="
+            f"{self.cfg.lr_decay_steps} to the end at step {steps}"
+        )
+
+    def _check_source(self, path: Path) -> None:
+        """Raises CheckpointError if the checkpoint's activations were of another model or place in it."""
+        file, now = path / SAE_CFG_FILENAME, self.sae.cfg.metadata
+        try:
+            before = json.loads(file.read_text(encoding="utf-8")).get("metadata") or {}
+        except (OSError, ValueError, AttributeError):  # a checkpoint of several SAEs has none here
+            return
+        differences = {
+            name: f"{name} was {before[name]!r}, is {getattr(now, name)!r}"
+            for name in (*_SOURCE, "dataset_path")
+            if before.get(name) is not None
+            and getattr(now, name, None) is not None
+            and before[name] != json.loads(json.dumps(getattr(now, name), default=str))
+        }
+        moved = differences.pop("dataset_path", None)
+        if differences:
+            raise checkpoints.CheckpointError(
+                f"checkpoint {path} is of other activations: {'; '.join(differences.values())}"
+            )
+        if moved is not None:
+            logger.warning(f"the run goes on from {path} with other data, unless it has only moved: {moved}")
+
+    def restore_training_weights(self) -> None:
+        """After the checkpoint's SAE has been loaded: the weights that training goes on from, where they are others."""
+        if self._training_weights is not None:
+            weights = load_file(self._training_weights)
+            self.sae.process_state_dict_for_loading(weights)
+            self.sae.load_state_dict(weights)
+            self._training_weights = None
 
     def _restore_random(self, state: dict[str, Any]) -> None:
         if "random" in state:
@@ -591,6 +699,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return None
         state = self._load(path)
         self.sae.load_weights_from_checkpoint(path)
+        self.restore_training_weights()
         if "data" in state and _knows_its_place(self.data_provider):
             self.data_provider.load_state_dict(state["data"])  # type: ignore[attr-defined]
         else:
@@ -619,6 +728,19 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             logger.warning(f"interrupted at {self.n_training_samples} samples, saving")
             self.save_checkpoint(str(self.n_training_samples))
             logger.warning(f"saved {self.cfg.checkpoint_path}/{self.n_training_samples}")
+
+
+def _not_finite_parameters(sae: nn.Module) -> list[str]:
+    return [name for name, p in sae.named_parameters() if not torch.isfinite(p).all()]
+
+
+def _firings(output: TrainStepOutput) -> Firings:
+    """Which latents have fired, and how often: those of the codes one by one, or all of a dense SAE's latents."""
+    if isinstance(output, SparseStepOutput):
+        return output.codes.indices.flatten(), output.codes.values.flatten() > 0
+    acts = output.feature_acts
+    counts_F = (acts.bool() if acts.is_sparse else acts.ne(0)).to(torch.float32).sum(0)
+    return None, counts_F.to_dense() if counts_F.is_sparse else counts_F
 
 
 @contextmanager

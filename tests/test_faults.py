@@ -357,7 +357,6 @@ def test_without_a_manifest_it_cannot_be_checked_and_a_warning_says_so(saved, ca
         ({"lr_warm_up_steps": 5}, "lr_warm_up_steps was 0", "is 5"),
         ({"optimizer": "row_sparse_adam"}, "optimizer was 'adam'", "is 'row_sparse_adam'"),
         ({"train_batch_size_samples": 16}, "train_batch_size_samples was 32", "is 16"),
-        ({"total_training_samples": 640}, "total_training_samples was 960", "is 640"),
         ({"max_grad_norm": None}, "max_grad_norm was 1.0", "is None"),
         ({"dead_feature_window": 5}, "dead_feature_window was 1000", "is 5"),
     ],

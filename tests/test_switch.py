@@ -311,9 +311,10 @@ def test_weights_that_came_from_elsewhere_are_not_restarted():
     given.training_forward_pass(step_input(x, step=0))
     assert torch.equal(given.b_dec, b_dec)
 
-    late = SwitchTrainingSAE(SwitchTrainingSAEConfig(d_in=10, d_sae=56, n_experts=7, k=3, dtype="float64"))
-    late.training_forward_pass(step_input(x, step=5))
-    assert late.b_dec.count_nonzero() == 0
+    said_so = SwitchTrainingSAE(SwitchTrainingSAEConfig(d_in=10, d_sae=56, n_experts=7, k=3, dtype="float64"))
+    said_so.is_fresh = False
+    said_so.training_forward_pass(step_input(x, step=0))
+    assert said_so.b_dec.count_nonzero() == 0
 
 
 def test_tied_router_bias_is_one_vector():

@@ -500,7 +500,7 @@ def test_what_a_step_keeps_is_seen():
 def collapsed_sae(**options) -> SwitchTrainingSAE:
     """A router that sends everything to expert 1."""
     sae = training_sae(dtype="float32", bias_start="mean", router_start_std=None, **options)
-    sae._weights_at_birth = None
+    sae.is_fresh = False
     batch = torch.cat(activations(4))
     with torch.no_grad():
         sae.b_dec.copy_(batch.mean(0))

@@ -62,6 +62,25 @@ class RowGrads:
     def clear(self) -> None:
         self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = self.along_R = None
 
+    def plus(self, other: "RowGrads") -> "RowGrads":
+        """The sum with what another backward pass has left, over the latents active in either."""
+        if self.rows_R is None or other.rows_R is None:  # gradients as autograd has them: all of one length, or none
+            mine, others = self.along_R, other.along_R
+            return RowGrads(self.active_only, along_R=None if mine is None or others is None else mine + others)
+        rows_R = torch.cat([self.rows_R, other.rows_R]).unique()
+        places = [torch.searchsorted(rows_R, rows) for rows in (self.rows_R, other.rows_R)]
+
+        def total(name: str) -> Tensor | None:
+            parts = getattr(self, name), getattr(other, name)
+            if parts[0] is None or parts[1] is None:
+                return None
+            total_R = parts[0].new_zeros(len(rows_R), *parts[0].shape[1:])
+            for place, part in zip(places, parts, strict=True):
+                total_R[place] += part  # each row once: a sum of fixed order
+            return total_R
+
+        return RowGrads(self.active_only, rows_R, *map(total, ("dW_enc_RD", "dW_dec_RD", "d_bias_R", "along_R")))
+
 
 class LatentGrads(NamedTuple):
     """What one walk of a LatentIndex gives.

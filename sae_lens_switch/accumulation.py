@@ -1,0 +1,77 @@
+"""Gradient accumulation: a batch computed in parts, one after the other, in the memory of one part."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens_switch_kernels import RowGrads
+from torch import Tensor
+
+from sae_lens_switch.codes import SparseCodes
+from sae_lens_switch.host import SparseStepOutput
+from sae_lens_switch.router import RoutingStatistics
+
+
+def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
+    """The output of the whole batch, from those of its parts.
+
+    Losses are the batch's means. Of an SAE with dense latents the rest is the last part's: together they would be as
+    large as if nothing had been split.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    last = outputs[-1]
+    sizes = torch.tensor([float(len(output.sae_in)) for output in outputs])
+    shares = (sizes / sizes.sum()).tolist()
+
+    def mean(values: Sequence[Any]) -> Tensor:
+        return sum(
+            (s * torch.as_tensor(v).detach() for s, v in zip(shares, values, strict=True)), start=torch.zeros(())
+        )
+
+    losses = {name: mean([output.losses[name] for output in outputs]) for name in last.losses}
+    loss = mean([output.loss for output in outputs])
+    sparse = [output for output in outputs if isinstance(output, SparseStepOutput)]
+    if len(sparse) < len(outputs):
+        last.loss, last.losses = loss, losses
+        return last
+    codes = [output.codes for output in sparse]
+    routings = [output.routing for output in sparse if output.routing is not None]
+    routing, metrics = None, last.metrics
+    if routings:
+        routing = RoutingStatistics(
+            mean([r.load_E for r in routings]), torch.cat([r.gates_B for r in routings]), routings[-1].dead_latents_F
+        )
+        balance = mean([output.metrics["load_balance"] for output in outputs])
+        metrics = {"load_balance": balance, **routing.metrics()}
+    return SparseStepOutput(
+        codes=SparseCodes(torch.cat([c.values for c in codes]), torch.cat([c.indices for c in codes]), codes[-1].d_sae),
+        routing=routing,
+        sae_in=torch.cat([output.sae_in for output in outputs]),
+        sae_out=torch.cat([output.sae_out.detach() for output in outputs]),
+        hidden_pre=torch.cat([output.hidden_pre for output in outputs]),
+        loss=loss,
+        losses=losses,
+        metrics=metrics,
+    )
+
+
+class RowGradsSum:
+    """What several backward passes leave in one RowGrads, summed: autograd does so with the other gradients only."""
+
+    def __init__(self, row_grads: RowGrads | None) -> None:
+        self._row_grads = row_grads
+        self._sum: RowGrads | None = None
+
+    def take(self) -> None:
+        """After a backward pass."""
+        if self._row_grads is not None:
+            taken = RowGrads(**vars(self._row_grads))
+            self._row_grads.clear()
+            self._sum = taken if self._sum is None else self._sum.plus(taken)
+
+    def put_back(self) -> None:
+        """Before the optimiser's step."""
+        if self._row_grads is not None and self._sum is not None:
+            vars(self._row_grads).update(vars(self._sum))
