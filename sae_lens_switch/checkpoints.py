@@ -22,7 +22,7 @@ MANIFEST = "checkpoint.json"
 TRAINING_FOLDER = "training"
 _FINAL = "final_"
 # How long a run is to be, and with it the end of its schedule: a checkpoint is no bar to changing one's mind.
-_MAY_CHANGE = {"total_training_samples", "lr_decay_steps"}
+MAY_CHANGE = {"total_training_samples", "lr_decay_steps"}
 
 
 class CheckpointError(ValueError):
@@ -163,7 +163,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    for name in sorted((saved.keys() | wanted.keys()) - _MAY_CHANGE):
+    for name in sorted((saved.keys() | wanted.keys()) - MAY_CHANGE):
         a, b = saved.get(name), wanted.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b)

@@ -30,8 +30,9 @@ class Spread:
 
     @property
     def is_none(self) -> bool:
-        """Whether all rows are the same one, but for float32's rounding."""
-        return self.spread <= _ROUNDING_UNITS * torch.finfo(torch.float32).eps * self.size
+        """Whether all rows are the same one, but for float32's rounding, or for what it loses when it is squared."""
+        info = torch.finfo(torch.float32)
+        return self.spread <= max(_ROUNDING_UNITS * info.eps * self.size, info.tiny**0.5)
 
     def __str__(self) -> str:
         rows = f"{self.n_rows} activations of norm {self.size:.4g}"

@@ -160,9 +160,9 @@ class _Switch(SAE[Any]):
     def decode(self, feature_acts: Tensor | SparseCodes) -> Tensor:
         """x_hat [..., D] of dense latents [..., F] (edited or mixed over experts, as you like) or of SparseCodes."""
         if isinstance(feature_acts, SparseCodes):
-            values, indices = feature_acts.values, feature_acts.indices
+            values, indices = differentiable(feature_acts.values), differentiable(feature_acts.indices)
             K = values.shape[-1]
-            out = sparse_decode(differentiable(values).reshape(-1, K), indices.reshape(-1, K), self.W_dec)
+            out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
             out = out.view(*values.shape[:-1], self.W_dec.shape[-1])
         else:
             out = differentiable(feature_acts) @ self.W_dec

@@ -70,12 +70,12 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         """x_hat [..., D] of latents [..., F], dense or COO, or of SparseCodes."""
         if not isinstance(feature_acts, SparseCodes):
             return super().decode(differentiable(feature_acts))
-        values, indices = feature_acts.values, feature_acts.indices
+        values, indices = differentiable(feature_acts.values), differentiable(feature_acts.indices)
         scale_F = self._selection_scale()
         if scale_F is not None:
             values = values / scale_F[indices]
         K = values.shape[-1]
-        out = sparse_decode(differentiable(values).reshape(-1, K), indices.reshape(-1, K), self.W_dec)
+        out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
         return finish_decoding(self, out.view(*values.shape[:-1], self.W_dec.shape[-1]) + self.b_dec)
 
     def _selection_scale(self) -> Tensor | None:

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,10 +141,9 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 project=getattr(sae.cfg, "project_decoder_grad", False),
                 after_step=getattr(sae, "follow_ties", None),
             )
-        self.lr_scheduler = self._schedule()
+        self.lr_scheduler = self._schedule(self.cfg)
 
-    def _schedule(self) -> LRScheduler:
-        cfg: Any = self.cfg
+    def _schedule(self, cfg: Any) -> LRScheduler:
         return get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
@@ -291,11 +291,10 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         in_a_row, total = self._skipped.tolist()
         if total > self._reported_skips:
             self._reported_skips = total
-            bad = int((~torch.isfinite(x_BD)).sum())
-            reason = f"{bad} activations are not finite" if bad else "the activations are finite: is lr too high?"
+            reason = f" ({self._why_not_finite(x_BD)})" if in_a_row else ""
             logger.warning(
                 f"step {self.n_training_steps}: {total} steps skipped so far, {in_a_row} in a row, because loss or "
-                f"gradient were not finite{f' ({reason})' if in_a_row else ''}"
+                f"gradient were not finite{reason}"
             )
         if in_a_row >= self.cfg.max_skipped_steps:
             what_happened = (
@@ -303,6 +302,15 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"{self.n_training_steps}"
             )
             raise TrainingDivergedError(f"{what_happened}. {self._save_because_diverged()}")
+
+    def _why_not_finite(self, x_BD: Tensor) -> str:
+        if bad := int((~torch.isfinite(x_BD)).sum()):
+            return f"{bad} activations are not finite"
+        normalized = self.sae.run_time_activation_norm_fn_in(x_BD)
+        if bad := int((~torch.isfinite(normalized)).any(dim=-1).sum()):
+            return f"{bad} activations are not finite once normalised: {self.sae.cfg.normalize_activations!r}"
+        largest = float(x_BD.abs().max())
+        return f"the activations are finite, the largest {largest:.3g}: is that their size, or lr too high?"
 
     def _save_because_diverged(self) -> str:
         """Skipped steps leave the weights as the last good step left them. Returns where they are now."""
@@ -601,7 +609,13 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._training_weights = training / SAE_WEIGHTS_FILENAME if training.is_dir() else None
         training = training if training.is_dir() else path
         state: dict[str, Any] = {}
+        plan = {name: getattr(self.cfg, name) for name in checkpoints.MAY_CHANGE}
+        plan_before = {n: v for n, v in checkpoints.config_of(path).get("trainer", {}).items() if n in plan}
+        if plan | plan_before != plan:
+            self.lr_scheduler = self._schedule(replace(self.cfg, **plan_before))  # what is saved is of this one
         super().load_trainer_state(training)
+        if plan | plan_before != plan:
+            self._follow_new_plan(plan_before)
         self.history.load(path)
         if (training / STATE_FILENAME).exists():
             state = torch.load(training / STATE_FILENAME, map_location="cpu", weights_only=True)
@@ -623,19 +637,16 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate if estimated else 0
         # Thresholds that were passed make no checkpoint again.
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
-        self._follow_new_plan(checkpoints.config_of(path).get("trainer", {}))
         return state
 
     def _follow_new_plan(self, before: dict[str, Any]) -> None:
         """A run that is to be longer than its checkpoint's, or shorter, gets the schedule of its new length."""
         planned, steps = self.cfg.total_training_samples, self.cfg.total_training_steps
         was = before.get("total_training_samples", planned)
-        if was == planned and before.get("lr_decay_steps", self.cfg.lr_decay_steps) == self.cfg.lr_decay_steps:
-            return
         lr_before = self.optimizer.param_groups[0]["lr"]
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.lr_scheduler = self._schedule()
+        self.lr_scheduler = self._schedule(self.cfg)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch misses the optimiser's steps in between
             for _ in range(self.n_training_steps):
