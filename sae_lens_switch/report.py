@@ -88,7 +88,7 @@ def find_sae(run: Path) -> Path:
         file.parent
         for level in (1, 2)
         for file in run.glob("/".join(["*"] * level + [SAE_CFG_FILENAME]))
-        if not any(part.startswith(".") for part in file.relative_to(run).parts)
+        if not any(part.startswith(".") or part.endswith("~") for part in file.relative_to(run).parts)
     )
     if not found:
         raise ValueError(f"RUN must hold an SAE; there is no {SAE_CFG_FILENAME} in {run} or two levels below")

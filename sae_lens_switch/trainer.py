@@ -103,6 +103,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.routing = RoutingMonitor(sae.cfg.n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
         self._interruption = Interruption()
         self.history = History(cfg.total_training_steps)
+        self.session = checkpoints.Session()
 
     def _use_own_optimizer(self) -> None:
         """In place of SAELens's Adam, under the same schedule."""
@@ -375,7 +376,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         fold_activation_scaler(self.sae, self.activation_scaler)
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
-            self.save_checkpoint(f"final_{self.n_training_samples}")
+            with checkpoints.failure_is_logged("the final checkpoint"):  # what was trained is still to be written
+                self.save_checkpoint(f"final_{self.n_training_samples}")
 
     # What is logged
 
@@ -473,13 +475,13 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return
         with path_or_tmp_dir(base) as parent:
             path = Path(parent) / checkpoint_name
-            with checkpoints.whole_folder(path, self.checkpoint_facts()) as folder:
+            with checkpoints.whole_folder(path, self.checkpoint_facts() | self.session.facts(path.parent)) as folder:
                 self.write_checkpoint(folder)
                 if self.save_checkpoint_fn is not None:
                     self.save_checkpoint_fn(checkpoint_path=folder if base is not None else None)
             self.log_artifacts(path, wandb_aliases)
             if base is not None and self.cfg.keep_checkpoints is not None:
-                checkpoints.prune(Path(parent), self.cfg.keep_checkpoints)
+                checkpoints.prune(Path(parent), self.cfg.keep_checkpoints, path)
 
     def write_checkpoint(self, folder: Path) -> None:
         """SAELens's files and ours, into a folder that is there."""
@@ -544,6 +546,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _load(self, path: Path) -> dict[str, Any]:
         """Everything but what concerns the activations and random numbers, which is returned."""
         checkpoints.verify(path, self.config_of_record())
+        self.session.go_on_from(path)
         state: dict[str, Any] = {}
         super().load_trainer_state(path)
         self.history.load(path)
