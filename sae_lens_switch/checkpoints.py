@@ -287,6 +287,17 @@ def _remove(checkpoint: Path) -> None:
 
 
 @contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with files that could not be checked, it is a CheckpointError that names the checkpoint."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # what torch, pickle and safetensors raise has no common name
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {error!r}") from error
+
+
+@contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield

@@ -106,8 +106,11 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
     run = Path(run)
     folder = find_sae(run)
     in_training = (folder / TRAINER_STATE_FILENAME).exists()
-    sae: Any = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
-    fold_saved_scaler(sae, folder)
+    try:
+        sae: Any = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
+        fold_saved_scaler(sae, folder)
+    except Exception as error:  # a damaged config or weights can go wrong in any way
+        raise ValueError(f"RUN must hold an SAE that can be loaded; {folder}: {error!r}") from error
     if str(sae.cfg.metadata.hook_name).endswith("_z"):
         sae.turn_off_forward_pass_hook_z_reshaping()  # the activation store lays heads side by side
     loaded = Run(folder, sae.eval(), runner=_json(folder / RUNNER_CFG_FILENAME))

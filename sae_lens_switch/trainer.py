@@ -541,7 +541,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         Raises CheckpointError for a checkpoint that is damaged or of another configuration. One of SAELens's own
         trainer is read as well.
         """
-        self._restore_random(self._load(Path(checkpoint_path)))
+        with checkpoints.loading(Path(checkpoint_path)):
+            self._restore_random(self._load(Path(checkpoint_path)))
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Everything but what concerns the activations and random numbers, which is returned."""
@@ -592,8 +593,9 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             path = checkpoints.latest(self.cfg.checkpoint_path, self.config_of_record())
         if path is None:
             return None
-        state = self._load(path)
-        self.sae.load_weights_from_checkpoint(path)
+        with checkpoints.loading(path):
+            state = self._load(path)
+            self.sae.load_weights_from_checkpoint(path)
         if "data" in state and _knows_its_place(self.data_provider):
             self.data_provider.load_state_dict(state["data"])  # type: ignore[attr-defined]
         else:

@@ -4,7 +4,7 @@ import builtins
 import io
 import os
 import signal
-import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +65,15 @@ def killed(function: Callable[[], object], at: int | None = None, after: float |
 
     Returns whether it was killed before it came to its end. What it raises fails the test.
     """
+    child = started(function, at)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return ended(child) == signal.SIGKILL
+
+
+def started(function: Callable[[], object], at: int | None = None) -> int:
+    """A process that runs it. Forked from this one, it has imported everything and costs milliseconds."""
     child = os.fork()
     if child == 0:
         status = _FAILED
@@ -72,17 +81,26 @@ def killed(function: Callable[[], object], at: int | None = None, after: float |
             _say_nothing()
             if at is not None:
                 _die_at(at)
-            if after is not None:
-                threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
             function()
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL), f"the child ended with status {status}"
-    return status == signal.SIGKILL
+    return child
+
+
+def ended(child: int) -> int:
+    """What a process ended with: 0, or SIGKILL. One that hangs or fails, fails the test."""
+    for _ in range(30_000):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert status in (0, signal.SIGKILL), f"the child ended with status {status}; KILLS_VERBOSE=1 shows why"
+            return status
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
 
 
 def _die_at(n: int) -> None:
