@@ -8,18 +8,26 @@ import shutil
 import signal
 import stat
 import time
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import D, run_fields
+from helpers import HOOK, D, run_fields, training_config
 from kills import SAMPLES, killed, same, small_sae, small_trainer, weights
 from sae_lens import SAE
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_switch import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, atomic, checkpoints
+from sae_lens_switch import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    atomic,
+    checkpoints,
+)
 from sae_lens_switch.atomic import replace_files
 from sae_lens_switch.checkpoints import CheckpointError, Session, latest, prune, whole_folder
 from sae_lens_switch.report import find_sae
@@ -339,6 +347,25 @@ def test_a_final_checkpoint_that_cannot_be_written_does_not_lose_the_sae(tmp_pat
     assert not list(Path(cfg.checkpoint_path).iterdir())
     x = torch.randn(5, sae.cfg.d_in)
     assert torch.equal(SAE.load_from_disk(cfg.output_path)(x), sae.eval()(x))
+
+
+def test_many_saes_are_trained_and_written_whatever_checkpoint_fails(tmp_path, model, dataset, monkeypatch, caplog):
+    options = run_fields(tmp_path, n_checkpoints=2, save_final_checkpoint=True)
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={name: training_config(dtype="float32") for name in "ab"},
+        hook_names=dict.fromkeys("ab", HOOK),
+        **{n: v for n, v in options.items() if n in {f.name for f in fields(MultiSAETrainingRunnerConfig)}},
+    )
+
+    def sync(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(checkpoints, "sync", sync)
+    saes = MultiSAETrainingRunner(cfg, override_dataset=dataset, override_model=model).run()
+    assert caplog.text.count("could not be saved") == 3
+    assert not list(tmp_path.rglob(checkpoints.MANIFEST))
+    x = torch.randn(5, D)
+    assert torch.equal(SAE.load_from_disk(tmp_path / "output" / "b")(x), saes["b"].eval()(x))
 
 
 # One SAE in place of another
