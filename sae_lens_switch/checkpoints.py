@@ -52,7 +52,7 @@ class Session:
         """What ``checkpoint.json`` says of it, for a checkpoint in ``base``."""
         if self._started is None:
             earlier = max([self._after, *(c.order.session_started for c in _unfinished(base, depth=1))])
-            self._started = max(time.time(), earlier + 1e-3)
+            self._started = round(max(time.time(), earlier + 1e-3), 3)
         return {"run": self._run, "session_started": self._started}
 
 
@@ -71,7 +71,7 @@ def whole_folder(path: Path, facts: dict[str, Any]) -> Iterator[Path]:
         yield folder
         files = sorted(f for f in folder.rglob("*") if f.is_file())
         manifest = facts | {
-            "saved_at": time.time(),
+            "saved_at": round(time.time(), 3),  # so that it is another number if any digit changes
             "files": {f.relative_to(folder).as_posix(): _fingerprint(f) for f in files},
         }
         manifest = json.loads(json.dumps(manifest, default=str))

@@ -119,6 +119,17 @@ def test_a_checkpoint_without_the_new_facts_is_resumed(tmp_path):
     assert len(names(tmp_path)) == 1  # those of before count as its own
 
 
+def test_any_digit_of_a_manifest_counts(tmp_path, monkeypatch):
+    now = 1795812345.1234567  # the last digit of which does not
+    monkeypatch.setattr(checkpoints.time, "time", lambda: now)
+    file = save(tmp_path, "1", 1, Session()) / checkpoints.MANIFEST
+    content = file.read_text()
+    for i in [i for i, letter in enumerate(content) if letter.isdigit()]:
+        file.write_text(f"{content[:i]}{int(content[i]) ^ 1}{content[i + 1 :]}")
+        with pytest.raises(CheckpointError, match=checkpoints.MANIFEST):
+            checkpoints.verify(tmp_path / "1")
+
+
 @pytest.mark.parametrize("same_run", [True, False])
 def test_diverged_ones_are_passed_over_by_name_and_do_not_count(same_run, tmp_path, caplog):
     session = Session()
