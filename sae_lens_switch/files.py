@@ -1,29 +1,12 @@
 """What weights go through on their way to and from files."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
-
-
-def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -> tuple[Path, Path]:
-    """Let ``save`` write its two files elsewhere, then move them into ``path``: whole and on disk, or not at all."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path, prefix=".saving-") as folder:
-        written = save(Path(folder))
-        for file in written:
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-        for file in written:
-            os.replace(file, path / file.name)
-    return path / written[0].name, path / written[1].name
 
 
 def fold_saved_scaler(sae: Any, checkpoint: Path) -> None:

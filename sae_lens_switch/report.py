@@ -89,7 +89,7 @@ def find_sae(run: Path) -> Path:
         file.parent
         for level in (1, 2)
         for file in run.glob("/".join(["*"] * level + [SAE_CFG_FILENAME]))
-        if not any(part.startswith(".") for part in file.relative_to(run).parts)
+        if not any(part.startswith(".") or part.endswith("~") for part in file.relative_to(run).parts)
     )
     if not found:
         raise ValueError(f"RUN must hold an SAE; there is no {SAE_CFG_FILENAME} in {run} or two levels below")
@@ -107,8 +107,11 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
     run = Path(run)
     folder = find_sae(run)
     in_training = (folder / TRAINER_STATE_FILENAME).exists() or (folder / TRAINING_FOLDER).is_dir()
-    sae: Any = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
-    fold_saved_scaler(sae, folder)
+    try:
+        sae: Any = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
+        fold_saved_scaler(sae, folder)
+    except Exception as error:  # a damaged config or weights can go wrong in any way
+        raise ValueError(f"RUN must hold an SAE that can be loaded; {folder}: {error!r}") from error
     if str(sae.cfg.metadata.hook_name).endswith("_z"):
         sae.turn_off_forward_pass_hook_z_reshaping()  # the activation store lays heads side by side
     loaded = Run(folder, sae.eval(), runner=_json(folder / RUNNER_CFG_FILENAME))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -14,12 +15,14 @@ from sae_lens import llm_sae_training_runner as llm_module
 from sae_lens import logger
 from sae_lens import multi_sae_training_runner as multi_module
 from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.types import MultiHookDataProvider
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from typing_extensions import override
 
 from sae_lens_switch import checkpoints
+from sae_lens_switch.atomic import replace_files
 from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
@@ -50,9 +53,15 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
 
     @override
     def save_final_sae(self, sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
-        """As SAELens's, with the run's ``history.jsonl``."""
-        super().save_final_sae(sae, output_path, log_feature_sparsity)
-        self._history.save(output_path)
+        """As SAELens's, with the run's ``history.jsonl``; in place of an SAE that is there, all files at once."""
+        save_into = super().save_final_sae
+
+        def save(folder: Path) -> tuple[Path, Path]:
+            save_into(sae, str(folder), log_feature_sparsity)
+            self._history.save(folder)
+            return folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
+
+        replace_files(output_path, save)
 
     @torch.no_grad()
     def _check_d_in(self) -> None:
@@ -106,6 +115,10 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
 class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     """Interrupted between steps only, when all SAEs have had the same batches; checkpoints are whole or not there."""
 
+    @cached_property
+    def _session(self) -> checkpoints.Session:
+        return checkpoints.Session()
+
     @override
     def fit(self) -> Any:
         self._stream = self.data_provider
@@ -144,7 +157,23 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
             wandb.log(of_all, step=self.n_training_steps)
 
     @override
+    def _checkpoint_if_needed(self) -> None:
+        """Scheduled checkpoints: one that cannot be written is reported, and training goes on."""
+        try:
+            super()._checkpoint_if_needed()
+        except OSError as error:
+            self.checkpoint_thresholds.pop(0)
+            logger.error(f"checkpoint at {self.n_training_samples} samples could not be saved: {error}")
+
+    @override
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
+        if checkpoint_name.startswith("final_"):  # what was trained is still to be written
+            with checkpoints.failure_is_logged("the final checkpoint"):
+                self._save_whole_checkpoint(checkpoint_name, wandb_aliases)
+        else:
+            self._save_whole_checkpoint(checkpoint_name, wandb_aliases)
+
+    def _save_whole_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None) -> None:
         base = self.cfg.checkpoint_path
         if base is None:
             super().save_checkpoint(checkpoint_name, wandb_aliases)
@@ -154,6 +183,7 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
             "n_training_samples": self.n_training_samples,
             "n_training_steps": self.n_training_steps,
             "config": {name: trainer.config_of_record() for name, trainer in trainers.items()},
+            **self._session.facts(Path(base)),
         }
         with checkpoints.whole_folder(Path(base) / checkpoint_name, facts) as folder:
             for name, trainer in trainers.items():
@@ -165,7 +195,7 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
             trainer.log_artifacts(Path(base) / checkpoint_name / name, wandb_aliases)
         (keep,) = {trainer.cfg.keep_checkpoints for trainer in trainers.values()}
         if keep is not None:
-            checkpoints.prune(Path(base), keep)
+            checkpoints.prune(Path(base), keep, Path(base) / checkpoint_name)
 
     @override
     def load_checkpoint(self, path: str | Path) -> None:
@@ -174,6 +204,7 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
         super().load_checkpoint(path)
         for trainer in trainers.values():
             trainer.restore_training_weights()
+        self._session.go_on_from(Path(path))
 
 
 def _find_checkpoint(cfg: Any, resume: str | None) -> None:
@@ -184,8 +215,6 @@ def _find_checkpoint(cfg: Any, resume: str | None) -> None:
         # SAELens appends a name for the run to the path that was given.
         base = Path(cfg.checkpoint_path).parent
         found = checkpoints.latest(base)
-        if found is None:
-            logger.info(f"no checkpoint below {base} yet: starting from the beginning")
         resume = None if found is None else str(found)
     if resume is not None:
         cfg.resume_from_checkpoint = resume

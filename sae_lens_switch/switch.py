@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
+from sae_lens_switch.atomic import replace_files
 from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig
-from sae_lens_switch.files import digits, from_digits, latent_major, replace_files
+from sae_lens_switch.files import digits, from_digits, latent_major
 from sae_lens_switch.host import (
     SparseStepOutput,
     activation_rows,

@@ -10,8 +10,9 @@ from sae_lens_switch_kernels import RowGrads, sparse_autoencode, sparse_decode, 
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_switch.atomic import replace_files
 from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.files import latent_major, replace_files
+from sae_lens_switch.files import latent_major
 from sae_lens_switch.host import (
     SparseStepOutput,
     activation_rows,

@@ -120,6 +120,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.routing = RoutingMonitor(sae.cfg.n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
         self._interruption = Interruption()
         self.history = History(cfg.total_training_steps)
+        self.session = checkpoints.Session()
 
     def _use_own_optimizer(self) -> None:
         """In place of SAELens's Adam, under the same schedule."""
@@ -423,7 +424,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         fold_activation_scaler(self.sae, self.activation_scaler)
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
-            self.save_checkpoint(f"final_{self.n_training_samples}")
+            with checkpoints.failure_is_logged("the final checkpoint"):  # what was trained is still to be written
+                self.save_checkpoint(f"final_{self.n_training_samples}")
 
     # What is logged
 
@@ -521,13 +523,13 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return
         with path_or_tmp_dir(base) as parent:
             path = Path(parent) / checkpoint_name
-            with checkpoints.whole_folder(path, self.checkpoint_facts()) as folder:
+            with checkpoints.whole_folder(path, self.checkpoint_facts() | self.session.facts(path.parent)) as folder:
                 self.write_checkpoint(folder)
                 if self.save_checkpoint_fn is not None:
                     self.save_checkpoint_fn(checkpoint_path=folder if base is not None else None)
             self.log_artifacts(path, wandb_aliases)
             if base is not None and self.cfg.keep_checkpoints is not None:
-                checkpoints.prune(Path(parent), self.cfg.keep_checkpoints)
+                checkpoints.prune(Path(parent), self.cfg.keep_checkpoints, path)
 
     def write_checkpoint(self, folder: Path) -> None:
         """SAELens's files and ours, into a folder that is there."""
@@ -599,12 +601,14 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         Raises CheckpointError for a checkpoint that is damaged or of another configuration. One of SAELens's own
         trainer is read as well.
         """
-        self._restore_random(self._load(Path(checkpoint_path)))
+        with checkpoints.loading(Path(checkpoint_path)):
+            self._restore_random(self._load(Path(checkpoint_path)))
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Everything but what concerns the activations and random numbers, which is returned."""
         checkpoints.verify(path, self.config_of_record())
         self._check_source(path)
+        self.session.go_on_from(path)
         training = path / TRAINING_FOLDER
         self._training_weights = training / SAE_WEIGHTS_FILENAME if training.is_dir() else None
         training = training if training.is_dir() else path
@@ -708,9 +712,10 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             path = checkpoints.latest(self.cfg.checkpoint_path, self.config_of_record())
         if path is None:
             return None
-        state = self._load(path)
-        self.sae.load_weights_from_checkpoint(path)
-        self.restore_training_weights()
+        with checkpoints.loading(path):
+            state = self._load(path)
+            self.sae.load_weights_from_checkpoint(path)
+            self.restore_training_weights()
         if "data" in state and _knows_its_place(self.data_provider):
             self.data_provider.load_state_dict(state["data"])  # type: ignore[attr-defined]
         else:
@@ -742,7 +747,13 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
 
 def _not_finite_parameters(sae: nn.Module) -> list[str]:
-    return [name for name, p in sae.named_parameters() if not torch.isfinite(p).all()]
+    """By their sums first, which take no memory."""
+    return [
+        name
+        for name, p in sae.named_parameters()
+        if not torch.isfinite(p.detach().sum(dtype=torch.promote_types(p.dtype, torch.float32)))
+        and not torch.isfinite(p).all()
+    ]
 
 
 def _firings(output: TrainStepOutput) -> Firings:

@@ -550,7 +550,7 @@ def test_too_many_bad_steps_in_a_row_stop_training_with_the_last_good_weights_sa
         good.step(batch)
         good.n_training_steps += 1
     loaded = make_trainer(tmp_path, **setup)
-    loaded.resume("latest")
+    loaded.resume(tmp_path / name)
     assert what_differs(weights_and_moments(loaded), weights_and_moments(good)) == []
     assert loaded.n_training_samples == 14 * BATCH
     assert loaded.n_training_steps == 14

@@ -1,0 +1,254 @@
+"""Files that are whole after a kill at any moment: written aside, put on disk, then moved into place together.
+
+What a process writes or deletes lies in folders named ``.saving-...`` and ``.deleting-...``. The name tells whose they
+are, so that a later process removes those of a dead one and leaves alone those of one that still writes.
+"""
+
+import errno
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from sae_lens import logger
+from sae_lens.constants import SAE_CFG_FILENAME
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NOT_SUPPORTED_FOR_FOLDERS = _NOT_SUPPORTED | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
+_NAME = re.compile(
+    r"\.(?:saving|deleting)-\w+-(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-\d+(?:-.*)?", re.ASCII | re.DOTALL
+)
+_NAME_BEFORE = re.compile(r"\.(?:saving|deleting)-(?P<pid>\d+)-.*", re.ASCII | re.DOTALL)
+_ABANDONED_AFTER = 24 * 60 * 60  # seconds without a change, for a process of which nothing else can be known
+_numbers = itertools.count()
+_warned_of: set[bool] = set()
+
+
+def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -> tuple[Path, Path]:
+    """Let ``save`` write files elsewhere, then put all of them into ``path`` at once; other files there stay.
+
+    A process that is killed leaves all of the old files or all of the new ones, for every reader. Where symbolic links
+    are not supported there is a moment without ``cfg.json``: an SAE that does not load, and that the next save mends.
+
+    Raises OSError if that fails; the files are then as they were.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    remove_left_overs(path)
+    aside = scratch(path, "saving")
+    new = aside / "new"
+    try:
+        new.mkdir(parents=True)
+        written = save(new)
+        names = [file.name for file in new.iterdir()]
+        for entry in [*new.iterdir(), new, aside]:
+            sync(entry)
+        with locked(path):
+            _exchange(aside, path, sorted(names, key=lambda name: (name == SAE_CFG_FILENAME, name)))
+    finally:
+        _settle(aside, path)
+        shutil.rmtree(aside, ignore_errors=True)
+    return path / written[0].name, path / written[1].name
+
+
+def _exchange(aside: Path, path: Path, names: list[str]) -> None:
+    """Move ``names`` from ``aside/new`` to ``path``; ``cfg.json``, without which nothing loads, comes last."""
+    (aside / "old").mkdir()
+    if not os.path.lexists(path / SAE_CFG_FILENAME) or SAE_CFG_FILENAME not in names:
+        _move(aside / "new", path, names)
+    elif _symlink(aside / "now", "old"):
+        for name in names:
+            if (path / name).exists():
+                _copy((path / name).resolve(), aside / "old" / name)
+            os.symlink(f"{aside.name}/now/{name}", aside / f"link-{name}")
+        for folder in (aside / "old", aside):
+            sync(folder)
+        _move_links(aside, path, names)
+        os.symlink("new", aside / "next")
+        os.replace(aside / "next", aside / "now")  # from here on all files are the new ones
+        sync(aside)
+    else:
+        os.replace(path / SAE_CFG_FILENAME, aside / "old" / SAE_CFG_FILENAME)
+        _move(aside / "new", path, names)
+    sync(path)
+
+
+def _move_links(aside: Path, path: Path, names: list[str]) -> None:
+    """In place of each file a link to the same content."""
+    for name in names:
+        os.replace(aside / f"link-{name}", path / name)
+    sync(path)
+
+
+def _move(folder: Path, path: Path, names: list[str]) -> None:
+    for name in names:
+        os.replace(folder / name, path / name)
+
+
+def _settle(aside: Path, path: Path) -> None:
+    """Make ``path`` independent of ``aside``, wherever an exchange was broken off."""
+    links = [file for file in path.iterdir() if file.is_symlink() and os.readlink(file).startswith(f"{aside.name}/")]
+    for link in links:
+        if link.exists():
+            os.replace(link.resolve(), link)
+        else:
+            link.unlink()
+    without_links = (aside / "old" / SAE_CFG_FILENAME).exists() and not (aside / "now").is_symlink()
+    if without_links and not os.path.lexists(path / SAE_CFG_FILENAME):
+        names = [file.name for file in (aside / "new").iterdir()]
+        _move(aside / "new", path, sorted(names, key=lambda name: (name == SAE_CFG_FILENAME, name)))
+        links = [path / SAE_CFG_FILENAME]
+    if links:
+        sync(path)
+
+
+def _symlink(link: Path, target: str) -> bool:
+    try:
+        os.symlink(target, link)
+    except (OSError, NotImplementedError):
+        return False
+    return os.name != "nt"  # where a link to a folder cannot be replaced
+
+
+def _copy(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(file, to)
+        sync(to)
+
+
+# On disk, and one at a time
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk. Where the file system cannot, there is one warning."""
+    is_folder = path.is_dir()
+    try:
+        # Windows wants a file open for writing, and opens no folder.
+        handle = os.open(path, os.O_RDWR if os.name == "nt" and not is_folder else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (_NOT_SUPPORTED_FOR_FOLDERS if is_folder else _NOT_SUPPORTED):
+            raise
+        if is_folder not in _warned_of:
+            _warned_of.add(is_folder)
+            logger.warning(
+                f"{path.parent}: the file system cannot put {'folders' if is_folder else 'files'} on disk ({error}). "
+                "What is saved there is whole if this process is killed, but may be lost if the machine fails"
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system can lock a folder. A process that ends gives the lock back."""
+    handle = None
+    with suppress(OSError):
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+# Scratch folders, and whose they are
+
+
+def scratch(base: Path, kind: str, name: str = "") -> Path:
+    """A name in ``base`` that no other process uses, for a folder to write into ("saving") or delete ("deleting")."""
+    host = re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:32] or "_"
+    pid = os.getpid()
+    owner = f"{host}-{_place()}-{pid}-{_started(pid) or 0}-{next(_numbers)}"
+    return base / (f".{kind}-{owner}-{name}" if name else f".{kind}-{owner}")
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that may be found by others: it is gone at once, and never seen half. Raises OSError."""
+    doomed = scratch(folder.parent, "deleting", folder.name)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_left_overs(base: Path) -> None:
+    """Of processes that were killed while they saved or deleted; what they had begun to put into place is finished."""
+    for folder in [*base.glob(".saving-*"), *base.glob(".deleting-*")]:
+        with locked(base), suppress(FileNotFoundError):  # somebody else may remove it too
+            if _is_abandoned(folder):
+                _settle(folder, base)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    name = _NAME.fullmatch(folder.name)
+    if name is None:
+        before = _NAME_BEFORE.fullmatch(folder.name)  # of an earlier version
+        return before is None or int(before["pid"]) == os.getpid() or not _runs(int(before["pid"]))
+    if name["place"] != _place():
+        return _seconds_without_change(folder) > _ABANDONED_AFTER
+    pid, start = int(name["pid"]), int(name["start"])
+    return not _runs(pid) or start not in (0, _started(pid) or start)
+
+
+@cache
+def _place() -> str:
+    """Where a process number means the same process: this start of this machine, this container."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with suppress(OSError):
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _seconds_without_change(folder: Path) -> float:
+    """By the file system's own clock: that of another machine may differ from ours."""
+    probe = scratch(folder.parent, "saving", "clock")
+    try:
+        probe.mkdir()
+        now = probe.stat().st_mtime
+    finally:
+        with suppress(OSError):
+            probe.rmdir()
+    return now - max(entry.lstat().st_mtime for entry in [folder, *folder.rglob("*")])
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in ticks since the machine did; None where that cannot be known."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    fields = _stat(pid)
+    return not fields or fields[0] not in "ZX"  # a zombie writes no more
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat, from the third on; empty where there are none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
