@@ -55,7 +55,7 @@ class Session:
     def facts(self, base: Path) -> dict[str, Any]:
         """What ``checkpoint.json`` says of it, for a checkpoint in ``base``."""
         if self._started is None:
-            earlier = max([self._after, *(c.order.session_started for c in _unfinished(base, depth=1))])
+            earlier = max([self._after, *(c.order.session_started for c in _checkpoints(base, depth=1))])
             self._started = round(max(time.time(), earlier + 1e-3), 3)
         return {"run": self._run, "session_started": self._started}
 
@@ -131,12 +131,13 @@ def verify(path: Path | str, config: dict[str, Any] | None = None) -> None:
             raise CheckpointError(f"checkpoint {path} is of another configuration: {'; '.join(differences)}")
 
 
-def latest(base: Path | str, config: dict[str, Any] | None = None) -> Path | None:
+def latest(base: Path | str, config: dict[str, Any] | None = None, n_samples: int = 0) -> Path | None:
     """The newest checkpoint below ``base``, of this run or of an earlier one, that is whole; None if there is none.
 
-    The newest has seen the most samples since a run was last begun or resumed. Damaged ones and those of a run that
-    diverged are passed over with a warning. Raises CheckpointError if there are no others, or if the newest whole one
-    is of another configuration.
+    The newest has seen the most samples since a run was last begun or resumed. A run that is to be longer, to
+    ``n_samples``, goes on from the final one too, unless what scaled its activations is folded into that. Damaged ones
+    and those of a run that diverged are passed over with a warning. Raises CheckpointError if there are no others, or
+    if the newest whole one is of another configuration.
     """
     base = Path(base)
     if base.exists():
@@ -145,7 +146,9 @@ def latest(base: Path | str, config: dict[str, Any] | None = None) -> Path | Non
     damage: CheckpointError | None = None
     diverged: list[Path] = []
     # What may have been the newest comes first, to be named.
-    for found in sorted(_unfinished(base, depth=2), key=lambda c: (c.order == _UNKNOWN, c.order), reverse=True):
+    for found in sorted(_checkpoints(base, depth=2), key=lambda c: (c.order == _UNKNOWN, c.order), reverse=True):
+        if found.is_final and (found.folded or not 0 <= found.order.n_training_samples < n_samples):
+            continue
         if found.path.name.startswith(_DIVERGED):
             diverged.append(found.path)
             logger.warning(f"passed over: {found.path} was saved when its run diverged")
@@ -189,8 +192,8 @@ def prune(base: Path, keep: int, written: Path | None = None) -> None:
             run = _read_manifest(written).get("run")
     found = [
         c
-        for c in _unfinished(base, depth=1)
-        if c.order != _UNKNOWN and not c.path.name.startswith(_DIVERGED) and run in (None, c.run or run)
+        for c in _checkpoints(base, depth=1)
+        if c.order != _UNKNOWN and not c.path.name.startswith((_FINAL, _DIVERGED)) and run in (None, c.run or run)
     ]
     for doomed in sorted(found, key=lambda c: (c.path == written, c.order), reverse=True)[keep:]:
         if doomed.path != written:
@@ -213,12 +216,17 @@ class _Found(NamedTuple):
     path: Path
     order: _Order
     run: str | None = None
+    folded: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        return self.path.name.startswith(_FINAL)
 
 
-def _unfinished(base: Path, depth: int) -> Iterator[_Found]:
-    """Checkpoints of runs that are under way or diverged. Other processes may be removing some meanwhile."""
+def _checkpoints(base: Path, depth: int) -> Iterator[_Found]:
+    """All that there are. Other processes may be removing some meanwhile."""
     for folder in _subfolders(base, depth):
-        if folder.name.startswith(_FINAL) or not _has_manifest(folder):
+        if not _has_manifest(folder):
             continue
         in_its_place = not folder.name.endswith("~")
         try:
@@ -228,7 +236,8 @@ def _unfinished(base: Path, depth: int) -> Iterator[_Found]:
                 yield _Found(folder, _UNKNOWN)
             continue
         started, n, saved_at = (manifest.get(name, 0) for name in ("session_started", *_ORDERED_BY))
-        yield _Found(folder, _Order(started, n, in_its_place, saved_at), manifest.get("run"))
+        order = _Order(started, n, in_its_place, saved_at)
+        yield _Found(folder, order, manifest.get("run"), manifest.get("folded", False))
 
 
 def _has_manifest(folder: Path) -> bool:

@@ -182,6 +182,7 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
         facts = {
             "n_training_samples": self.n_training_samples,
             "n_training_steps": self.n_training_steps,
+            "folded": any(trainer.is_folded for trainer in trainers.values()),
             "config": {name: trainer.config_of_record() for name, trainer in trainers.items()},
             **self._session.facts(Path(base)),
         }
@@ -214,7 +215,8 @@ def _find_checkpoint(cfg: Any, resume: str | None) -> None:
             raise ValueError("resume='latest' needs a checkpoint_path; it is None")
         # SAELens appends a name for the run to the path that was given.
         base = Path(cfg.checkpoint_path).parent
-        found = checkpoints.latest(base)
+        n_samples = getattr(cfg, "training_tokens", 0)
+        found = checkpoints.latest(base, n_samples=n_samples)
         resume = None if found is None else str(found)
     if resume is not None:
         cfg.resume_from_checkpoint = resume

@@ -106,6 +106,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         data_provider = activation_batches(data_provider, cfg.train_batch_size_samples)
         self._n_passes = 0
         self._training_weights: Path | None = None
+        self._normalizes = sae.cfg.normalize_activations
         self._last_fired_F = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=cfg.device)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn, **kwargs)
         self._use_own_optimizer()
@@ -566,8 +567,14 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return {
             "n_training_samples": self.n_training_samples,
             "n_training_steps": self.n_training_steps,
+            "folded": self.is_folded,
             "config": self.config_of_record(),
         }
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether what scaled the activations has gone into the weights, as at the end: no place to go on from."""
+        return self.sae.cfg.normalize_activations != self._normalizes
 
     def config_of_record(self) -> dict[str, Any]:
         """The settings that a run and the checkpoint it goes on from must share."""
@@ -709,7 +716,9 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if checkpoint == "latest":
             if self.cfg.checkpoint_path is None:
                 raise ValueError("resume='latest' needs a checkpoint_path; it is None")
-            path = checkpoints.latest(self.cfg.checkpoint_path, self.config_of_record())
+            path = checkpoints.latest(
+                self.cfg.checkpoint_path, self.config_of_record(), self.cfg.total_training_samples
+            )
         if path is None:
             return None
         with checkpoints.loading(path):

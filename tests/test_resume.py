@@ -178,6 +178,24 @@ def test_several_saes_go_on_from_weights_for_scaled_activations(tmp_path, model,
     assert not (first / "topk" / "training").exists()
 
 
+@pytest.mark.parametrize("normalize_activations", ["none", *SCALED])
+def test_a_finished_run_is_extended_from_its_final_checkpoint_if_it_can_be(normalize_activations, tmp_path):
+    def make(steps: int, **fields):
+        sae = make_sae(normalize_activations=normalize_activations)
+        return make_trainer(
+            sae, steps=steps, checkpoint_path=str(tmp_path), n_batches_for_norm_estimate=5, resume="latest", **fields
+        )
+
+    first = make(20, n_checkpoints=1, save_final_checkpoint=True)
+    first.fit()
+    (scheduled,) = (int(p.name) // BATCH for p in tmp_path.iterdir() if p.name.isdigit())
+    again = make(20)
+    assert len(learning_rates(again)) == 20 - scheduled, "not longer: as it was stopped before"
+    longer = make(30)
+    done = 20 if normalize_activations == "none" else scheduled
+    assert len(learning_rates(longer)) == 30 - done
+
+
 # On its own data
 
 
