@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import sae_lens
 from sae_lens.config import T_TRAINING_SAE_CONFIG, SAETrainerConfig
@@ -11,13 +11,9 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 from typing_extensions import override
 
+from sae_lens_switch import validation
 from sae_lens_switch.optim import scaling_law_lr
-
-Gate = Literal["probability", "one"]
-LoadBalanceScale = Literal["variance", "d_in"]
-OptimizerName = Literal["adam", "row_sparse_adam"]
-OnCollapse = Literal["report", "raise_coefficient", "reseed"]
-BiasStart = Literal["geometric_median", "mean", "zeros"]
+from sae_lens_switch.validation import BiasStart, Gate, LoadBalanceScale, OnCollapse, OptimizerName
 
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
 _DEFAULT_COEFFICIENT = {"d_in": 3.0, "variance": 0.3}
@@ -45,8 +41,8 @@ class SwitchSAEConfig(SAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        check_sae(self)
         super().__post_init__()
-        _validate_switch(self)
 
 
 @dataclass
@@ -93,26 +89,12 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
-        _validate_choice("load_balance_scale", self.load_balance_scale, LoadBalanceScale)
-        _validate_choice("bias_start", self.bias_start, BiasStart)
+        check_sae(self)
         if self.load_balance_coefficient is None:
             self.load_balance_coefficient = _DEFAULT_COEFFICIENT[self.load_balance_scale]
         if self.aux_k is None:
             self.aux_k = self.k
-        for name in ("load_balance_coefficient", "load_balance_warm_up_steps", "aux_loss_coefficient"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)!r}")
-        for name in ("router_start_std", "decoder_init_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive or None; got {value!r}")
-        if self.normalize_decoder and self.decoder_init_norm not in (None, 1.0):
-            raise ValueError(
-                f"decoder_init_norm must be 1.0 or None when normalize_decoder is on; got {self.decoder_init_norm!r}"
-            )
         super().__post_init__()
-        _validate_switch(self)
-        _validate_whole_numbers(self, "aux_k")
 
 
 @dataclass
@@ -134,21 +116,24 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        check_sae(self)
         super().__post_init__()
-        _validate_whole_numbers(self, "d_in", "d_sae", "k")
-        if self.k > self.d_sae:
-            raise ValueError(f"k must be at most d_sae={self.d_sae}; got k={self.k}")
 
 
-def _validate_whole_numbers(cfg: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(cfg, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+def check_sae(cfg: SAEConfig) -> None:
+    """Every field of an SAE's config by its rule, and what they must be together. Raises ValueError."""
+    if isinstance(cfg, SwitchSAEConfig | SwitchTrainingSAEConfig):
+        validation.check(cfg, validation.SWITCH)
+        _check_experts(cfg)
+    elif isinstance(cfg, SparseTopKTrainingSAEConfig):
+        validation.check(cfg, validation.SPARSE_TOPK)
+        if cfg.k > cfg.d_sae:
+            raise ValueError(f"k must be at most d_sae={cfg.d_sae}; got k={cfg.k}")
+    else:
+        validation.check(cfg, validation.SAE)
 
 
-def _validate_switch(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
-    _validate_whole_numbers(cfg, "d_in", "d_sae", "n_experts", "k")
+def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
     if cfg.d_sae % cfg.n_experts:
         raise ValueError(f"d_sae must be a multiple of n_experts={cfg.n_experts}; got d_sae={cfg.d_sae}")
     width = cfg.d_sae // cfg.n_experts
@@ -157,18 +142,15 @@ def _validate_switch(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
             f"k must be at most d_sae / n_experts = {cfg.d_sae} / {cfg.n_experts} = {width}, the latents of one "
             f"expert; got k={cfg.k}"
         )
-    _validate_choice("gate", cfg.gate, Gate)
     if cfg.normalize_activations == "covariance_whitening" and not cfg.apply_b_dec_to_input:
         raise ValueError(
             "apply_b_dec_to_input must be True with normalize_activations='covariance_whitening': "
             "a Switch SAE has no encoder bias that could absorb the mean"
         )
-
-
-def _validate_choice(name: str, value: object, choices: Any) -> None:
-    allowed = choices.__args__
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    if isinstance(cfg, SwitchTrainingSAEConfig) and cfg.normalize_decoder and cfg.decoder_init_norm not in (None, 1.0):
+        raise ValueError(
+            f"decoder_init_norm must be 1.0 or None when normalize_decoder is on; got {cfg.decoder_init_norm!r}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -199,15 +181,7 @@ class TrainerOptions:
     collapse_patience: int = 200
 
     def __post_init__(self) -> None:
-        _validate_choice("optimizer", self.optimizer, OptimizerName)
-        _validate_choice("on_collapse", self.on_collapse, OnCollapse)
-        for name in ("max_grad_norm", "collapse_share"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive or None; got {value!r}")
-        _validate_whole_numbers(self, "gradient_accumulation_steps", "max_skipped_steps", "collapse_patience")
-        if self.keep_checkpoints is not None:
-            _validate_whole_numbers(self, "keep_checkpoints")
+        validation.check(self, validation.OPTIONS)
 
 
 @dataclass
@@ -223,10 +197,21 @@ class SparseSAETrainerConfig(TrainerOptions, SAETrainerConfig):
     lr: float | None = None  # type: ignore[assignment]
     lr_decay_steps: int | None = None  # type: ignore[assignment]
 
+    @override
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Every field by its rule, and whether the schedule fits into the steps. Raises ValueError."""
+        validation.check(self, validation.TRAINER)
+        validation.check_schedule(self)
+
     def resolved(self, d_sae: int) -> "SparseSAETrainerConfig":
-        """With every None that depends on the SAE or the length of training filled in."""
+        """With every None that depends on the SAE or the length of training filled in. Raises ValueError."""
+        self.check()
         lr = scaling_law_lr(d_sae) if self.lr is None else self.lr
-        decay = self.total_training_steps // 5 if self.lr_scheduler_name == "constant" else 0
+        constant = self.lr_scheduler_name.lower() == "constant"
+        decay = _default_decay(self.total_training_steps, self.lr_warm_up_steps) if constant else 0
         return replace(
             self,
             lr=lr,
@@ -236,7 +221,7 @@ class SparseSAETrainerConfig(TrainerOptions, SAETrainerConfig):
 
     @classmethod
     def of(cls, cfg: SAETrainerConfig) -> "SparseSAETrainerConfig":
-        """SAELens's own config as ours: its fields, and the options' defaults."""
+        """SAELens's own config as ours: its fields, and the options' defaults. Raises ValueError."""
         if isinstance(cfg, cls):
             return cfg
         return cls(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
@@ -286,7 +271,7 @@ class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunn
                 raise ValueError(
                     "sae_kwargs goes with architecture='...'; with sae=... set the fields on the SAE config"
                 )
-            stock.__init__(self, sae=cast(Any, sae), **kwargs)
+            stock.__init__(self, sae=cast(Any, sae), **(_buffer(kwargs) | kwargs))
             return
         sae_config_class = training_config_class(architecture)
         sae_fields = {f.name for f in fields(sae_config_class)} - {"metadata"}
@@ -298,10 +283,11 @@ class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunn
             raise ValueError(f"architecture={architecture!r} needs {' and '.join(sorted(missing))}")
         sae = sae_config_class(**own)
         runner = {name: value for name, value in kwargs.items() if name in runner_fields}
-        stock.__init__(self, sae=cast(Any, sae), **(_recipe(sae, runner) | runner))
+        stock.__init__(self, sae=cast(Any, sae), **(_recipe(sae, runner) | _buffer(runner) | runner))
 
     @override
     def __post_init__(self) -> None:
+        check_run(self, validation.RUNNER, self.sae)
         sae_lens.LanguageModelSAERunnerConfig.__post_init__(self)
 
     @override
@@ -319,18 +305,91 @@ def _option_names() -> set[str]:
     return {f.name for f in fields(TrainerOptions)}
 
 
+def _given(runner: dict[str, Any], *names: str) -> tuple[Any, ...]:
+    """What a run will have in these fields: as given, by their rules, or by default."""
+    stock = sae_lens.LanguageModelSAERunnerConfig
+    values = (runner.get(name, getattr(stock, name)) for name in names)
+    return tuple(
+        validation.check_value(name, value, validation.RUNNER[name]) for name, value in zip(names, values, strict=True)
+    )
+
+
 def _recipe(sae: TrainingSAEConfig, runner: dict[str, Any]) -> dict[str, Any]:
     """The paper's learning rate and decay, for the SAEs that are the paper's."""
     if not isinstance(sae, SwitchTrainingSAEConfig):
         return {}
-    stock = sae_lens.LanguageModelSAERunnerConfig
-    steps = runner.get("training_tokens", stock.training_tokens) // runner.get(
-        "train_batch_size_tokens", stock.train_batch_size_tokens
+    tokens, batch, schedule, warm_up = _given(
+        runner, "training_tokens", "train_batch_size_tokens", "lr_scheduler_name", "lr_warm_up_steps"
     )
     recipe: dict[str, Any] = {"lr": scaling_law_lr(sae.d_sae)}
-    if runner.get("lr_scheduler_name", stock.lr_scheduler_name) == "constant":  # the schedule the paper decays
-        recipe["lr_decay_steps"] = steps // 5
+    if schedule.lower() == "constant":  # the schedule the paper decays
+        recipe["lr_decay_steps"] = _default_decay(tokens // batch, warm_up)
     return recipe
+
+
+def _default_decay(steps: int, warm_up: int) -> int:
+    """The last 20 % of a run, or what the warm-up leaves of it."""
+    return max(0, min(steps // 5, steps - warm_up))
+
+
+def _buffer(runner: dict[str, Any]) -> dict[str, Any]:
+    """A buffer of two batches where SAELens's default would not hold one, and no run could begin."""
+    n, batch, context, positions = _given(
+        runner, "n_batches_in_buffer", "train_batch_size_tokens", "context_size", "seqpos_slice"
+    )
+    used = _positions_used(positions, context)
+    enough = n * used >= batch
+    return {} if enough or "n_batches_in_buffer" in runner else {"n_batches_in_buffer": -(-2 * batch // used)}
+
+
+def check_run(
+    cfg: Any,
+    table: dict[str, validation.Rule],
+    *saes: SAEConfig,
+    total: str = "training_tokens",
+    batch: str = "train_batch_size_tokens",
+) -> None:
+    """Every field of a runner's config and of its SAEs' by its rule, and what they must be together, ours or SAELens's.
+
+    Raises ValueError.
+    """
+    validation.check(cfg, table)
+    if hasattr(cfg, "llm_device"):  # as SAELens fills them in when the config is made
+        cfg.llm_device = cfg.llm_device or cfg.device
+        elsewhere = {None: cfg.device, "with_model": cfg.llm_device}
+        cfg.act_store_device = elsewhere.get(cfg.act_store_device, cfg.act_store_device)
+    for sae in saes:
+        check_trainable(sae)
+    validation.check_schedule(cfg, total=total, batch=batch)
+    if hasattr(cfg, "n_batches_in_buffer"):
+        used = _positions_used(cfg.seqpos_slice, cfg.context_size)
+        if cfg.n_batches_in_buffer * used < cfg.train_batch_size_tokens:
+            raise ValueError(
+                f"n_batches_in_buffer must be at least {-(-cfg.train_batch_size_tokens // used)}, for that many contexts "
+                f"(context_size={cfg.context_size}, seqpos_slice={cfg.seqpos_slice}) to hold "
+                f"train_batch_size_tokens={cfg.train_batch_size_tokens}; got {cfg.n_batches_in_buffer}"
+            )
+
+
+def _positions_used(positions: tuple[int | None, ...], context_size: int) -> int:
+    """How many tokens of a context are trained on. Raises ValueError if none are."""
+    if len(positions) == 0 or (len(positions) == 3 and (positions[2] or 1) <= 1):  # SAELens takes no step of 1
+        raise ValueError(f"seqpos_slice must be start, end, or both, and a step of at least 2 or none; got {positions}")
+    used = len(range(context_size)[slice(*positions)])
+    if used == 0:
+        raise ValueError(f"seqpos_slice must leave tokens of context_size={context_size}; got {positions}")
+    return used
+
+
+def check_trainable(cfg: SAEConfig) -> None:
+    """As ``check_sae``, and what a training run would only stop at when a first latent is dead. Raises ValueError."""
+    check_sae(cfg)
+    ours = isinstance(cfg, SwitchTrainingSAEConfig | SparseTopKTrainingSAEConfig)
+    if ours and cfg.aux_loss_coefficient != 0 and cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+        raise ValueError(
+            f"aux_loss_coefficient must be 0 with normalize_activations={cfg.normalize_activations!r}: dead latents "
+            f"would reconstruct a normalised residual; got {cfg.aux_loss_coefficient}"
+        )
 
 
 def training_config_class(architecture: str) -> type[TrainingSAEConfig]:

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any, cast
 
 import sae_lens
-import torch
 import wandb
 from sae_lens import llm_sae_training_runner as llm_module
 from sae_lens import logger
@@ -18,13 +17,14 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.types import MultiHookDataProvider
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from typing_extensions import override
 
-from sae_lens_switch import checkpoints
+from sae_lens_switch import checkpoints, validation
 from sae_lens_switch.atomic import replace_files
-from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions
+from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions, check_run
+from sae_lens_switch.hooks import check_hook, check_hook_name
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.machine import check_run_fits
 from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
 
 
@@ -36,10 +36,26 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
     CheckpointError for a checkpoint that it cannot go on from.
     """
 
+    def __init__(
+        self, cfg: Any, override_dataset: Any = None, override_model: Any = None, override_sae: Any = None
+    ) -> None:
+        check_run(cfg, validation.RUNNER, cfg.sae)  # before the model is loaded; fields may have been set since
+        check_run_fits(cfg, cfg.sae)
+        _check_dataset(cfg, override_dataset)
+        if (
+            override_sae is None
+            and cfg.from_pretrained_path is not None
+            and not Path(cfg.from_pretrained_path).is_dir()
+        ):
+            raise ValueError(f"from_pretrained_path must be a folder with an SAE; got {cfg.from_pretrained_path!r}")
+        if override_model is None and cfg.model_class_name == "HookedTransformer" and not cfg.use_cached_activations:
+            check_hook_name(cfg.hook_name)
+        super().__init__(cfg, override_dataset, override_model, override_sae)
+
     @override
     def run(self) -> Any:
         if not self.cfg.use_cached_activations:
-            self._check_d_in()
+            check_hook(self.model, self.cfg, self.cfg.hook_name, self.cfg.hook_head_index, self.cfg.sae.d_in)
         _find_checkpoint(self.cfg, getattr(self.cfg, "resume", None))
         if hasattr(self.cfg, "resume"):
             cast(Any, self.cfg).resume = None  # the trainer is told by SAELens's own field
@@ -63,35 +79,22 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
 
         replace_files(output_path, save)
 
-    @torch.no_grad()
-    def _check_d_in(self) -> None:
-        cfg = self.cfg
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=cfg.llm_device)
-        _, cache = self.model.run_with_cache(
-            tokens,
-            names_filter=[cfg.hook_name],
-            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(cfg.hook_name),
-            prepend_bos=False,
-            **cfg.model_kwargs,
-        )
-        activations = cache[cfg.hook_name]
-        width = activations.shape[-1] if cfg.hook_head_index is not None else activations[0, 0].numel()
-        if width != cfg.sae.d_in:
-            raise ValueError(
-                f"d_in must be the width of {cfg.model_name}'s activations at {cfg.hook_name}, {width}; "
-                f"got d_in={cfg.sae.d_in}"
-            )
-
 
 class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
     """As SAELens's ``MultiSAETrainingRunner``: many SAEs on one stream of activations, each on ``SparseSAETrainer``."""
 
-    def __init__(self, *args: Any, options: TrainerOptions | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, cfg: Any, *args: Any, options: TrainerOptions | None = None, **kwargs: Any) -> None:
+        check_run(cfg, validation.MULTI_RUNNER, *cfg.saes.values())
+        check_run_fits(cfg, *cfg.saes.values())
+        _check_dataset(cfg, args[0] if args else kwargs.get("override_dataset"))
+        super().__init__(cfg, *args, **kwargs)
         self.options = options or TrainerOptions()
 
     @override
     def run(self) -> Any:
+        for name, hook_name in self.cfg.hook_names_per_sae.items():
+            head = self.cfg.hook_head_indices_per_sae[name]
+            check_hook(self.model, self.cfg, hook_name, head, self.cfg.saes[name].d_in)
         _find_checkpoint(self.cfg, self.options.resume)
         make = with_options(self.options)
         with (
@@ -206,6 +209,11 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
         for trainer in trainers.values():
             trainer.restore_training_weights()
         self._session.go_on_from(Path(path))
+
+
+def _check_dataset(cfg: Any, given: Any) -> None:
+    if given is None and not cfg.dataset_path:
+        raise ValueError(f"dataset_path must name a dataset where none is passed in; got {cfg.dataset_path!r}")
 
 
 def _find_checkpoint(cfg: Any, resume: str | None) -> None:

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from sae_lens_switch.atomic import replace_files
 from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig, check_sae
 from sae_lens_switch.files import digits, from_digits, latent_major
 from sae_lens_switch.host import (
     SparseStepOutput,
@@ -36,6 +36,7 @@ from sae_lens_switch.host import (
     pre_bias,
     reconstruction_error,
 )
+from sae_lens_switch.machine import check_sae_fits
 from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
 from sae_lens_switch.router import (
     Assignment,
@@ -69,6 +70,8 @@ class _Switch(SAE[Any]):
     b_router: nn.Parameter
 
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
+        check_sae(cfg)
+        check_sae_fits(cfg)
         super().__init__(cfg, use_error_term)
         self.hook_sae_router_logits = HookPoint()
         self.hook_sae_router_probs = HookPoint()

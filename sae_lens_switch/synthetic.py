@@ -6,7 +6,9 @@ from typing import Any
 from sae_lens.synthetic import synthetic_sae_runner as synthetic_module
 from typing_extensions import override
 
-from sae_lens_switch.config import TrainerOptions
+from sae_lens_switch import validation
+from sae_lens_switch.config import TrainerOptions, check_run
+from sae_lens_switch.machine import check_run_fits
 from sae_lens_switch.runner import constructing, with_options
 from sae_lens_switch.trainer import SparseSAETrainer
 
@@ -14,8 +16,10 @@ from sae_lens_switch.trainer import SparseSAETrainer
 class SyntheticSAERunner(synthetic_module.SyntheticSAERunner):
     """As SAELens's ``SyntheticSAERunner``, on ``SparseSAETrainer``."""
 
-    def __init__(self, *args: Any, options: TrainerOptions | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, cfg: Any, *args: Any, options: TrainerOptions | None = None, **kwargs: Any) -> None:
+        check_run(cfg, validation.SYNTHETIC_RUNNER, cfg.sae, total="training_samples", batch="batch_size")
+        check_run_fits(cfg, cfg.sae)
+        super().__init__(cfg, *args, **kwargs)
         self.options = options or TrainerOptions()
 
     @override

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from sae_lens_switch.atomic import replace_files
 from sae_lens_switch.codes import SparseCodes
+from sae_lens_switch.config import SparseTopKTrainingSAEConfig, check_sae
 from sae_lens_switch.files import latent_major
 from sae_lens_switch.host import (
     SparseStepOutput,
@@ -25,6 +26,7 @@ from sae_lens_switch.host import (
     pre_bias,
     reconstruction_error,
 )
+from sae_lens_switch.machine import check_sae_fits
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
@@ -37,6 +39,11 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     """
 
     row_grads: RowGrads | None = None  # what an optimiser wants of a backward pass
+
+    def __init__(self, cfg: SparseTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
+        check_sae(cfg)
+        check_sae_fits(cfg)
+        super().__init__(cfg, use_error_term)
 
     @override
     def initialize_weights(self) -> None:

@@ -15,7 +15,6 @@ checkpoint is saved.
 import argparse
 import json
 import math
-import os
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,12 +24,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import sae_lens
-import torch
 import yaml
 from sae_lens import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
-from sae_lens.util import str_to_dtype
 from simple_parsing.docstring import get_attribute_docstring
 
 from sae_lens_switch.config import (
@@ -41,7 +38,9 @@ from sae_lens_switch.config import (
     reject_unknown,
     training_config_class,
 )
+from sae_lens_switch.hooks import check_hook_name
 from sae_lens_switch.interruption import INTERRUPTIONS
+from sae_lens_switch.machine import check_run_fits
 from sae_lens_switch.runner import LanguageModelSAETrainingRunner
 from sae_lens_switch.trainer import TrainingDivergedError
 
@@ -55,7 +54,6 @@ _SUBJECTS = {
     "n_checkpoints": "checkpoints and output",
     "verbose": "more",
 }
-_AT_LEAST_ONE = ("training_tokens", "train_batch_size_tokens", "context_size", "store_batch_size_prompts")
 _HIDDEN = {"hook_eval", "sae_lens_version", "sae_lens_training_version"}
 _MISSING_DOCS = {
     "d_in": "Width of the activations at hook_name.",
@@ -149,9 +147,6 @@ def _configure(argv: list[str]) -> LanguageModelSAERunnerConfig | None:
 
 
 def _config(architecture: str, values: dict[str, Any], settings: dict[str, _Setting]) -> LanguageModelSAERunnerConfig:
-    for name in _AT_LEAST_ONE:
-        if values.get(name, 1) < 1:
-            raise ValueError(f"{name} must be at least 1; got {values[name]}")
     logger = {name: value for name, value in values.items() if settings[name].home == "logger"}
     own = {name: value for name, value in values.items() if name.startswith("sae.")}
     cfg = LanguageModelSAERunnerConfig(
@@ -160,34 +155,10 @@ def _config(architecture: str, values: dict[str, Any], settings: dict[str, _Sett
         sae_kwargs={name.removeprefix("sae."): value for name, value in own.items()},
         **{name: value for name, value in values.items() if name not in logger and name not in own},
     )
-    _check_machine(cfg)
+    check_run_fits(cfg, cfg.sae)
+    if cfg.model_class_name == "HookedTransformer" and not cfg.use_cached_activations:
+        check_hook_name(cfg.hook_name)
     return cfg
-
-
-def _check_machine(cfg: LanguageModelSAERunnerConfig) -> None:
-    """What would only be found out after the model is loaded."""
-    str_to_dtype(cfg.dtype)
-    for name in (cfg.device, cfg.llm_device, cfg.act_store_device, cfg.sae.device):
-        try:
-            device = torch.device(name or "cpu")
-        except RuntimeError as error:
-            raise ValueError(f"device must be one that torch knows, as cpu, cuda or cuda:1; got {name!r}") from error
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device must be there; got {name!r}, and torch finds {torch.cuda.device_count()} GPUs")
-    device = torch.device(cfg.sae.device)
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    numbers = cfg.sae.d_in * (2 * cfg.sae.d_sae + getattr(cfg.sae, "n_experts", 0))
-    need = numbers * str_to_dtype(cfg.sae.dtype).itemsize
-    if need > have:
-        raise ValueError(
-            f"d_in={cfg.sae.d_in}, d_sae={cfg.sae.d_sae}: the weights alone take {need / 1e9:,.0f} GB; "
-            f"{cfg.sae.device} has {have / 1e9:,.0f} GB"
-        )
 
 
 # Settings: names, types, documentation

@@ -31,11 +31,12 @@ from sae_lens_switch.accumulation import RowGradsSum, merged
 from sae_lens_switch.activations import ActivationSource, activation_batches
 from sae_lens_switch.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
-from sae_lens_switch.config import SparseSAETrainerConfig
+from sae_lens_switch.config import SparseSAETrainerConfig, check_trainable
 from sae_lens_switch.files import fold_activation_scaler
 from sae_lens_switch.history import History
 from sae_lens_switch.host import SparseStepOutput, activation_rows
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.machine import check_device, check_writable
 from sae_lens_switch.optim import ConstrainedAdam, total_norm
 from sae_lens_switch.row_sparse import RowSparseAdam
 from sae_lens_switch.switch import SwitchTrainingSAE
@@ -87,8 +88,9 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     A step whose loss or gradient is not finite changes nothing and is counted. Checkpoints are whole or not there;
     SIGINT and SIGTERM write one before they stop ``fit``.
 
-    Raises ValueError if activations are not d_in wide; CheckpointError for a checkpoint it cannot go on from;
-    TrainingDivergedError after ``max_skipped_steps`` skipped steps in a row, once the weights are saved.
+    Raises ValueError for a setting that cannot be, and if activations are not d_in wide; CheckpointError for a
+    checkpoint it cannot go on from; TrainingDivergedError after ``max_skipped_steps`` skipped steps in a row, once the
+    weights are saved.
     """
 
     cfg: SparseSAETrainerConfig
@@ -103,6 +105,10 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         **kwargs: Any,
     ) -> None:
         cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
+        check_trainable(sae.cfg)
+        for device in (cfg.device, sae.cfg.device):
+            check_device("device", device)
+        check_writable("checkpoint_path", cfg.checkpoint_path)
         data_provider = activation_batches(data_provider, cfg.train_batch_size_samples)
         self._n_passes = 0
         self._training_weights: Path | None = None

@@ -742,7 +742,7 @@ def test_a_run_resumed_from_its_checkpoint_goes_on_from_there(make_config, tmp_p
 def test_a_run_can_start_from_a_saved_sae_without_moving_its_biases(tmp_path, model, dataset):
     saved = randomize(SwitchTrainingSAE(SwitchTrainingSAEConfig(**SAE_FIELDS, normalize_decoder=False)))
     saved.save_model(tmp_path / "saved")
-    cfg = our_config(tmp_path, from_pretrained_path=str(tmp_path / "saved"), lr=0.0, lr_end=0.0, lr_decay_steps=0)
+    cfg = our_config(tmp_path, from_pretrained_path=str(tmp_path / "saved"), lr=1e-30, lr_end=0.0, lr_decay_steps=0)
     sae = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model).run()
     assert same_tensors(sae.state_dict(), saved.state_dict())
 

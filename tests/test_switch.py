@@ -359,11 +359,17 @@ def test_a_training_step_makes_no_tensor_of_batch_times_width():
         ({"d_in": 0}, "d_in must be"),
         ({"gate": "softmax"}, "gate must be one of 'probability', 'one'; got 'softmax'"),
         ({"load_balance_scale": "rms"}, "load_balance_scale must be one of"),
-        ({"load_balance_coefficient": -1.0}, "load_balance_coefficient must be at least 0; got -1.0"),
-        ({"load_balance_coefficient": math.nan}, "load_balance_coefficient must be at least 0; got nan"),
+        (
+            {"load_balance_coefficient": -1.0},
+            "load_balance_coefficient must be a finite number, at least 0 or None; got -1.0",
+        ),
+        (
+            {"load_balance_coefficient": math.nan},
+            "load_balance_coefficient must be a finite number, at least 0 or None; got nan",
+        ),
         ({"bias_start": "median"}, "bias_start must be one of"),
-        ({"aux_k": 0}, "aux_k must be a whole number, at least 1; got 0"),
-        ({"router_start_std": 0.0}, "router_start_std must be positive"),
+        ({"aux_k": 0}, "aux_k must be a whole number, at least 1 or None; got 0"),
+        ({"router_start_std": 0.0}, "router_start_std must be a positive finite number"),
         ({"decoder_init_norm": 0.1}, "decoder_init_norm must be 1.0 or None"),
         (
             {"normalize_activations": "covariance_whitening", "apply_b_dec_to_input": False},

@@ -86,7 +86,7 @@ def test_flags_mean_what_they_mean_to_saelens():
     flags = "--architecture sparse_topk --d_in 12 --d_sae 40 -k 3 --nostreaming --verbose False --autocast --lr 1e-3"
     flags += " --seqpos_slice 1 -1 --sequence_separator_token 5 --exclude_special_tokens True --hook_head_index 2"
     flags += " --prefetch_llm_batches 3 --log_to_wandb False --run_name mine --sae.dtype float64 --dtype bfloat16"
-    flags += " --aux_loss_coefficient 0.5 --checkpoint_path elsewhere --wandb_id x"
+    flags += " --aux_loss_coefficient 0.5 --checkpoint_path elsewhere --wandb_id x --n_batches_in_buffer 64"
     argv = [*flags.split(), "--model_kwargs", '{"a": [1]}', "--model_from_pretrained_kwargs", '{"b": null}']
     theirs, ours = _parse_cfg_args(argv), train._configure(train._with_dashes(argv))
     assert ours is not None
@@ -240,11 +240,14 @@ def test_help_of_an_architecture_explains_every_flag(capsys):
         ([*SWITCH, "--model-kwargs", "[1]"], "model_kwargs must be a table; got '\\[1\\]'"),
         ([*SWITCH, "--k", "99"], "k must be at most d_sae / n_experts = 40 / 4 = 10, .* got k=99"),
         ([*SWITCH, "--n-experts", str(10**9)], "d_sae must be a multiple of n_experts=1000000000; got d_sae=40"),
-        ([*SWITCH, "--keep-checkpoints", "0"], "keep_checkpoints must be a whole number, at least 1; got 0"),
-        ([*SWITCH, "--train-batch-size-tokens", "0"], "train_batch_size_tokens must be at least 1; got 0"),
-        ([*SWITCH, "--dtype", "float31"], "Invalid dtype: float31. .*"),
+        ([*SWITCH, "--keep-checkpoints", "0"], "keep_checkpoints must be a whole number, at least 1 or None; got 0"),
+        (
+            [*SWITCH, "--train-batch-size-tokens", "0"],
+            "train_batch_size_tokens must be a whole number, at least 1; got 0",
+        ),
+        ([*SWITCH, "--dtype", "float31"], "dtype must be one of float32, .*; got 'float31'"),
         ([*SWITCH, "--device", "cqu"], "device must be one that torch knows, .*; got 'cqu'"),
-        ([*SWITCH, "--llm-device", "cuda:99"], "device must be there; got 'cuda:99', and torch finds .*"),
+        ([*SWITCH, "--llm-device", "cuda:99"], "llm_device must be there; got 'cuda:99', and torch finds .*"),
         (["--architecture", "switch", "--d-in", "12"], "architecture='switch' needs d_sae"),
         ([*SWITCH, "--config", "no/such/file.yaml"], "--config no/such/file.yaml cannot be read: .*"),
     ],

@@ -623,11 +623,11 @@ def test_updates_smaller_than_a_bfloat16_weights_rounding_add_up(optimizer):
     [
         ({"optimizer": "adamw"}, "optimizer must be one of .*got 'adamw'"),
         ({"on_collapse": "panic"}, "on_collapse must be one of .*got 'panic'"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive or None; got 0.0"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints must be a whole number, at least 1; got 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be a positive finite number or None; got 0.0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be a whole number, at least 1 or None; got 0"),
         ({"max_skipped_steps": 0}, "max_skipped_steps must be a whole number, at least 1; got 0"),
         ({"collapse_patience": 2.5}, "collapse_patience must be a whole number, at least 1; got 2.5"),
-        ({"collapse_share": -1}, "collapse_share must be positive or None; got -1"),
+        ({"collapse_share": -1}, "collapse_share must be a positive finite number, at most 1 or None; got -1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
