@@ -29,7 +29,7 @@ from sae_lens_switch.files import fold_activation_scaler
 from sae_lens_switch.history import History
 from sae_lens_switch.host import SparseStepOutput
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
-from sae_lens_switch.optim import ConstrainedAdam, total_norm
+from sae_lens_switch.optim import ConstrainedAdam, gradients, total_norm
 from sae_lens_switch.row_sparse import RowSparseAdam
 
 STATE_FILENAME = "sparse_trainer_state.pt"
@@ -108,6 +108,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """In place of SAELens's Adam, under the same schedule."""
         cfg: Any = self.cfg
         sae: Any = self.sae
+        if not any(p.requires_grad for p in sae.parameters()):
+            raise ValueError("an SAE to train must have a parameter with requires_grad=True; this one has none")
         sae.to(cfg.device)
         for p in sae.parameters():
             p.data = in_large(p.data)  # every step goes through all of it
@@ -232,7 +234,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Clip, project, step, renormalise. Returns, still on the device, whether there was a step."""
         optimizer, sae = cast(Any, self.optimizer), cast(Any, self.sae)
         row_sparse = isinstance(optimizer, RowSparseAdam)
-        grads = optimizer.grads() if row_sparse else [p.grad for p in sae.parameters() if p.grad is not None]
+        grads = optimizer.grads() if row_sparse else gradients(sae.parameters())
         norm = total_norm(grads)
         good = torch.isfinite(norm) & torch.isfinite(loss.detach())
         max_norm = self.cfg.max_grad_norm
