@@ -1,5 +1,6 @@
 """Adam, the decoder constraint around its step, and the learning-rate law."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -118,8 +119,8 @@ class ConstrainedAdam(torch.optim.Adam):
         return bool(self.param_groups[0]["fused"])
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As torch's, without frozen parameters, and with new moments in huge pages where there are any: a step reads and
-        writes all of them."""
+        """As torch's, without frozen parameters, and with new moments in huge pages where there are any: a step reads
+        and writes all of them."""
         group = group | {"params": trained(group["params"])}
         fresh = [p for p in group["params"] if p.grad is not None and not self.state[p]]
         if fresh:
@@ -325,11 +326,16 @@ def constrain_optimizer_steps(sae: StepConstraint) -> None:
     of a process; ours are registered when a first SAE asks, and pass by every optimiser without its weights, and
     those that have ``applies_constraint``.
     """
-    if not _constrained:
+    global _constrained
+    if sae in _constrained:
+        return
+    with _lock:
         _register_hooks_once()
-    _constrained.add(sae)
+        # Anew, since another thread's step may be looking through it.
+        _constrained = weakref.WeakSet([*_constrained, sae])
 
 
+_lock = threading.Lock()
 _hooks_registered = False
 
 

@@ -1,10 +1,8 @@
 """SAELens's runners on our trainer, with what can be known before a long run checked before it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import sae_lens
@@ -22,6 +20,7 @@ from typing_extensions import override
 from sae_lens_switch import checkpoints
 from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.substitution import constructing
 from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
 
 
@@ -206,14 +205,3 @@ def with_options(options: TrainerOptions) -> Callable[..., SparseSAETrainer[Any,
         return SparseSAETrainer(cfg=replace(SparseSAETrainerConfig.of(cfg), **vars(options)), **kwargs)
 
     return make
-
-
-@contextmanager
-def constructing(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterator[None]:
-    """While a runner runs: SAELens's runners name the trainer they construct, and have no other place to choose it."""
-    stock = getattr(module, name)
-    setattr(module, name, ours)
-    try:
-        yield
-    finally:
-        setattr(module, name, stock)

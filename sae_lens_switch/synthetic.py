@@ -7,7 +7,8 @@ from sae_lens.synthetic import synthetic_sae_runner as synthetic_module
 from typing_extensions import override
 
 from sae_lens_switch.config import TrainerOptions
-from sae_lens_switch.runner import constructing, with_options
+from sae_lens_switch.runner import with_options
+from sae_lens_switch.substitution import constructing
 from sae_lens_switch.trainer import SparseSAETrainer
 
 
