@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lens import logger
 from safetensors import SafetensorError
+
+from sae_lens_switch.printable import logger
 
 MANIFEST = "checkpoint.json"
 _FINAL = "final_"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens import logger
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from sae_lens_switch.printable import logger
 from sae_lens_switch.router import router_logits
 from sae_lens_switch.row_sparse import RowSparseAdam
 

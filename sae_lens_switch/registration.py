@@ -50,7 +50,7 @@ class override_topk:  # noqa: N801, called like a function
     def _begin(self) -> None:
         with self._lock:
             if not self._active:
-                override_topk._stock = SAE_TRAINING_CLASS_REGISTRY["topk"]
+                type(self)._stock = SAE_TRAINING_CLASS_REGISTRY["topk"]
             self._active.add(self)
             SAE_TRAINING_CLASS_REGISTRY["topk"] = _OVERRIDE
 
@@ -60,7 +60,7 @@ class override_topk:  # noqa: N801, called like a function
             ends = self in self._active
             self._active.discard(self)
             # What others have registered since is theirs.
-            if ends and not self._active and SAE_TRAINING_CLASS_REGISTRY["topk"] is _OVERRIDE:
+            if ends and not self._active and SAE_TRAINING_CLASS_REGISTRY["topk"] == _OVERRIDE:
                 SAE_TRAINING_CLASS_REGISTRY["topk"] = self._stock
 
     def __enter__(self) -> "override_topk":

@@ -9,9 +9,9 @@ import sae_lens
 import torch
 import wandb
 from sae_lens import llm_sae_training_runner as llm_module
-from sae_lens import logger
 from sae_lens import multi_sae_training_runner as multi_module
 from sae_lens.config import SAETrainerConfig
+from sae_lens.training import activation_scaler as activation_scaler_module
 from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.types import MultiHookDataProvider
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
@@ -20,6 +20,8 @@ from typing_extensions import override
 from sae_lens_switch import checkpoints
 from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.printable import logger
+from sae_lens_switch.progress import Bar, Sentences, progress, track
 from sae_lens_switch.substitution import constructing
 from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
 
@@ -105,10 +107,16 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
 class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     """Interrupted between steps only, when all SAEs have had the same batches; checkpoints are whole or not there."""
 
+    _bar: Bar | Sentences | None = None
+
     @override
     def fit(self) -> Any:
         self._stream = self.data_provider
-        with Interruption() as interruption:
+        with (
+            Interruption() as interruption,
+            constructing(multi_trainer_module, "tqdm", self._progress),
+            constructing(activation_scaler_module, "tqdm", track),
+        ):
             self.data_provider = _interruptible(self._stream, interruption)
             try:
                 return super().fit()
@@ -123,6 +131,17 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                 raise
             finally:
                 self.data_provider = self._stream
+                if self._bar is not None:
+                    self._bar.close()
+
+    def _progress(self, total: int, desc: str) -> Bar | Sentences:
+        self._bar = progress(total, self.n_training_samples, desc, "trained on")
+        return self._bar
+
+    @override
+    def _update_pbar(self, step_outputs: dict[str, Any], pbar: Any, update_interval: int = 100) -> None:
+        done = self.n_training_samples - pbar.n
+        pbar.update(done, lambda: {name: out.loss.item() for name, out in step_outputs.items()})
 
     @override
     def _run_and_log_evals(self) -> None:

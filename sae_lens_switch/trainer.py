@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 import wandb
-from sae_lens import logger
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepInput, TrainStepOutput
+from sae_lens.training import activation_scaler as activation_scaler_module
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.util import path_or_tmp_dir
@@ -18,7 +18,6 @@ from sae_lens_switch_kernels import RowGrads
 from sae_lens_switch_kernels.memory import in_large
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_switch import checkpoints
@@ -30,13 +29,15 @@ from sae_lens_switch.history import History
 from sae_lens_switch.host import SparseStepOutput
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.optim import ConstrainedAdam, gradients, total_norm
+from sae_lens_switch.printable import logger
+from sae_lens_switch.progress import progress, track
 from sae_lens_switch.row_sparse import RowSparseAdam
+from sae_lens_switch.substitution import constructing
 
 STATE_FILENAME = "sparse_trainer_state.pt"
 # A host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ON_GPU = 100
-_PROGRESS_EVERY = 100
 # Plain numbers of the trainer that a checkpoint holds.
 _REMEMBERED = (
     *("n_batches_drawn", "n_interventions"),
@@ -313,9 +314,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._run_and_log_evals()
         self.n_training_steps += 1
         self._checkpoint_if_needed()
-        progress.update(batch[..., 0].numel())
-        if self.n_training_steps % _PROGRESS_EVERY == 0:
-            progress.set_description(self._describe(output))
+        progress.update(batch[..., 0].numel(), lambda: self._describe(output))
 
     def _next_batch(self) -> Tensor | None:
         self._interruption.check()
@@ -331,19 +330,18 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return batch
 
     def _progress(self) -> Any:
-        return tqdm(total=self.cfg.total_training_samples, initial=self.n_training_samples, desc="Training SAE")
+        return progress(self.cfg.total_training_samples, self.n_training_samples, "Training SAE", "trained on")
 
-    def _describe(self, output: TrainStepOutput) -> str:
-        parts = [f"{name}: {torch.as_tensor(value).item():.5f}" for name, value in output.losses.items()]
+    def _describe(self, output: TrainStepOutput) -> dict[str, Any]:
+        """What a look at the progress shows. Waits for the device."""
+        facts: dict[str, Any] = {"step": self.n_training_steps}
+        facts |= {name: torch.as_tensor(value).item() for name, value in output.losses.items()}
         if self.routing is not None:
             E = len(self.routing.load_E)
-            parts.append(f"busiest expert: {E * float(self.routing.load_E.max()):.1f}x")
-            parts.append(f"dead experts: {int(self.routing.dead_experts.sum())}")
-        dead = int(self.dead_neurons.sum())
-        parts += [f"dead latents: {dead}"] if dead else []
-        skipped = self.n_skipped_steps
-        parts += [f"skipped: {skipped}"] if skipped else []
-        return f"{self.n_training_steps}| {' | '.join(parts)}"
+            facts["busiest expert"] = f"{E * float(self.routing.load_E.max()):.1f}x"
+            facts["dead experts"] = int(self.routing.dead_experts.sum())
+        counts = {"dead latents": int(self.dead_neurons.sum()), "skipped": self.n_skipped_steps}
+        return facts | {name: n for name, n in counts.items() if n}
 
     def _estimate_normalization(self) -> None:
         """As SAELens; statistics that came with a checkpoint are kept."""
@@ -359,7 +357,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             estimate = scaler.estimate_whitening
         else:
             return
-        with self._interruption.waiting():
+        with self._interruption.waiting(), constructing(activation_scaler_module, "tqdm", track):
             estimate(**options)
         self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate
 
@@ -550,7 +548,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         super().load_trainer_state(path)
         self.history.load(path)
         if (path / STATE_FILENAME).exists():
-            state = torch.load(path / STATE_FILENAME, map_location="cpu")
+            state = torch.load(path / STATE_FILENAME, map_location="cpu", weights_only=True)
             self._skipped.copy_(state["skipped"])
             if hasattr(self.sae, "start_put_off"):
                 cast(Any, self.sae).start_put_off = state["start_put_off"]
@@ -596,7 +594,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if "data" in state and _knows_its_place(self.data_provider):
             self.data_provider.load_state_dict(state["data"])  # type: ignore[attr-defined]
         else:
-            for i in tqdm(range(self.n_batches_drawn), desc="Returning to the place in the activations", leave=False):
+            for i in track(range(self.n_batches_drawn), desc="Returning to the place in the activations"):
                 if next(self.data_provider, None) is None:
                     raise ValueError(
                         f"activations ended after {i} of {self.n_batches_drawn} batches, before the place of "
