@@ -13,6 +13,12 @@ from sae_lens_switch.host import SparseStepOutput
 from sae_lens_switch.router import RoutingStatistics
 
 
+def release(output: TrainStepOutput) -> None:
+    """What ``merged`` does not read of a part with dense latents, as wide as the dictionary, is not kept for it."""
+    if not isinstance(output, SparseStepOutput):
+        output.feature_acts = output.hidden_pre = output.sae_out = output.sae_in.new_empty(0)
+
+
 def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
     """The output of the whole batch, from those of its parts.
 

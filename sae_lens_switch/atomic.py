@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from sae_lens import logger
 from sae_lens.constants import SAE_CFG_FILENAME
+
+from sae_lens_switch.printable import logger
 
 try:
     import fcntl

@@ -13,6 +13,8 @@ import yaml
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
+from sae_lens_switch.printable import printable
+
 PICTURE = "summary.png"
 _BEGIN = "<!-- sae-lens-switch: each upload rewrites from here ... -->"
 _END = "<!-- sae-lens-switch: ... to here -->"
@@ -69,11 +71,13 @@ def model_card(
         **{key: [*before[key], *values] for key, values in derived.items()},
     }
     for key, values in joined.items():
+        values = [printable(value) if isinstance(value, str) else value for value in values]
         data[key] = [value for i, value in enumerate(values) if value not in values[:i]] or None
     for key, value in front_matter.items():
         if key != "tags":
             data[key] = value
-    others = [e for e in _as_list(data.get("model-index")) if _mapping(e).get("name") not in configs]
+    ours = set(map(printable, configs))
+    others = [e for e in _as_list(data.get("model-index")) if _mapping(e).get("name") not in ours]
     data["model-index"] = [*others, *_model_index(configs)] or None
     body = "\n\n".join([_BEGIN, *_sections(repo_id, configs, evaluations, pictures, revision), _END])
     head, begin, rest = card.text.partition(_BEGIN)
@@ -180,12 +184,13 @@ def _model_index(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     entries: list[dict[str, Any]] = []
     for sae_id, cfg in configs.items():
         dataset = _measured(cfg).get("eval_dataset")
+        on = printable(dataset)
         results = [
-            EvalResult("feature-extraction", dataset, dataset, name, value, task_name="reconstruction of activations")
+            EvalResult("feature-extraction", on, on, printable(name), value, task_name="reconstruction of activations")
             for name, value in _evaluations(cfg).items()
             if isinstance(dataset, str)
         ]
-        entries += eval_results_to_model_index(sae_id, results) if results else []
+        entries += eval_results_to_model_index(printable(sae_id), results) if results else []
     return entries
 
 
@@ -243,7 +248,7 @@ def _cell(value: Any) -> str:
 
 def _code(value: Any) -> str:
     """A name as inline code. Entities cannot open or close anything in Markdown, nor in HTML."""
-    text = str(value)
+    text = printable(value)
     text = text if len(text) <= 200 else text[:200] + "..."
     if text.strip() and _PLAIN.fullmatch(text):
         return f"`{text}`"

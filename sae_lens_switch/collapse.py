@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from sae_lens_switch.printable import logger
 from sae_lens_switch.router import router_logits
 from sae_lens_switch.row_sparse import RowSparseAdam
 
@@ -94,8 +95,12 @@ def reseed(sae: Any, optimizer: Optimizer, x_BD: Tensor, experts: Iterable[int])
 
     The twin gets the other's encoder, decoder and moments, so that the reconstruction stays what it was. The two
     columns of the router are set apart, by as much in opposite directions, along a difference of two of its tokens.
-    Returns the pairs (twin, expert).
+    Returns the pairs (twin, expert); none where the router, encoder or decoder is frozen, since a twin needs all three.
     """
+    frozen = [name for name in ("W_router", "W_enc", "W_dec") if not getattr(sae, name).requires_grad]
+    if frozen:
+        logger.warning(f"on_collapse='reseed' changes nothing, because {' and '.join(frozen)} have requires_grad=False")
+        return []
     E, M = sae.cfg.n_experts, sae.cfg.d_sae // sae.cfg.n_experts
     bias = sae._router_bias()
     pairs = []

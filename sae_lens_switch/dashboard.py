@@ -23,7 +23,7 @@ from sae_lens.saes.topk_sae import TopK
 from typing_extensions import override
 
 from sae_lens_switch.config import SwitchSAEConfig
-from sae_lens_switch.runner import constructing
+from sae_lens_switch.substitution import constructing
 from sae_lens_switch.switch import SwitchSAE, SwitchTrainingSAE
 
 

@@ -5,12 +5,17 @@ import math
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from sae_lens_switch.printable import logger
 
 FILENAME = "history.jsonl"
 # A run keeps at most this many steps: enough for a curve, and too few to cost anything.
 _POINTS = 200
+# A hundred times what such a run writes with a thousand experts.
+_LARGEST = 1 << 28
 
 
 class History:
@@ -43,29 +48,54 @@ class History:
         return file
 
     def load(self, folder: str | Path) -> None:
-        """Go on from the history in a checkpoint, if it has one."""
+        """Go on from the history in a checkpoint, if it has one; a broken one ends no run."""
         file = Path(folder) / FILENAME
-        self.rows = read_history(file) if file.exists() else []
+        try:
+            self.rows = read_history(file) if file.exists() else []
+        except (ValueError, OSError) as error:
+            logger.warning(f"the curves begin anew: {error}")
+            self.rows = []
 
 
 def read_history(file: str | Path) -> list[dict[str, Any]]:
     """Rows of a ``history.jsonl``, or of the ``.wandb`` file that W&B keeps of a run, online or offline.
 
+    A row holds numbers and lists of numbers, None for those that are not finite; whatever else is there is left out.
     Raises ValueError for a file that is neither.
     """
     file = Path(file)
     if file.suffix == ".wandb":
         return [_row(row) for row in _wandb_rows(file)]
+    if file.stat().st_size > _LARGEST:
+        raise ValueError(f"{file}: expected at most {_LARGEST:,} bytes; got {file.stat().st_size:,}")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    # At line feeds alone: a name may hold others of what Python takes for the end of a line.
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: expected one JSON object a line ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: expected a JSON object; got {line[:40]!r}")
-        rows.append(row)
+        rows.append(numbers_of(row))
     return rows
+
+
+def numbers_of(table: dict[str, Any]) -> dict[str, Any]:
+    """What of it is a number, a list of numbers, or None, with None for what no float can hold."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise TypeError
+        if isinstance(value, int):
+            return value if abs(value) < 2**1023 else None
+        return value if value is not None and math.isfinite(value) else None
+
+    found = {}
+    for name, value in table.items():
+        with suppress(TypeError):
+            found[name] = [number(v) for v in value] if isinstance(value, list) else number(value)
+    return found
 
 
 def _row(log: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +105,8 @@ def _row(log: dict[str, Any]) -> dict[str, Any]:
     for name, value in log.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        number = value if isinstance(value, int) else float(f"{value:.6g}") if math.isfinite(value) else None
+        number = numbers_of({name: value})[name]
+        number = float(f"{number:.6g}") if isinstance(number, float) else number
         stem, found, expert = name.rpartition("_expert_")
         if found and expert.isdigit():
             lists.setdefault(stem, {})[int(expert)] = number
@@ -86,18 +117,29 @@ def _row(log: dict[str, Any]) -> dict[str, Any]:
 
 def _wandb_rows(file: Path) -> Iterator[dict[str, Any]]:
     """What was logged, step by step; names of nested values joined by "/"."""
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     for data in _wandb_records(file):
-        record = Record.FromString(data)
+        try:
+            record = Record.FromString(data)
+        except DecodeError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
         if record.HasField("history"):
             row: dict[str, Any] = {"step": record.history.step.num + 1}  # SAELens counts from 0
             for item in record.history.item:
-                value = json.loads(item.value_json)
+                value = _value(item.value_json, file)
                 name = "/".join(item.nested_key) or item.key
                 nested = value.items() if isinstance(value, dict) else ()
                 row |= {f"{name}/{key}": number for key, number in nested} or {name: value}
             yield row
+
+
+def _value(text: str, file: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def _wandb_records(file: Path) -> Iterator[bytes]:

@@ -27,7 +27,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
-from sae_lens import SAE, TrainingSAE, logger
+from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import (
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 from sae_lens_switch.card import PICTURE, model_card
 from sae_lens_switch.files import fold_saved_scaler
 from sae_lens_switch.plots import sae_summary
+from sae_lens_switch.printable import logger
 
 _README = "README.md"
 _FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME, PICTURE)

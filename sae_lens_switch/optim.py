@@ -1,5 +1,6 @@
 """Adam, the decoder constraint around its step, and the learning-rate law."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -81,7 +82,8 @@ def step_in_memory_order(optimizer: Optimizer) -> None:
 class ConstrainedAdam(torch.optim.Adam):
     """torch's Adam, fused where the device has it, that keeps the rows of one matrix at unit norm on its way.
 
-    Steps in memory order. Parameters of less than float32 are stepped in float32, kept by the optimiser and saved with
+    Steps in memory order. A frozen parameter (``requires_grad=False``) stays as it is, to the bit; so does a frozen
+    ``unit_rows``. Parameters of less than float32 are stepped in float32, kept by the optimiser and saved with
     its state: updates smaller than a weight's rounding add up instead of being lost.
 
     Args:
@@ -117,7 +119,9 @@ class ConstrainedAdam(torch.optim.Adam):
         return bool(self.param_groups[0]["fused"])
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As torch's, with new moments in huge pages where there are any: a step reads and writes all of them."""
+        """As torch's, without frozen parameters, and with new moments in huge pages where there are any: a step reads
+        and writes all of them."""
+        group = group | {"params": trained(group["params"])}
         fresh = [p for p in group["params"] if p.grad is not None and not self.state[p]]
         if fresh:
             super()._init_group(group, *([] for _ in lists))
@@ -179,7 +183,7 @@ class ConstrainedAdam(torch.optim.Adam):
                     step.sub_(found_inf)
 
     def _step_not_fused(self, lists: Any, options: dict[str, Any]) -> None:
-        W = self.unit_rows
+        W = self.unit_rows if self.unit_rows is not None and self.unit_rows.requires_grad else None
         if W is not None and self.project and W.grad is not None:
             remove_parallel_(W.grad, W)
         adam(*lists, fused=False, **options)
@@ -240,7 +244,7 @@ class _StepView:
             _transpose(p, self.optimizer.state.get(p, {}))
 
     def take_masters(self) -> None:
-        for p in parameters_of(self.optimizer):
+        for p in trained(parameters_of(self.optimizer)):
             if p.dtype in (torch.bfloat16, torch.float16):
                 grad, p.grad, self.low[p] = p.grad, None, p.data
                 changed = p in self.seen and self.seen[p] != _version(p)  # by others than this optimiser
@@ -290,10 +294,21 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """All but the frozen ones, ``requires_grad=False``, which no part of a step may touch."""
+    return [p for p in parameters if p.requires_grad]
+
+
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Those that a step uses: one that is left from before its parameter was frozen is not."""
+    return [p.grad for p in trained(parameters) if p.grad is not None]
+
+
 class StepConstraint(Protocol):
     """An SAE that has something to do right before and after every optimiser step on its weights."""
 
     W_dec: nn.Parameter
+    b_dec: nn.Parameter
 
     def before_optimizer_step(self) -> None: ...
     def after_optimizer_step(self) -> None: ...
@@ -311,11 +326,16 @@ def constrain_optimizer_steps(sae: StepConstraint) -> None:
     of a process; ours are registered when a first SAE asks, and pass by every optimiser without its weights, and
     those that have ``applies_constraint``.
     """
-    if not _constrained:
+    global _constrained
+    if sae in _constrained:
+        return
+    with _lock:
         _register_hooks_once()
-    _constrained.add(sae)
+        # Anew, since another thread's step may be looking through it.
+        _constrained = weakref.WeakSet([*_constrained, sae])
 
 
+_lock = threading.Lock()
 _hooks_registered = False
 
 
@@ -332,5 +352,6 @@ def _notify(optimizer: Optimizer, method: str) -> None:
         return
     stepped = {id(p) for p in parameters_of(optimizer)}
     for sae in list(_constrained):
-        if id(sae.W_dec) in stepped:
+        # An optimiser may have been given no frozen weights, and the router's bias may still have b_dec to follow.
+        if id(sae.W_dec if sae.W_dec.requires_grad else sae.b_dec) in stepped:
             getattr(sae, method)()

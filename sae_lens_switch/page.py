@@ -5,7 +5,7 @@ import json
 import math
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sae_lens_switch
 from sae_lens_switch.analysis import GATE_BINS, Duplicates, RouterGeometry
+from sae_lens_switch.printable import printable
 
 if TYPE_CHECKING:
     from sae_lens_switch.report import Run, Texts
@@ -78,6 +79,11 @@ def page_of(run: "Run", duplicates: Duplicates, geometry: RouterGeometry | None,
 
 
 # Pieces of HTML, and plots
+
+
+def escape(text: str) -> str:
+    """Text, whatever is in it, as HTML."""
+    return escape_html(printable(text))
 
 
 def _json_in_html(value: Any) -> str:
@@ -300,7 +306,9 @@ def _curves(run: "Run", plots: _Plots) -> _Section:
         if lines:
             axis = {"loss": {"type": "log"}, "dead-curve": {"rangemode": "tozero"}}.get(anchor, {})
             places.append(_plot(plots, anchor, title, lines, below, yaxis=axis, showlegend=len(lines) > 1))
-    rows = [row for row in run.history if len(row.get("routing/load", ())) == run.n_experts > 1]
+    loads = [row.get("routing/load") for row in run.history]
+    known = [isinstance(load, list) and len(load) == run.n_experts > 1 for load in loads]
+    rows = [row for row, is_known in zip(run.history, known, strict=True) if is_known]
     if rows:
         z_ET = torch.tensor([[run.n_experts * (load or 0.0) for load in row["routing/load"]] for row in rows]).T
         data = _heatmap(z_ET, _COSINES, "expert %{y}: %{z:.2f} times even", zmid=1, x=tokens(rows))

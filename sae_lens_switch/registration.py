@@ -1,6 +1,7 @@
 """Registration with SAELens, which has no entry points: importing the package is what announces it."""
 
-from typing import Any
+import threading
+from typing import Any, ClassVar
 
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
@@ -31,20 +32,41 @@ def register() -> None:
         _register(SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class, name, sae_class, config_class)
 
 
+_OVERRIDE: Any = (SparseTopKTrainingSAE, TopKTrainingSAEConfig)
+
+
 class override_topk:  # noqa: N801, called like a function
     """From now on, SAELens's own ``topk`` trains on sparse kernels: its scripts stay as they are.
 
-    ``with override_topk(): ...`` ends it with the block, ``restore()`` whenever wanted.
+    ``with override_topk(): ...`` ends it with the block, ``restore()`` whenever wanted. It holds for the whole process,
+    since SAELens has one table of classes for all threads; of several that overlap, until the last has ended.
     """
 
+    _lock = threading.Lock()
+    _active: ClassVar[set["override_topk"]] = set()
+    _stock: ClassVar[Any] = None
+
     def __init__(self) -> None:
-        self._previous = SAE_TRAINING_CLASS_REGISTRY["topk"]
-        SAE_TRAINING_CLASS_REGISTRY["topk"] = (SparseTopKTrainingSAE, TopKTrainingSAEConfig)
+        self._begin()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._active:
+                type(self)._stock = SAE_TRAINING_CLASS_REGISTRY["topk"]
+            self._active.add(self)
+            SAE_TRAINING_CLASS_REGISTRY["topk"] = _OVERRIDE
 
     def restore(self) -> None:
-        SAE_TRAINING_CLASS_REGISTRY["topk"] = self._previous
+        """End this one; a second call does nothing."""
+        with self._lock:
+            ends = self in self._active
+            self._active.discard(self)
+            # What others have registered since is theirs.
+            if ends and not self._active and SAE_TRAINING_CLASS_REGISTRY["topk"] == _OVERRIDE:
+                SAE_TRAINING_CLASS_REGISTRY["topk"] = self._stock
 
     def __enter__(self) -> "override_topk":
+        self._begin()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sae_lens import SAE, TrainingSAE, logger
+from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import (
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
@@ -28,7 +28,6 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_lens_switch.analysis import (
     Activity,
@@ -40,8 +39,10 @@ from sae_lens_switch.analysis import (
 from sae_lens_switch.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.files import fold_saved_scaler
 from sae_lens_switch.history import FILENAME as HISTORY_FILENAME
-from sae_lens_switch.history import read_history
+from sae_lens_switch.history import numbers_of, read_history
 from sae_lens_switch.page import page_of
+from sae_lens_switch.printable import logger, say
+from sae_lens_switch.progress import track
 
 METRICS_FILENAME = "metrics.json"
 TEXT_FOLDER = "held_out"
@@ -116,15 +117,20 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
         sae.turn_off_forward_pass_hook_z_reshaping()  # the activation store lays heads side by side
     loaded = Run(folder, sae.eval(), runner=_json(folder / RUNNER_CFG_FILENAME))
     loaded.density_F = _density(folder / SPARSITY_FILENAME, sae.cfg.d_sae)
-    loaded.metrics = _json(run / METRICS_FILENAME)
+    loaded.metrics = numbers_of(_json(run / METRICS_FILENAME))
     loaded.text = run / TEXT_FOLDER if (run / TEXT_FOLDER).is_dir() else None
     candidates = [Path(history)] if history else [folder / HISTORY_FILENAME, run / HISTORY_FILENAME]
     file = next((file for file in candidates if file.exists()), None)
     if file is not None:
-        loaded.history = read_history(file)
+        try:
+            loaded.history = read_history(file)
+        except (ValueError, OSError) as error:
+            if history:
+                raise
+            loaded.notes.append(f"The history of the run cannot be read: {error}")
     elif history:
         raise ValueError(f"--history must be a {HISTORY_FILENAME} or a .wandb file; there is no {history}")
-    if not loaded.history:
+    if not loaded.history and not loaded.notes:
         loaded.notes.append(
             f"No curve was recorded: there is no {HISTORY_FILENAME} with the SAE. If the run was logged to W&B, online "
             "or offline, give its file: --history wandb/run-.../run-....wandb"
@@ -136,8 +142,8 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
@@ -295,7 +301,7 @@ def _contexts(store: ActivationsStore, n: int) -> Tensor:
 
 def _activations(store: ActivationsStore, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of activations [contexts, positions, D] and of their token ids."""
-    for batch in tqdm(tokens.split(_CONTEXTS_AT_ONCE), desc="Reading text", leave=False):
+    for batch in track(tokens.split(_CONTEXTS_AT_ONCE), desc="Reading text"):
         yield store.get_activations(batch), batch[:, slice(*store.seqpos_slice)]
 
 
@@ -320,7 +326,7 @@ def _losses(sae: Any, lm: Any, store: ActivationsStore, tokens: Tensor, ignored:
         acts[:, :, head] = x
         return acts
 
-    for batch in tqdm(tokens.split(_CONTEXTS_AT_ONCE), desc="Loss of the language model", leave=False):
+    for batch in track(tokens.split(_CONTEXTS_AT_ONCE), desc="Loss of the language model"):
         mask = torch.zeros_like(batch, dtype=torch.bool)
         mask[:, slice(*store.seqpos_slice)] = True
         mask &= ~torch.isin(batch, torch.tensor(ignored, dtype=batch.dtype, device=batch.device))
@@ -498,9 +504,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         file = write_report(**vars(parser.parse_args(argv)))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        say(f"{parser.prog}: {error}", error=True)
+        parser.exit(2)
     size = file.stat().st_size / 2**20
-    print(f"{file} ({size:.1f} MB)")  # noqa: T201
+    say(f"{file} ({size:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from sae_lens_switch_kernels.memory import in_large, zeros_large
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sae_lens_switch.optim import normalize_rows_, parameters_of, without_parallel
+from sae_lens_switch.optim import gradients, normalize_rows_, parameters_of, trained, without_parallel
 
 # Rows are stepped in blocks that stay in cache, so that several operations on a block read memory once; how many rows,
 # is measured on a CPU.
@@ -25,7 +25,7 @@ class RowSparseAdam(Optimizer):
     correction, and rests when its latent does. Other parameters take plain Adam steps.
 
     Moments, and weights of less than float32, are kept in float32. The decoder's constraint, where the SAE has one,
-    is kept for the rows that are touched.
+    is kept for the rows that are touched. A frozen parameter (``requires_grad=False``) stays as it is, to the bit.
     """
 
     applies_constraint = True
@@ -41,9 +41,9 @@ class RowSparseAdam(Optimizer):
         sae.row_grads = self.row_grads = RowGrads()
 
     def grads(self) -> list[Tensor]:
-        """All there are, the compact ones among them."""
-        compact = [g for g in self._by_row().values() if g is not None]
-        return compact + [p.grad for p in parameters_of(self) if p.grad is not None]
+        """All that a step uses, the compact ones among them."""
+        compact = [g for p, g in self._by_row().items() if g is not None and p.requires_grad]
+        return compact + gradients(parameters_of(self))
 
     def _by_row(self) -> dict[nn.Parameter, Tensor | None]:
         sae, r = self.sae, self.row_grads
@@ -56,7 +56,7 @@ class RowSparseAdam(Optimizer):
         sae = self.sae
         by_row = self._by_row()
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in trained(group["params"]):
                 data, rows_R = p.detach(), self.row_grads.rows_R
                 grad = by_row.get(p)
                 if p in by_row:

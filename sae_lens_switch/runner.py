@@ -1,20 +1,18 @@
 """SAELens's runners on our trainer, with what can be known before a long run checked before it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import sae_lens
 import wandb
 from sae_lens import llm_sae_training_runner as llm_module
-from sae_lens import logger
 from sae_lens import multi_sae_training_runner as multi_module
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.training import activation_scaler as activation_scaler_module
 from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.types import MultiHookDataProvider
 from typing_extensions import override
@@ -25,6 +23,9 @@ from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions, check
 from sae_lens_switch.hooks import check_hook, check_hook_name
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.machine import check_run_fits
+from sae_lens_switch.printable import logger
+from sae_lens_switch.progress import Bar, Sentences, progress, track
+from sae_lens_switch.substitution import constructing
 from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
 
 
@@ -118,6 +119,8 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
 class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     """Interrupted between steps only, when all SAEs have had the same batches; checkpoints are whole or not there."""
 
+    _bar: Bar | Sentences | None = None
+
     @cached_property
     def _session(self) -> checkpoints.Session:
         return checkpoints.Session()
@@ -125,7 +128,11 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     @override
     def fit(self) -> Any:
         self._stream = self.data_provider
-        with Interruption() as interruption:
+        with (
+            Interruption() as interruption,
+            constructing(multi_trainer_module, "tqdm", self._progress),
+            constructing(activation_scaler_module, "tqdm", track),
+        ):
             self.data_provider = _interruptible(self._stream, interruption)
             try:
                 return super().fit()
@@ -140,6 +147,17 @@ class _MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                 raise
             finally:
                 self.data_provider = self._stream
+                if self._bar is not None:
+                    self._bar.close()
+
+    def _progress(self, total: int, desc: str) -> Bar | Sentences:
+        self._bar = progress(total, self.n_training_samples, desc, "trained on")
+        return self._bar
+
+    @override
+    def _update_pbar(self, step_outputs: dict[str, Any], pbar: Any, update_interval: int = 100) -> None:
+        done = self.n_training_samples - pbar.n
+        pbar.update(done, lambda: {name: out.loss.item() for name, out in step_outputs.items()})
 
     @override
     def _run_and_log_evals(self) -> None:
@@ -247,14 +265,3 @@ def with_options(options: TrainerOptions) -> Callable[..., SparseSAETrainer[Any,
         return SparseSAETrainer(cfg=replace(SparseSAETrainerConfig.of(cfg), **vars(options)), **kwargs)
 
     return make
-
-
-@contextmanager
-def constructing(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterator[None]:
-    """While a runner runs: SAELens's runners name the trainer they construct, and have no other place to choose it."""
-    stock = getattr(module, name)
-    setattr(module, name, ours)
-    try:
-        yield
-    finally:
-        setattr(module, name, stock)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from sae_lens import logger
 from sae_lens.saes.sae import (
     SAE,
     TrainCoefficientConfig,
@@ -38,6 +37,7 @@ from sae_lens_switch.host import (
 )
 from sae_lens_switch.machine import check_sae_fits
 from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
+from sae_lens_switch.printable import logger
 from sae_lens_switch.router import (
     Assignment,
     RoutingStatistics,
@@ -319,7 +319,11 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
 
     @override
     def _router_bias(self) -> Tensor:
-        return self.b_dec.to(self.W_router.dtype) if self.cfg.tie_router_bias else self.b_router
+        return self.b_dec.to(self.W_router.dtype) if self._is_tied() else self.b_router
+
+    def _is_tied(self) -> bool:
+        """A frozen ``b_router`` follows nothing, and is the one that routes."""
+        return self.cfg.tie_router_bias and self.b_router.requires_grad
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -506,13 +510,13 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        if self.cfg.normalize_decoder:
+        if self.cfg.normalize_decoder and self.W_dec.requires_grad:
             normalize_rows_(self.W_dec)
         self.follow_ties()
 
     @torch.no_grad()
     def follow_ties(self) -> None:
-        if self.cfg.tie_router_bias:
+        if self._is_tied():
             self.b_router.copy_(self.b_dec)
 
     @override

@@ -9,7 +9,8 @@ from typing_extensions import override
 from sae_lens_switch import validation
 from sae_lens_switch.config import TrainerOptions, check_run
 from sae_lens_switch.machine import check_run_fits
-from sae_lens_switch.runner import constructing, with_options
+from sae_lens_switch.runner import with_options
+from sae_lens_switch.substitution import constructing
 from sae_lens_switch.trainer import SparseSAETrainer
 
 

@@ -8,8 +8,8 @@
 
 A flag is a field of ``LanguageModelSAERunnerConfig``: of SAELens's runner, its logger, the SAE's own config, or
 ``TrainerOptions``. A file has the same names, in YAML or JSON, as ``runner_cfg.json`` of a finished run has; flags
-override it. Exit codes: 0, 2 for what was asked wrongly, 1 for a failure; 130 and 143 after SIGINT and SIGTERM, once a
-checkpoint is saved.
+override it. Exit codes: 0, 2 for what was asked wrongly, 1 for a failure; 130, 143 and 129 after SIGINT, SIGTERM and
+SIGHUP, once a checkpoint is saved. A signal that is ignored, as SIGHUP under nohup, stays ignored.
 """
 
 import argparse
@@ -39,8 +39,9 @@ from sae_lens_switch.config import (
     training_config_class,
 )
 from sae_lens_switch.hooks import check_hook_name
-from sae_lens_switch.interruption import INTERRUPTIONS
+from sae_lens_switch.interruption import INTERRUPTIONS, exit_code
 from sae_lens_switch.machine import check_run_fits
+from sae_lens_switch.printable import printable_logs, say
 from sae_lens_switch.runner import LanguageModelSAETrainingRunner
 from sae_lens_switch.trainer import TrainingDivergedError
 
@@ -87,25 +88,26 @@ def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
     try:
         cfg = _configure(_with_dashes(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     if cfg is None:
         return 0
     try:
-        LanguageModelSAETrainingRunner(cfg, **overrides).run()
+        with printable_logs():
+            LanguageModelSAETrainingRunner(cfg, **overrides).run()
     except INTERRUPTIONS as interruption:
-        code = 130 if isinstance(interruption, KeyboardInterrupt) else 143
-        print("interrupted", file=sys.stderr)
+        code = exit_code(interruption)
+        say("interrupted", error=True)
     except (ValueError, OSError, TrainingDivergedError) as error:
         code = 1
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
     else:
         code = 0
         where = "nowhere, since output_path is none" if cfg.output_path is None else cfg.output_path
-        print(f"saved: {where}")
+        say(f"saved: {where}")
     if cfg.checkpoint_path is not None and Path(cfg.checkpoint_path).is_dir():
         again = "" if code == 0 else "; go on with the same command and --resume latest"
-        print(f"checkpoints: {cfg.checkpoint_path}{again}")
+        say(f"checkpoints: {cfg.checkpoint_path}{again}")
     return code
 
 
@@ -121,7 +123,7 @@ def _configure(argv: list[str]) -> LanguageModelSAERunnerConfig | None:
     architecture = asked.architecture or _architecture_of(table)
     if architecture is None:
         if asked.help:
-            print(_overview())
+            say(_overview())
             return None
         raise ValueError(f"--architecture is missing; {_PROGRAM} --help lists them")
     settings = _settings(architecture)
@@ -141,12 +143,15 @@ def _configure(argv: list[str]) -> LanguageModelSAERunnerConfig | None:
     values |= _converted(vars(flags), settings)
     cfg = _config(architecture, values, settings)
     if asked.dry_run:
-        print(_as_file(architecture, cfg, values, settings), end="")
+        say(_as_file(architecture, cfg, values, settings), end="")
         return None
     return cfg
 
 
 def _config(architecture: str, values: dict[str, Any], settings: dict[str, _Setting]) -> LanguageModelSAERunnerConfig:
+    for name, value in values.items():
+        if values.get("log_to_wandb", True) and isinstance(value, str) and not _is_unicode(value):
+            raise ValueError(f"{name} must be Unicode text, or W&B cannot be told; got {value!r}")
     logger = {name: value for name, value in values.items() if settings[name].home == "logger"}
     own = {name: value for name, value in values.items() if name.startswith("sae.")}
     cfg = LanguageModelSAERunnerConfig(
@@ -159,6 +164,10 @@ def _config(architecture: str, values: dict[str, Any], settings: dict[str, _Sett
     if cfg.model_class_name == "HookedTransformer" and not cfg.use_cached_activations:
         check_hook_name(cfg.hook_name)
     return cfg
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 # Settings: names, types, documentation

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import torch
 import wandb
-from sae_lens import logger
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepInput, TrainStepOutput
+from sae_lens.training import activation_scaler as activation_scaler_module
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.util import path_or_tmp_dir
@@ -23,11 +23,10 @@ from sae_lens_switch_kernels.memory import in_large
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_switch import checkpoints
-from sae_lens_switch.accumulation import RowGradsSum, merged
+from sae_lens_switch.accumulation import RowGradsSum, merged, release
 from sae_lens_switch.activations import ActivationSource, activation_batches
 from sae_lens_switch.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
@@ -37,15 +36,17 @@ from sae_lens_switch.history import History
 from sae_lens_switch.host import SparseStepOutput, activation_rows
 from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.machine import check_device, check_writable
-from sae_lens_switch.optim import ConstrainedAdam, total_norm
+from sae_lens_switch.optim import ConstrainedAdam, gradients, total_norm
+from sae_lens_switch.printable import logger
+from sae_lens_switch.progress import progress, track
 from sae_lens_switch.row_sparse import RowSparseAdam
+from sae_lens_switch.substitution import constructing
 from sae_lens_switch.switch import SwitchTrainingSAE
 
 STATE_FILENAME = "sparse_trainer_state.pt"
 # A host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
 _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ON_GPU = 100
-_PROGRESS_EVERY = 100
 # Plain numbers of the trainer that a checkpoint holds.
 _REMEMBERED = (
     *("n_batches_drawn", "n_interventions"),
@@ -133,6 +134,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """In place of SAELens's Adam, under the same schedule."""
         cfg: Any = self.cfg
         sae: Any = self.sae
+        if not any(p.requires_grad for p in sae.parameters()):
+            raise ValueError("an SAE to train must have a parameter with requires_grad=True; this one has none")
         sae.to(cfg.device)
         for p in sae.parameters():
             p.data = in_large(p.data)  # every step goes through all of it
@@ -232,8 +235,10 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             output = self._forward(sae, part, dead_mask, row_grads)
             (output.loss if len(parts) == 1 else output.loss * (len(part) / len(sae_in))).backward()
             row_grads_sum.take()
-            outputs.append(output)
             firings.append(_firings(output))
+            if outputs:
+                release(outputs[-1])
+            outputs.append(output)
         output = merged(outputs)
         row_grads_sum.put_back()
         with torch.no_grad():
@@ -269,7 +274,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Clip, project, step, renormalise. Returns, still on the device, whether there was a step."""
         optimizer, sae = cast(Any, self.optimizer), cast(Any, self.sae)
         row_sparse = isinstance(optimizer, RowSparseAdam)
-        grads = optimizer.grads() if row_sparse else [p.grad for p in sae.parameters() if p.grad is not None]
+        grads = optimizer.grads() if row_sparse else gradients(sae.parameters())
         norm = total_norm(grads)
         good = torch.isfinite(norm) & torch.isfinite(loss.detach())
         max_norm = self.cfg.max_grad_norm
@@ -367,9 +372,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._run_and_log_evals()
         self.n_training_steps += 1
         self._checkpoint_if_needed()
-        progress.update(batch[..., 0].numel())
-        if self.n_training_steps % _PROGRESS_EVERY == 0:
-            progress.set_description(self._describe(output))
+        progress.update(batch[..., 0].numel(), lambda: self._describe(output))
 
     def _next_batch(self) -> Tensor | None:
         self._interruption.check()
@@ -385,19 +388,18 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return batch
 
     def _progress(self) -> Any:
-        return tqdm(total=self.cfg.total_training_samples, initial=self.n_training_samples, desc="Training SAE")
+        return progress(self.cfg.total_training_samples, self.n_training_samples, "Training SAE", "trained on")
 
-    def _describe(self, output: TrainStepOutput) -> str:
-        parts = [f"{name}: {torch.as_tensor(value).item():.5f}" for name, value in output.losses.items()]
+    def _describe(self, output: TrainStepOutput) -> dict[str, Any]:
+        """What a look at the progress shows. Waits for the device."""
+        facts: dict[str, Any] = {"step": self.n_training_steps}
+        facts |= {name: torch.as_tensor(value).item() for name, value in output.losses.items()}
         if self.routing is not None:
             E = len(self.routing.load_E)
-            parts.append(f"busiest expert: {E * float(self.routing.load_E.max()):.1f}x")
-            parts.append(f"dead experts: {int(self.routing.dead_experts.sum())}")
-        dead = int(self.dead_neurons.sum())
-        parts += [f"dead latents: {dead}"] if dead else []
-        skipped = self.n_skipped_steps
-        parts += [f"skipped: {skipped}"] if skipped else []
-        return f"{self.n_training_steps}| {' | '.join(parts)}"
+            facts["busiest expert"] = f"{E * float(self.routing.load_E.max()):.1f}x"
+            facts["dead experts"] = int(self.routing.dead_experts.sum())
+        counts = {"dead latents": int(self.dead_neurons.sum()), "skipped": self.n_skipped_steps}
+        return facts | {name: n for name, n in counts.items() if n}
 
     def _estimate_normalization(self) -> None:
         """As SAELens; statistics that came with a checkpoint are kept."""
@@ -413,7 +415,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             estimate = scaler.estimate_whitening
         else:
             return
-        with self._interruption.waiting():
+        with self._interruption.waiting(), constructing(activation_scaler_module, "tqdm", track):
             estimate(**options)
         self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate
 
@@ -427,6 +429,11 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             yield activation_rows(batch.detach(), self.sae.cfg.d_in)
 
     def _finish(self) -> None:
+        if 0 < self.n_training_steps <= self.n_skipped_steps:
+            raise TrainingDivergedError(
+                f"all {self.n_training_steps} steps were skipped because loss or gradient were not finite: the SAE is "
+                "as it was"
+            )
         self._log(self.full_sparsity_window_log())
         fold_activation_scaler(self.sae, self.activation_scaler)
         self.set_final_sae_metadata()
@@ -734,7 +741,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if "data" in state and _knows_its_place(self.data_provider):
             self.data_provider.load_state_dict(state["data"])  # type: ignore[attr-defined]
         else:
-            for i in tqdm(range(self.n_batches_drawn), desc="Returning to the place in the activations", leave=False):
+            for i in track(range(self.n_batches_drawn), desc="Returning to the place in the activations"):
                 if next(self.data_provider, None) is None:
                     raise ValueError(
                         f"activations ended after {i} of {self.n_batches_drawn} batches, before the place of "

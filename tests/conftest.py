@@ -1,4 +1,5 @@
 import os
+import signal
 
 # Before torch: small matrices only get slower on more threads. Nothing may look for the hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,26 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import pytest
 from helpers import tiny_dataset, tiny_model
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+# A suite in the background ignores SIGINT; what it tests, and the processes that it starts, must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was():
+    """Whatever others leave behind: SAELens's runner its handlers of signals, SAEDashboard its variables."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    variables, classes = dict(os.environ), dict(SAE_TRAINING_CLASS_REGISTRY)
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+    SAE_TRAINING_CLASS_REGISTRY.clear()
+    SAE_TRAINING_CLASS_REGISTRY.update(classes)
 
 
 @pytest.fixture(scope="session")

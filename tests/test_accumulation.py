@@ -1,5 +1,6 @@
 """Gradient accumulation: a batch in parts is the same step, in the memory of one part."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -120,6 +121,24 @@ def test_a_part_takes_the_memory_of_a_part():
         the_trainer = trained(SwitchTrainingSAE(cfg), [batch, batch], gradient_accumulation_steps=parts)
         largest.append(largest_allocation(partial(the_trainer.step, batch)))
     assert largest[1] <= largest[0] / 4
+
+
+def test_dense_latents_of_one_part_at_a_time_are_kept():
+    sae = make_sae("standard", l1_coefficient=0.1)
+    held = []
+    forward = sae.training_forward_pass
+
+    def recorded(step_input):
+        held.append(sum(t() is not None for t in seen))
+        output = forward(step_input=step_input)
+        seen.append(weakref.ref(output.feature_acts))
+        return output
+
+    seen: list[weakref.ref] = []
+    sae.training_forward_pass = recorded
+    trained(sae, [random_input(50, D)], gradient_accumulation_steps=5)
+    assert len(held) == 5
+    assert max(held) <= 1
 
 
 def test_row_gradients_add_up():

@@ -50,7 +50,8 @@ from sae_lens_switch import (
     SparseTopKTrainingSAEConfig,
     TrainerOptions,
 )
-from sae_lens_switch.runner import _MultiSAETrainer, constructing, with_options
+from sae_lens_switch.runner import _MultiSAETrainer, with_options
+from sae_lens_switch.substitution import constructing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 pytestmark = [

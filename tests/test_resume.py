@@ -407,6 +407,12 @@ def test_weights_that_are_not_finite_are_neither_trained_nor_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_of_which_every_step_was_skipped_gives_no_sae():
+    the_trainer = make_trainer(make_sae(), diverging(0), steps=4)
+    with pytest.raises(TrainingDivergedError, match="all 4 steps were skipped .* the SAE is as it was"):
+        the_trainer.fit()
+
+
 def test_a_checkpoint_from_before_gradient_accumulation_is_no_other_run(tmp_path):
     """A manifest of a version without gradient accumulation."""
     make_trainer(make_sae(), checkpoint_path=str(tmp_path), n_checkpoints=1).fit()

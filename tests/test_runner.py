@@ -67,7 +67,8 @@ from sae_lens_switch import (
 )
 from sae_lens_switch.history import FILENAME, read_history
 from sae_lens_switch.optim import constrain_optimizer_steps
-from sae_lens_switch.runner import _MultiSAETrainer, constructing, with_options
+from sae_lens_switch.runner import _MultiSAETrainer, with_options
+from sae_lens_switch.substitution import constructing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),

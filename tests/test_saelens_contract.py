@@ -171,7 +171,7 @@ def fresh_process(tmp_path_factory):
     sae.save_model(folder)
     torch.save({"x": x, "out": sae(x).detach()}, folder / "expected.pt")
     run = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(folder)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", FRESH_PROCESS, str(folder)], capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.split("REPORT")[1])

@@ -435,13 +435,13 @@ def test_the_command_from_another_folder_and_sigterm(tmp_path, offline, processe
     finishing = start(processes, tmp_path, *offline, "--config", file, "--k", str(K), "--output-path", "sae")
     endless = ["--training-tokens", str(64 * 10**6), "--n-checkpoints", str(10**5), "--checkpoint-path", "saved"]
     ended = start(processes, tmp_path, *offline, *endless, "--config", file, "--k", str(K))
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("saved/*/*/checkpoint.json")):
         assert ended.poll() is None, ended.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     ended.send_signal(signal.SIGTERM)
-    out, err = ended.communicate(timeout=60)
+    out, err = ended.communicate(timeout=600)
     assert ended.returncode == 143, err
     assert "interrupted" in err
     assert "Traceback" not in err
@@ -449,7 +449,7 @@ def test_the_command_from_another_folder_and_sigterm(tmp_path, offline, processe
     assert newest is not None  # whole
     assert str(newest.parent.relative_to(tmp_path)) in out
 
-    out, err = finishing.communicate(timeout=120)
+    out, err = finishing.communicate(timeout=600)
     assert finishing.returncode == 0, err
     assert out.splitlines() == ["saved: sae"]
     sae = SAE.load_from_disk(tmp_path / "sae")

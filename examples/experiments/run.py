@@ -240,7 +240,7 @@ def cached_activations(file: Path, made_of: dict[str, str], model: Any, contexts
         raise ValueError(f"there are {len(contexts) * (CONTEXT - SKIPPED)} tokens of text; got {n} wanted")
     tokens = torch.tensor(contexts[:n_contexts]["input_ids"])
     if file.exists():
-        saved = torch.load(file)
+        saved = torch.load(file, weights_only=True)
         if saved["made_of"] == made_of and torch.equal(saved["tokens"], tokens):
             return saved["activations"][:n]
     parts = [
