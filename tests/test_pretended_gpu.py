@@ -1,5 +1,5 @@
-"""A training step on tensors without numbers, torch's meta device, in place of a GPU: whatever would wait for the device
-to read a number back raises, and every copy from the host is seen."""
+"""A training step on tensors without numbers, torch's meta device, in place of a GPU: what would wait for the device to
+read a number back raises, and every copy from the host is seen."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
