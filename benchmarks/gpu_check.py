@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 from gpu.record import Record, run_cases
-from gpu.supervise import environment, finish_tests, kernel_tests, supervise
+from gpu.supervise import environment, finish_tests, kernel_tests, supervise, supervise_shares
 from gpu.table import table
 
 STAGES = ("correctness", "primitives", "steps", "training")
@@ -59,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif tests is not None:  # whose compiling would disturb what is timed
             finish_tests(tests, args.output, tests_until)
             tests = None
-        supervise(command_of(args, stage), file, args.seconds, args.case_seconds or CASE_SECONDS[stage], env, ROOT)
+        limits = args.seconds, args.case_seconds or CASE_SECONDS[stage]
+        if stage == "correctness" and args.jobs > 1:  # the others time what they do
+            supervise_shares(command_of(args, stage), file, args.jobs, *limits, env, ROOT)
+        else:
+            supervise(command_of(args, stage), file, *limits, env, ROOT)
     if tests is not None:
         finish_tests(tests, args.output, tests_until)
     print(table(args.output, args.stage))
@@ -85,8 +90,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, help="its tokens, uint16")
     parser.add_argument("--tests", action="store_true", help="also the kernels' tests, beside correctness (pytest)")
     parser.add_argument("--test-seconds", type=float, default=240.0, help="until those are stopped")
+    parser.add_argument("--jobs", type=int, help="processes of correctness; by default six on a GPU, else one")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.jobs is None:
+        args.jobs = min(6, os.cpu_count() or 1) if args.device == "cuda" and args.deadline is None else 1
     args.output = args.output.resolve()
     if args.minutes is not None:
         args.seconds = 60 * args.minutes
@@ -107,8 +117,8 @@ def command_of(args: argparse.Namespace, stage: str) -> list[str]:
 
 def run_stage(args: argparse.Namespace) -> None:
     (stage,) = args.stage
-    cases = import_module(f"gpu.{stage}").cases(args)
-    run_cases(Record(args.output / f"{stage}.json"), cases, args.deadline)
+    cases = islice(import_module(f"gpu.{stage}").cases(args), args.share, None, args.jobs)
+    run_cases(Record(args.record or args.output / f"{stage}.json"), cases, args.deadline)
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:

@@ -151,6 +151,29 @@ def test_a_case_that_crashes_or_hangs_costs_itself_alone(tmp_path):
     assert "illegal instruction" in cases["crash"]["traceback"]
 
 
+def test_cases_dealt_out_to_several_processes_end_up_in_one_file(tmp_path):
+    script, file = tmp_path / "stage.py", tmp_path / "found.json"
+    script.write_text(
+        STAGE.replace("(args.file)", "(args.record)")
+        .replace(", cases,", ", cases[args.share :: args.jobs],")
+        .replace('"file"', '"--record"')
+        .replace(
+            "args = ", 'parser.add_argument("--share", type=int)\nparser.add_argument("--jobs", type=int)\nargs = '
+        )
+    )
+    Record(file, {"device": "none"}).set("good", status="ok", kept=True)
+    supervise.supervise_shares(
+        [sys.executable, str(script)], file, 2, 300, 1.0, supervise.environment("cpu", ROOT), ROOT
+    )
+    record = Record(file)
+    fates = {name: case["status"] for name, case in record.cases.items()}
+    assert fates == {"good": "ok", "crash": "crashed", "hang": "hung", "last": "ok"}
+    assert record.cases["good"]["kept"]
+    assert record.data["about"] == {"device": "none"}
+    assert "illegal instruction" in file.with_suffix(".log").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "found.log", "stage.py"]
+
+
 def test_a_stage_that_does_not_start_is_reported(tmp_path):
     file = tmp_path / "stage.json"
     Record(file, {}).write()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 
 from gpu.record import DEVICE_LOST, Record
 
@@ -63,6 +66,37 @@ def supervise(
             return
         if process.returncode == 0 or why == "unfinished":
             return
+
+
+def supervise_shares(
+    command: Sequence[str], file: Path, jobs: int, seconds: float, case_seconds: float, env: dict[str, str], cwd: Path
+) -> None:
+    """``supervise``, with the cases dealt out to ``jobs`` processes: a first run compiles most of the time.
+
+    What they find is gathered in ``file`` all the time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [Path(folder) / f"{i}.json" for i in range(jobs)]
+        threads = []
+        for i, part in enumerate(parts):
+            shutil.copy(file, part)
+            share = [*command, "--record", str(part), "--share", str(i), "--jobs", str(jobs)]
+            threads.append(Thread(target=supervise, args=(share, part, seconds, case_seconds, env, cwd)))
+            threads[-1].start()
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(5 * _POLL_S)
+            _gather(file, parts)
+        _gather(file, parts)
+        with file.with_suffix(".log").open("a") as log:
+            log.writelines(part.with_suffix(".log").read_text(errors="replace") for part in parts)
+
+
+def _gather(file: Path, parts: Sequence[Path]) -> None:
+    record, found = Record(file), [Record(part) for part in parts]
+    for part in found:
+        record.data["cases"] |= {name: case for name, case in part.cases.items() if not record.is_done(name)}
+        record.data |= {"error": part.data["error"]} if "error" in part.data else {}
+    record.write()
 
 
 def _wait(process: subprocess.Popen, file: Path, deadline: float, case_seconds: float) -> str:
