@@ -63,7 +63,7 @@ gpu-check: install
 
 # For a GPU machine without network: packages, a packed language model and tokens, in one folder (kernels/README.md).
 PYTHON_VERSION ?= 3.12
-TOKENS ?= 1200000
+TOKENS ?= 1000000
 wheelhouse: install
 	$(BIN)/python benchmarks/gpu/wheelhouse.py --python-version $(PYTHON_VERSION) --tokens $(TOKENS)
 

@@ -88,7 +88,9 @@ def load_model(file: str | Path, device: str = "cpu", dtype: torch.dtype = torch
         model = LlamaModel(config)
     model.norm = torch.nn.Identity()
     model.load_state_dict(weights, strict=True)
-    return model.to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():  # and no buffer: rotary frequencies have to stay float32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
 
 
 def _renamed(name: str, weight: Tensor, config: Any) -> tuple[str, Tensor]:

@@ -308,6 +308,16 @@ def test_packed_layers_give_what_the_whole_model_gives(small_gguf, n_layers, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
 
 
+def test_packed_layers_in_half_precision_keep_their_rotary_frequencies(small_gguf, tmp_path):
+    file = packed_model.pack_model(small_gguf, tmp_path / "packed", 1)
+    whole, half = (packed_model.load_model(file, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.rotary_emb.inv_freq, whole.rotary_emb.inv_freq)
+    with torch.no_grad():
+        out = half(torch.tensor([[3, 1, 4]]), use_cache=False).last_hidden_state
+    assert out.dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_packed_layers_of_the_real_model_give_what_it_gives(tmp_path):
     offline = pytest.importorskip("offline")

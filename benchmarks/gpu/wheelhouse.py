@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--python-version", default="3.12", help="of the machine")
     parser.add_argument("--output", type=Path, default=ROOT / "wheelhouse")
     parser.add_argument("--layers", type=int, default=13, help="of the language model; 0: no model")
-    parser.add_argument("--tokens", type=int, default=1_200_000, help="of documentation and source code; 0: none")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of documentation and source code; 0: none")
     parser.add_argument("--no-packages", action="store_true", help="download nothing")
     return parser.parse_args(argv)
 
