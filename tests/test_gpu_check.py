@@ -232,6 +232,19 @@ def test_the_stand_in_for_wandb_is_a_wheel_that_imports_and_refuses_to_be_used(t
     assert "RuntimeError: wandb.init: this is a stand-in" in done.stderr
 
 
+def test_the_folder_says_whether_it_travels_in_one_copy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "packages").mkdir()
+    for name in ("packages/a.whl", "model.safetensors", "tokens.bin"):
+        (tmp_path / name).write_bytes(bytes(10**6))
+    for limit, code, said in ((64 << 20, 0, False), (2 << 20, 0, True), (10**6 - 1, 1, True)):
+        monkeypatch.setattr(wheelhouse, "LIMIT", limit)
+        monkeypatch.setattr(wheelhouse, "ROOT", tmp_path)  # no checkout
+        assert wheelhouse.told(tmp_path) == code
+        out = capsys.readouterr().out
+        assert "together                    3.00 MB" in out
+        assert ("too large for one copy" in out) == said
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
 def test_blocks_are_dequantised_as_a_loop_does(kind):
     rows, columns = 3, 64
