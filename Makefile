@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU := 2.13.0
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: install quickstart test test-slow campaign bench experiments kernels-report gpu-check docs browser lint clean
+.PHONY: install quickstart test test-slow campaign bench experiments kernels-report gpu-check wheelhouse docs browser lint clean
 
 install: $(VENV)/.installed
 
@@ -56,10 +56,16 @@ experiments: install
 kernels-report: install
 	$(BIN)/python -m sae_lens_switch_kernels.report
 
-# On a machine with a GPU: the kernel tests and the benchmark there, in one file to attach to an issue.
+# On a machine with a GPU: the kernels' tests, then correctness, speed and training, in runs/gpu/*.json.
 gpu-check: install
 	$(PIP) install --quiet -e ".[bench]"
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py --tests
+
+# For a GPU machine without network: packages, a packed language model and tokens, in one folder (kernels/README.md).
+PYTHON_VERSION ?= 3.12
+TOKENS ?= 1000000
+wheelhouse: install
+	$(BIN)/python benchmarks/gpu/wheelhouse.py --python-version $(PYTHON_VERSION) --tokens $(TOKENS)
 
 # The documentation's site, runs/site/index.html; no network is needed.
 docs: install

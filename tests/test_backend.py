@@ -90,6 +90,41 @@ def test_a_kernel_that_fails_its_check_gives_way_to_plain_torch_with_one_warning
 
 
 @pytest.mark.usefixtures("on_triton")
+def test_a_kernel_that_is_wrong_only_in_the_tiles_of_real_shapes_gives_way_on_a_gpu(monkeypatch):
+    def wrong_when_wide(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+        return torch_ops.sparse_decode(values_BK, indices_BK, W_FD) * (1.5 if W_FD.shape[1] >= 256 else 1)
+
+    monkeypatch.setattr(backend._triton_ops(), "sparse_decode", wrong_when_wide)
+    if DEVICE.type == "cpu":
+        assert backend._proven("sparse_decode", DEVICE, torch.float32)
+        backend._proven.cache_clear()
+        shapes = backend._shapes(torch.device("cuda"))
+        monkeypatch.setattr(backend, "_shapes", lambda _: shapes)
+    with pytest.warns(RuntimeWarning, match=r"is off by .* \(B 768, D 256, M 256, E 3, K 5\)"):
+        assert not backend._proven("sparse_decode", DEVICE, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", list(backend._TOLERATED), ids=str)
+@pytest.mark.parametrize("tf32", [False, True], ids=["", "TF32"])
+def test_the_self_check_on_a_gpu_runs_the_tiles_and_the_path_that_real_shapes_take(dtype, tf32):
+    from sae_lens_switch_kernels.blocks import Arch, candidate_block, cdiv, gemm_blocks
+
+    hopper = Arch(lanes=32, shared=232448)
+    shapes = backend._shapes(torch.device("cuda"))
+    real = backend.Shape(B=8192, D=768, M=768, E=32, K=32)
+    for columns in ("M", "D"):  # of an encoder's product, and of a decoder's
+
+        def tiles(shape, columns=columns):
+            rows, columns = cdiv(shape.B, 2 * shape.E), getattr(shape, columns)
+            return gemm_blocks(rows, columns, dtype, hopper, tf32=tf32, inner_contiguous=True)
+
+        assert tiles(real) in [tiles(shape) for shape in shapes]
+    for wide in shapes[1:]:
+        block = candidate_block(wide.M, wide.K)
+        assert cdiv(wide.M, block) + wide.K * block <= wide.M // 2  # block maxima, no direct top-k
+
+
+@pytest.mark.usefixtures("on_triton")
 def test_a_missing_triton_is_one_warning_and_never_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_lens_switch_kernels.triton_ops", None)
     leaves, constants = inputs(3, {"expert_B"}, torch.float32)

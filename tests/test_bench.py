@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--batch", "64", "--d-in", "48", "--d-sae", "384", "--k", "4", "--experts", "4", "--rounds", "1"]
@@ -45,3 +46,30 @@ def test_a_contestant_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench, "sparse_topk", wrong)
     with pytest.raises(SystemExit, match="ours: sparse_topk: .* is off from SAELens topk's by a ratio of"):
         bench.check_closeness(args, names)
+
+
+def test_near_ties_of_half_precision_are_no_reason_to_stop(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench
+
+    shape = ["--batch", "512", "--d-in", "128", "--d-sae", "4096", "--k", "16", "--experts", "4"]
+    args = bench.parse_args([*shape, "--dtype", "bfloat16", "--device", "cpu"])
+    assert bench.precision(args) == "bfloat16"
+    bench.check_closeness(args, ["all experts, masked, 4 experts", "ours: switch, 4 experts"])
+
+
+def test_latents_that_fired_are_counted_without_reading_how_many(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench
+
+    args = bench.parse_args([*SMALL, "--device", "cpu"])
+    ours = bench.Ours(args, bench.switch_sae(args, 4))
+    expected = torch.zeros(args.d_sae)
+    for _ in range(2):
+        ours.step()
+        expected += 1
+        for value, latent in zip(ours.codes.values.flatten(), ours.codes.indices.flatten(), strict=True):
+            if value > 0:
+                expected[latent] = 0
+    assert torch.equal(ours.since_fired, expected)
+    assert 0 < (expected == 0).sum() < args.d_sae

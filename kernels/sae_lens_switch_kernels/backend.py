@@ -1,8 +1,8 @@
 """Which form of a primitive runs: Triton's on a GPU where it has proven itself, plain torch's everywhere else.
 
 The kernels were written without a GPU at hand. So the first time that one is to run on a device, in a dtype, it is
-compared with the plain form on a small case; if it disagrees or fails there, that is said once and the plain form
-runs instead, then and for the rest of the process.
+compared with the plain form on a small case, and on a GPU on one with the tiles of real shapes; if it disagrees or
+fails there, that is said once and the plain form runs instead, then and for the rest of the process.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,9 +89,37 @@ def _triton_ops() -> ModuleType:
     return import_module("sae_lens_switch_kernels.triton_ops")
 
 
+class Shape(NamedTuple):
+    """Of a self-check; letters as everywhere."""
+
+    B: int
+    D: int
+    M: int
+    E: int
+    K: int
+
+
+_SMALL = Shape(72, 80, 48, 4, 5)
+# Block sizes follow the shape: here products take the largest tiles, as at any real size, and top-k its block maxima.
+_WIDE = Shape(768, 256, 256, 3, 5)
+
+
+def _shapes(device: torch.device) -> tuple[Shape, ...]:
+    """Both on a GPU; the interpreter knows no tiles, and would take its time over the wide one."""
+    return (_SMALL, _WIDE) if device.type == "cuda" else (_SMALL,)
+
+
 def _compare(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What is wrong with the Triton form, or nothing."""
-    arguments = _small_case(device, dtype)[name]
+    for shape in _shapes(device):
+        complaint = _compare_at(shape, name, device, dtype)
+        if complaint:
+            return f"{complaint} ({', '.join(f'{letter} {n}' for letter, n in shape._asdict().items())})"
+    return ""
+
+
+def _compare_at(shape: Shape, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    arguments = _case(shape, device, dtype)[name]
     ours, plain = (_tensors(getattr(m, name)(*arguments)) for m in (_triton_ops(), torch_ops))
     if name == "topk_encode":  # which of two nearly equal latents wins is open: compare what was selected
         (values_BK, indices_BK), (plain_BK, _) = ours, plain
@@ -109,9 +137,9 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
 
 
-def _small_case(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every primitive: 72 tokens unevenly over 4 experts of 48 latents, one latent on every token."""
-    B, D, M, E, K = 72, 80, 48, 4, 5
+def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every primitive: tokens unevenly over the experts, one latent of an expert on all its tokens."""
+    B, D, M, E, K = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

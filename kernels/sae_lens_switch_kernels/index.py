@@ -122,4 +122,5 @@ def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:
 
 def one_group(n_tokens: int, device: torch.device) -> ExpertGroups:
     """All tokens belong to one expert."""
-    return ExpertGroups(None, torch.tensor([0, n_tokens], device=device))
+    # Made on the device: a copy of numbers from the host would wait for it.
+    return ExpertGroups(None, torch.arange(2, device=device) * n_tokens)

@@ -1,0 +1,254 @@
+"""Stage `primitives`: what the machine can do, then each primitive beside its floor and beside torch's own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sae_lens_switch_kernels import library, sparse_autoencode, torch_ops
+from sae_lens_switch_kernels.index import latent_index
+from torch import Tensor
+
+from gpu import shapes
+from gpu.correctness import case_of, kernels
+from gpu.record import Case, Record, summary
+from gpu.shapes import Shape, Work
+from gpu.timing import PRECISIONS, dtype_of, free, median_ms, normal, rotated, triton_runs, use
+
+NARROW = [Shape(8192, 768, 24576, 32, E) for E in (1, 32, 128)]
+WIDE = [Shape(8192, 2304, 65536, 64, E) for E in (1, 64)]
+TINY = [Shape(8, 16, 32, 2, E) for E in (1, 2)]
+# Of the threshold between sparse and dense products inside an expert: M / K by the number of experts.
+SWEEP, TINY_SWEEP = (Shape(8192, 768, 24576, 32, 1), (128, 64, 32, 16, 8, 4)), (TINY[0], (4, 1))
+
+
+class Primitive(NamedTuple):
+    """One call of ours on a case's tensors, what it must at least do, and others' ways to the same result."""
+
+    work: Work
+    ours: Callable[[SimpleNamespace], Any]
+    theirs: dict[str, Callable[[SimpleNamespace], Any]]
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    device = args.device
+    yield "ceiling, copy", lambda: copy_ceiling(device, args.tiny)
+    for precision in PRECISIONS:
+        yield f"ceiling, {precision}", lambda p=precision: product_ceiling(p, device, args.tiny)
+    precisions = ("bf16", "fp32") if args.tiny else ("bf16", "tf32", "fp32")
+    narrow, wide = (TINY, []) if args.tiny else (NARROW, WIDE)
+    yield from of_shapes(narrow, precisions, args)
+    yield f"Adam, {narrow[0]}, fp32", lambda: adam(narrow[0], args)
+    shape, experts = TINY_SWEEP if args.tiny else SWEEP
+    for precision, n in product(precisions, experts):
+        swept = shape._replace(E=n)
+        yield f"sparse or dense, M/K {swept.M // swept.K}, {precision}", partial(sweep, swept, precision, device)
+    yield from of_shapes(wide, precisions, args)
+
+
+def of_shapes(shapes_: list[Shape], precisions: tuple[str, ...], args: argparse.Namespace) -> Iterator[Case]:
+    for shape, precision in product(shapes_, precisions):
+        for name in primitives_of(shape, precision):
+            yield f"{name}, {shape}, {precision}", partial(beside, name, shape, precision, args)
+
+
+def copy_ceiling(device: str, tiny: bool) -> dict[str, Any]:
+    n = 1 << (20 if tiny else 29)
+    pairs = rotated(lambda i: [normal(n, seed=i, device=device), torch.zeros(n, device=device)], 8 * n, device)
+    ms = median_ms(lambda pair: pair[1].copy_(pair[0]), pairs, device)
+    free()
+    return {"ms": ms, "per_second": 8 * n / (1e-3 * ms)}
+
+
+def product_ceiling(precision: str, device: str, tiny: bool) -> dict[str, Any]:
+    n = 256 if tiny else 8192
+    use(precision)
+    pairs = rotated(lambda i: normal(2, n, n, seed=i, device=device, dtype=dtype_of(precision)), 8 * n * n, device)
+    ms = median_ms(lambda pair: pair[0] @ pair[1].T, pairs, device)
+    free()
+    return {"ms": ms, "per_second": 2 * n**3 / (1e-3 * ms)}
+
+
+def primitives_of(s: Shape, precision: str) -> dict[str, Primitive]:
+    size = dtype_of(precision).itemsize
+    if s.E > 1:
+        return grouped_primitives(s, size)
+    found = {"topk_encode": Primitive(shapes.encode(s, size), ours_encode, {"mm, topk": mm_and_topk})}
+    wide = Primitive(shapes.select(s, size), ours_select, {"torch.topk": lambda c: c.pre.topk(c.s.K, sorted=False)})
+    found["select_topk"] = wide
+    if precision == "tf32":  # nothing else multiplies matrices
+        return found
+    return found | {
+        "sparse_decode": Primitive(
+            shapes.decode(s, size),
+            lambda c: kernels(c.dtype).sparse_decode(c.values, c.indices, c.W),
+            {
+                "embedding_bag": lambda c: F.embedding_bag(
+                    c.indices, c.W, mode="sum", per_sample_weights=c.values.to(c.W.dtype)
+                )
+            },
+        ),
+        "matmul_at_indices": Primitive(
+            shapes.decode(s, size),
+            lambda c: kernels(c.dtype).matmul_at_indices(c.g, c.W, c.indices),
+            {"gather, bmm": lambda c: torch_ops.matmul_at_indices(c.g, c.W, c.indices)},
+        ),
+        "latent_index": Primitive(shapes.index(s), lambda c: latent_index(c.indices, c.s.F), {}),
+        "latent_weight_grads": Primitive(
+            shapes.weight_grads(s, size),
+            lambda c: kernels(c.dtype).latent_weight_grads(c.index, c.values, c.g, c.d_pre, c.x),
+            {
+                "embedding_bag, twice": lambda c: torch_ops.latent_weight_grads(c.index, c.values, c.g, c.d_pre, c.x),
+                "dense mm, twice": lambda c: (c.pre.T @ c.g, c.pre.T @ c.x),
+            },
+        ),
+    }
+
+
+def grouped_primitives(s: Shape, size: int) -> dict[str, Primitive]:
+    work = shapes.grouped(s, size)
+    found = {"topk_encode": Primitive(shapes.encode(s, size), ours_encode, {"grouped_mm, topk": grouped_mm_and_topk})}
+    found["select_topk"] = Primitive(
+        shapes.select(s, size), ours_select, {"torch.topk": lambda c: c.pre.topk(c.s.K, sorted=False)}
+    )
+    if not triton_runs(torch.bfloat16 if size == 2 else torch.float32):
+        return found
+    from sae_lens_switch_kernels import grouped
+
+    return found | {
+        "grouped_encode": Primitive(
+            work,
+            lambda c: grouped.grouped_encode(c.x, c.W, c.groups.offsets_E1),
+            {"F.grouped_mm": grouped_mm_encode, "bmm, even experts": lambda c: c.x_even @ c.W_EMD.transpose(1, 2)},
+        ),
+        "grouped_decode": Primitive(
+            work,
+            lambda c: grouped.grouped_decode(c.pre, c.W, c.groups.offsets_E1),
+            {"F.grouped_mm": lambda c: F.grouped_mm(c.pre, c.W_EMD, offs=c.ends)},
+        ),
+        "grouped_weight_grad": Primitive(
+            work,
+            lambda c: grouped.grouped_weight_grad(c.pre, c.g, c.groups.offsets_E1),
+            {"F.grouped_mm": lambda c: F.grouped_mm(c.pre.T, c.g, offs=c.ends)},
+        ),
+    }
+
+
+def ours_encode(c: SimpleNamespace) -> Any:
+    return kernels(c.dtype).topk_encode(c.x, c.W, c.s.K, c.groups, None, None, c.dtype)
+
+
+def ours_select(c: SimpleNamespace) -> Any:
+    if not triton_runs(c.dtype):
+        return torch_ops.select_topk(c.pre, c.s.K)
+    from sae_lens_switch_kernels.encode import select_topk
+
+    return select_topk(c.pre, c.s.K)
+
+
+def mm_and_topk(c: SimpleNamespace) -> Any:
+    return (c.x @ c.W.T).topk(c.s.K, sorted=False)
+
+
+def grouped_mm_encode(c: SimpleNamespace) -> Tensor:
+    return F.grouped_mm(c.x, c.W_EMD.transpose(1, 2), offs=c.ends)
+
+
+def grouped_mm_and_topk(c: SimpleNamespace) -> Any:
+    return grouped_mm_encode(c).topk(c.s.K, sorted=False)
+
+
+def tensors(s: Shape, precision: str, device: str, seed: int) -> SimpleNamespace:
+    """As of the stage `correctness`, and what only timing needs; others for another seed."""
+    c = case_of(s, precision, device, seed)
+    c.index = latent_index(c.indices, s.F)
+    c.pre = normal(s.B, s.M, seed=seed + 100, device=device, dtype=c.dtype)
+    c.W_EMD = c.W.view(s.E, s.M, s.D)
+    c.ends = c.groups.offsets_E1[1:].to(torch.int32)
+    c.x_even = c.x[: s.B // s.E * s.E].view(s.E, -1, s.D)
+    return c
+
+
+def beside(name: str, s: Shape, precision: str, args: argparse.Namespace) -> dict[str, Any]:
+    use(precision)
+    size = dtype_of(precision).itemsize
+    n_bytes = (s.F * s.D + 3 * s.B * s.D + s.B * s.M) * size
+    inputs = rotated(lambda i: tensors(s, precision, args.device, 10 * i), n_bytes, args.device)
+    primitive = primitives_of(s, precision)[name]
+    record = Record(args.output / "primitives.json")
+    ms = median_ms(primitive.ours, inputs, args.device)
+    floor = shapes.ceilings_of(record.cases).ms(primitive.work, precision)
+    theirs: dict[str, Any] = {}
+    for label, call in primitive.theirs.items():
+        try:
+            theirs[label] = median_ms(call, inputs, args.device)
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # not in this torch, or not for this dtype
+            theirs[label] = summary(error)
+    del inputs
+    free()
+    found = {"ms": ms, "floor_ms": floor, "times_floor": ms / floor, "theirs_ms": theirs}
+    return found | {"flops": primitive.work.flops, "bytes": primitive.work.bytes}
+
+
+def adam(s: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    """Our optimiser's step with the decoder's constraint, and torch's fused one, over both matrices."""
+    from sae_lens_switch.optim import ConstrainedAdam
+
+    def matrices(seed: int) -> list[torch.nn.Parameter]:
+        found = [torch.nn.Parameter(normal(s.F, s.D, seed=seed + i, device=args.device)) for i in range(2)]
+        for i, p in enumerate(found):
+            p.grad = normal(s.F, s.D, seed=seed + 2 + i, device=args.device)
+        return found
+
+    ours, theirs = matrices(0), matrices(4)
+    steppers = {
+        "ours": ConstrainedAdam(ours, 1e-4, unit_rows=ours[1]),
+        "fused": torch.optim.Adam(theirs, lr=1e-4, fused=True),
+    }
+    ms = {name: median_ms(lambda o: o.step(), [o], args.device) for name, o in steppers.items()}
+    work = shapes.adam(2 * s.F * s.D)
+    floor = shapes.ceilings_of(Record(args.output / "primitives.json").cases).ms(work, "fp32")
+    free()
+    return {
+        "ms": ms["ours"],
+        "floor_ms": floor,
+        "times_floor": ms["ours"] / floor,
+        "theirs_ms": {"torch.optim.Adam, fused": ms["fused"]},
+        "flops": work.flops,
+        "bytes": work.bytes,
+    }
+
+
+def sweep(s: Shape, precision: str, device: str) -> dict[str, Any]:
+    """Forward and backward with sparse and with dense products inside experts."""
+    use(precision)
+    n_bytes = 2 * s.F * s.D * dtype_of(precision).itemsize
+    inputs = rotated(lambda i: case_of(s, precision, device, 10 * i), n_bytes, device)
+
+    def both(c: SimpleNamespace) -> None:
+        W_enc, W_dec = (c.W.detach().requires_grad_() for _ in range(2))
+        out_BD = sparse_autoencode(c.x, W_enc, W_dec, s.K, expert_B=c.expert, n_experts=s.E).out_BD
+        torch.autograd.grad(out_BD, [W_enc, W_dec], c.g)
+
+    found = {}
+    before = library._DENSE_UP_TO
+    try:
+        for route, limit in (("sparse", 0), ("dense", 10**9)):
+            library._DENSE_UP_TO = {device: limit}
+            found[f"{route}_ms"] = median_ms(both, inputs, device)
+    finally:
+        library._DENSE_UP_TO = before
+    del inputs
+    free()
+    return {"M/K": s.M / s.K, **found, "dense_wins_by": found["sparse_ms"] / found["dense_ms"]}
