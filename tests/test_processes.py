@@ -44,6 +44,7 @@ from sae_lens_switch import (
     registration,
     report,
 )
+from sae_lens_switch import runner as runner_module
 from sae_lens_switch.card import model_card
 from sae_lens_switch.history import History, read_history
 from sae_lens_switch.interruption import Interruption, exit_code
@@ -185,12 +186,20 @@ def test_each_thread_constructs_what_it_has_chosen_and_others_what_saelens_would
 
 
 def test_runs_in_two_threads_have_their_own_options_and_a_stock_run_between_them_its_own_trainer(
-    tmp_path, model, dataset
+    tmp_path, model, dataset, monkeypatch
 ):
     """All three are in ``run`` at once: a trainer is made only when the others are about to make theirs."""
     barrier = threading.Barrier(3, timeout=120)
     made: dict[str, Any] = {}
     lock = threading.Lock()  # the language model is one
+
+    def check_hook(*args: Any) -> None:
+        with lock:
+            check(*args)
+        barrier.wait()
+
+    check = runner_module.check_hook
+    monkeypatch.setattr(runner_module, "check_hook", check_hook)
 
     def ours(name: str, optimizer: Any) -> None:
         class Runner(sae_lens_switch.LanguageModelSAETrainingRunner):
@@ -199,11 +208,6 @@ def test_runs_in_two_threads_have_their_own_options_and_a_stock_run_between_them
                 barrier.wait()
                 with lock:
                     return super().run_trainer_with_interruption_handling(trainer)
-
-            def _check_d_in(self):
-                with lock:
-                    super()._check_d_in()
-                barrier.wait()
 
         cfg = LanguageModelSAERunnerConfig(
             architecture="switch", d_in=D, d_sae=F, n_experts=E, k=K, optimizer=optimizer, **run_fields(tmp_path / name)
@@ -719,8 +723,9 @@ def test_names_in_a_model_card_do_no_harm():
 
 def test_names_and_messages_of_training_do_no_harm(tmp_path, capsys, caplog, model, dataset):
     file = tmp_path / "evil.json"
-    settings = {"architecture": "switch", "d_in": D, "d_sae": F, "n_experts": E, "k": K, "hook_name": f"no{EVIL}"}
-    given = run_fields(tmp_path / "x\x1b[2J", dataset_path=EVIL, log_to_wandb=False)
+    settings = {"architecture": "switch", "d_in": D, "d_sae": F, "n_experts": E, "k": K, "hook_name": HOOK}
+    name = EVIL.replace("\0", "")  # which no text may hold
+    given = run_fields(tmp_path / "x\x1b[2J", dataset_path=name, log_to_wandb=False)
     settings |= {n: v for n, v in given.items() if n not in ("logger", "hook_name")}
     file.write_text(json.dumps(settings))
     assert main(["--config", str(file), "--dry-run"]) == 0
@@ -729,7 +734,9 @@ def test_names_and_messages_of_training_do_no_harm(tmp_path, capsys, caplog, mod
     assert main(["--config", f"{file}{EVIL[:5]}"]) == 2
     file.write_text(json.dumps(settings | {"log_to_wandb": True}))
     assert main(["--config", str(file)]) == 2  # W&B would fail after training
-    file.write_text(json.dumps(settings | {"hook_name": HOOK}))
+    file.write_text(json.dumps(settings | {"hook_name": f"no{EVIL}"}))
+    assert main(["--config", str(file), "--dry-run"]) == 2
+    file.write_text(json.dumps(settings))
     assert main(["--config", str(file)], override_model=model, override_dataset=dataset) == 0
     more = capsys.readouterr()
     assert "saved: " in more.out
