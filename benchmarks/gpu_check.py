@@ -84,6 +84,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes: a rehearsal")
     parser.add_argument("--retry", action="store_true", help="also what failed, crashed or hung in an earlier call")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases with one of these in their names")
     parser.add_argument("--case-seconds", type=float, help="a case that takes longer has hung")
     parser.add_argument("--train-seconds", type=float, default=30.0, help="of training, for each SAE")
     parser.add_argument("--model", type=Path, help="packed first layers of a language model (make wheelhouse)")
@@ -112,12 +113,16 @@ def command_of(args: argparse.Namespace, stage: str) -> list[str]:
     options = {"--stage": stage, "--output": args.output, "--device": args.device, "--seconds": args.seconds}
     options |= {"--train-seconds": args.train_seconds, "--model": args.model, "--tokens": args.tokens}
     given = [str(part) for name, value in options.items() if value is not None for part in (name, value)]
+    given += ["--only", *args.only] if args.only else []
     return [sys.executable, str(Path(__file__).resolve()), *given, *(["--tiny"] if args.tiny else [])]
 
 
 def run_stage(args: argparse.Namespace) -> None:
     (stage,) = args.stage
-    cases = islice(import_module(f"gpu.{stage}").cases(args), args.share, None, args.jobs)
+    cases = import_module(f"gpu.{stage}").cases(args)
+    if args.only:
+        cases = (case for case in cases if any(text in case[0] for text in args.only))
+    cases = islice(cases, args.share, None, args.jobs)
     run_cases(Record(args.record or args.output / f"{stage}.json"), cases, args.deadline)
 
 

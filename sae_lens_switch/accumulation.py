@@ -19,6 +19,13 @@ def release(output: TrainStepOutput) -> None:
         output.feature_acts = output.hidden_pre = output.sae_out = output.sae_in.new_empty(0)
 
 
+def without_graph(output: TrainStepOutput) -> TrainStepOutput:
+    """Cut off from autograd's graph, no part of which may outlive a step that is captured."""
+    output.loss, output.sae_out = output.loss.detach(), output.sae_out.detach()
+    output.losses = {name: loss.detach() for name, loss in output.losses.items()}
+    return output
+
+
 def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
     """The output of the whole batch, from those of its parts.
 

@@ -161,6 +161,7 @@ class TrainerOptions:
     Args:
         optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which touches only the latents that were active: at most k of every token, however wide the dictionary.
         gradient_accumulation_steps (int): Parts that each batch is computed in, one after the other, in the memory of one part; their gradients are summed to the batch's. What is taken from a batch as a whole, such as the load balance, is taken from each part.
+        cuda_graph (bool): On a GPU, steps are captured as one CUDA graph and replayed: the host's part, most of a small step, is gone. Results are the same but for the learning rate's rounding to float32. With "adam", for switch and sparse_topk without auxiliary loss. On a CPU it changes nothing.
         max_grad_norm (float | None): Gradients are scaled down to this norm. None: they are not.
         resume (str | None): A checkpoint to go on from, or "latest": the newest whole one below checkpoint_path, if there is any.
         keep_checkpoints (int | None): Older checkpoints than this many are removed. None: all stay. The final one always does.
@@ -172,6 +173,7 @@ class TrainerOptions:
 
     optimizer: OptimizerName = "adam"
     gradient_accumulation_steps: int = 1
+    cuda_graph: bool = False
     max_grad_norm: float | None = 1.0
     resume: str | None = None
     keep_checkpoints: int | None = None

@@ -16,12 +16,15 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-# Rows are visited in blocks that stay in cache, so that several operations on a block read memory once; in how many
-# rows, is measured on a CPU.
-_ROWS_STEPPED = {"cpu": 1024}
-_ROWS_STEPPED_ON_GPU = 1 << 14
-_ROWS_PROJECTED = 256
-_ROWS_NORMALIZED = 4096
+# On a CPU rows are visited in blocks that stay in cache, so that several operations on a block read memory once; in how
+# many rows, is measured. On a GPU each block costs launches, and is as large as memory for its temporaries allows.
+_ROWS_STEPPED, _ROWS_PROJECTED, _ROWS_NORMALIZED = 1024, 256, 4096
+_NUMBERS_ON_GPU = 1 << 28
+
+
+def _blocks(t: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """t [rows, columns] in blocks of ``rows`` on a CPU, of as few as may be elsewhere."""
+    return t.split(rows if t.device.type == "cpu" else max(1, _NUMBERS_ON_GPU // max(1, t[:1].numel())))
 
 
 def scaling_law_lr(d_sae: int) -> float:
@@ -36,7 +39,7 @@ def normalize_rows_(W_FD: Tensor) -> None:
     """Scale each row of W to unit norm, in place; an all-zero row stays zero, and a unit one as it is, to the bit."""
     dtype = torch.promote_types(W_FD.dtype, torch.float32)
     info = torch.finfo(dtype)
-    for rows in W_FD.split(_ROWS_NORMALIZED):
+    for rows in _blocks(W_FD, _ROWS_NORMALIZED):
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
         norms.masked_fill_((norms - 1).abs() <= 8 * info.eps, 1).clamp_min_(info.tiny)
         rows.mul_(norms.reciprocal_())  # half the time of a division
@@ -45,7 +48,7 @@ def normalize_rows_(W_FD: Tensor) -> None:
 @torch.no_grad()
 def remove_parallel_(grad_FD: Tensor, W_FD: Tensor) -> None:
     """Take from each row of grad, in place, its component along the same (unit-norm) row of W."""
-    for grad_rows, rows in zip(grad_FD.split(_ROWS_PROJECTED), W_FD.split(_ROWS_PROJECTED), strict=True):
+    for grad_rows, rows in zip(_blocks(grad_FD, _ROWS_PROJECTED), _blocks(W_FD, _ROWS_PROJECTED), strict=True):
         dtype = torch.promote_types(rows.dtype, torch.float32)
         along = (grad_rows.to(dtype) * rows.to(dtype)).sum(dim=1, keepdim=True)
         grad_rows.sub_(along.to(rows.dtype) * rows)
@@ -153,17 +156,19 @@ class ConstrainedAdam(torch.optim.Adam):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         along_F: Tensor | None = None,
+        lr: Tensor | None = None,
     ) -> None:
         """One step of the gradients divided by ``grad_scale``; none, on the device, where ``found_inf`` is 1.
 
         ``along_F`` is the component of each row of unit_rows.grad along the row, as a backward pass leaves it in
-        ``row_grads``; without it, it is computed. All are for a fused step of float32 alone.
+        ``row_grads``; without it, it is computed. ``lr``, a float32 number on the device, counts in place of the
+        groups' own. All are for a fused step of float32 alone.
         """
         for group in self.param_groups:
             lists: Any = [[] for _ in range(6)]
             self._init_group(group, *lists)
             beta1, beta2 = group["betas"]
-            options = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+            options = {"lr": group["lr"] if lr is None else lr, "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
             options |= {"amsgrad": False, "weight_decay": 0.0, "maximize": False}
             options |= {"grad_scale": grad_scale, "found_inf": found_inf}
             if not group["fused"]:
@@ -200,9 +205,10 @@ class ConstrainedAdam(torch.optim.Adam):
         options: dict[str, Any],
         along_F: Tensor | None,
     ) -> None:
-        n = _ROWS_STEPPED.get(W_FD.device.type, _ROWS_STEPPED_ON_GPU)
+        blocks = [_blocks(t, _ROWS_STEPPED) for t in (W_FD, grad_FD, m_FD, v_FD)]
+        n = len(blocks[0][0])
         scratch = torch.empty_like(W_FD[:n])
-        for i, (w, grad, m, v) in enumerate(zip(*(t.split(n) for t in (W_FD, grad_FD, m_FD, v_FD)), strict=True)):
+        for i, (w, grad, m, v) in enumerate(zip(*blocks, strict=True)):
             if self.project:
                 along = None if along_F is None else along_F[i * n : (i + 1) * n]
                 grad = without_parallel(grad, w, scratch[: len(w)], along)

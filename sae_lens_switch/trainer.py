@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from sae_lens_switch import checkpoints
-from sae_lens_switch.accumulation import RowGradsSum, merged, release
+from sae_lens_switch.accumulation import RowGradsSum, merged, release, without_graph
 from sae_lens_switch.activations import ActivationSource, activation_batches
 from sae_lens_switch.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
@@ -40,6 +40,7 @@ from sae_lens_switch.optim import ConstrainedAdam, gradients, total_norm
 from sae_lens_switch.printable import logger
 from sae_lens_switch.progress import progress, track
 from sae_lens_switch.row_sparse import RowSparseAdam
+from sae_lens_switch.step_graph import StepGraph
 from sae_lens_switch.substitution import constructing
 from sae_lens_switch.switch import SwitchTrainingSAE
 
@@ -60,7 +61,7 @@ _SOURCE = (
 # What may differ between a run and the checkpoint it goes on from.
 _NOT_IN_CHECKPOINT = {
     *("device", "checkpoint_path", "n_checkpoints", "save_final_checkpoint", "logger", "resume"),
-    *("keep_checkpoints", "max_skipped_steps", "gradient_accumulation_steps"),
+    *("keep_checkpoints", "max_skipped_steps", "gradient_accumulation_steps", "cuda_graph"),
 }
 
 
@@ -115,8 +116,10 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._training_weights: Path | None = None
         self._normalizes = sae.cfg.normalize_activations
         self._last_fired_F = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=cfg.device)
+        self._pass = torch.zeros((), dtype=torch.int32, device=cfg.device)  # n_passes, where a captured step sees it
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn, **kwargs)
         self._use_own_optimizer()
+        self._graph, self._scalars = self._make_graph()
         self.n_batches_drawn = 0
         self._skipped = torch.zeros(2, dtype=torch.int64, device=cfg.device)  # in a row, and in all
         self._reported_skips = 0
@@ -129,6 +132,21 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._interruption = Interruption()
         self.history = History(cfg.total_training_steps)
         self.session = checkpoints.Session()
+
+    def _make_graph(self) -> tuple[StepGraph[TrainStepOutput] | None, dict[str, Tensor]]:
+        """What captures a step, and the numbers on the device that it reads. Raises ValueError if none can be."""
+        if not self.cfg.cuda_graph:
+            return None, {}
+        sae: Any = self.sae
+        for name, fits in {
+            f"an SAE with sparse codes, not {sae.cfg.architecture()!r}": hasattr(sae, "row_grads"),
+            "optimizer='adam'": self.cfg.optimizer == "adam",
+            "aux_loss_coefficient=0": not getattr(sae.cfg, "aux_loss_coefficient", 0),
+        }.items():
+            if not fits:
+                raise ValueError(f"cuda_graph must be False without {name}; got True")
+        scalars = {name: torch.zeros((), device=self.cfg.device) for name in self._numbers()}
+        return StepGraph(lambda x_BD: self._on_device(self.sae, x_BD, None)), scalars
 
     def _use_own_optimizer(self) -> None:
         """In place of SAELens's Adam, under the same schedule."""
@@ -175,7 +193,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @n_forward_passes_since_fired.setter
     def n_forward_passes_since_fired(self, value: Tensor) -> None:
-        self._last_fired_F = (self._n_passes - value).to(torch.int32)
+        self._last_fired_F.copy_(self._n_passes - value)
 
     @property
     @override
@@ -194,18 +212,21 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         ours = hasattr(self.sae, "row_grads")
         return self.dead_neurons if uses_it or not ours else None
 
-    def _count_fired(self, firings: list[Firings], n_rows: int, good: Tensor) -> None:
-        self._n_passes += 1
+    def _count_fired(self, firings: list[Firings], good: Tensor) -> None:
         for indices, counts in firings:
             counts = counts * good
-            now = torch.where(counts > 0, self._n_passes, torch.iinfo(torch.int32).min).to(torch.int32)
+            now = torch.where(counts > 0, self._pass, torch.iinfo(torch.int32).min)
             if indices is None:
                 torch.maximum(self._last_fired_F, now, out=self._last_fired_F)
                 self.act_freq_scores += counts
             else:
                 self._last_fired_F.scatter_reduce_(0, indices, now, "amax")
                 self.act_freq_scores.scatter_add_(0, indices, counts.to(self.act_freq_scores.dtype))
-        self.n_frac_active_samples += n_rows
+
+    @override
+    def _reset_running_sparsity_stats(self) -> None:
+        cast(Tensor, self.act_freq_scores).zero_()  # in place: a captured step goes on writing there
+        self.n_frac_active_samples = 0
 
     @override
     def full_sparsity_window_log(self) -> dict[str, Any]:
@@ -226,29 +247,17 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
-        parts = sae_in.chunk(self.cfg.gradient_accumulation_steps)
-        row_grads = getattr(self.optimizer, "row_grads", None)
-        row_grads_sum = RowGradsSum(row_grads if len(parts) > 1 else None)
         dead_mask = self._dead_mask()
-        outputs, firings = [], []
-        for part in parts:
-            output = self._forward(sae, part, dead_mask, row_grads)
-            (output.loss if len(parts) == 1 else output.loss * (len(part) / len(sae_in))).backward()
-            row_grads_sum.take()
-            firings.append(_firings(output))
-            if outputs:
-                release(outputs[-1])
-            outputs.append(output)
-        output = merged(outputs)
-        row_grads_sum.put_back()
-        with torch.no_grad():
-            good = self._clip_and_step(output.loss)
-            if isinstance(sae, SwitchTrainingSAE):
-                sae.settle_start(good)
-            self._count_fired(firings, len(sae_in), good)
-            if self.routing is not None and isinstance(output, SparseStepOutput) and output.routing is not None:
-                self.routing.update(output.routing.load_E)
-        self.optimizer.zero_grad()
+        self._n_passes += 1
+        self._pass.fill_(self._n_passes)
+        if self._graph is None:
+            output = self._on_device(sae, sae_in, dead_mask)
+        else:
+            for name, value in self._numbers().items():
+                self._scalars[name].fill_(value)
+            replays = dead_mask is None and not getattr(sae, "is_fresh", False)
+            output = self._graph(sae_in) if replays else self._on_device(sae, sae_in, dead_mask)
+        self.n_frac_active_samples += len(sae_in)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -257,13 +266,43 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._watch_routing(sae_in)
         return output
 
+    def _numbers(self) -> dict[str, float]:
+        """What of a step the schedules change."""
+        return {"lr": self.optimizer.param_groups[0]["lr"], **self.get_coefficients()}
+
+    def _on_device(self, sae: T_TRAINING_SAE, sae_in: Tensor, dead_mask: Tensor | None) -> TrainStepOutput:
+        """Forward, backward, step and statistics: all that the device does, and nothing that the host keeps."""
+        parts = sae_in.chunk(self.cfg.gradient_accumulation_steps)
+        row_grads = getattr(self.optimizer, "row_grads", None)
+        row_grads_sum = RowGradsSum(row_grads if len(parts) > 1 else None)
+        outputs, firings = [], []
+        for part in parts:
+            output = self._forward(sae, part, dead_mask, row_grads)
+            (output.loss if len(parts) == 1 else output.loss * (len(part) / len(sae_in))).backward()
+            row_grads_sum.take()
+            firings.append(_firings(output))
+            if outputs:
+                release(outputs[-1])
+            outputs.append(output if self._graph is None else without_graph(output))
+        output = merged(outputs)
+        row_grads_sum.put_back()
+        with torch.no_grad():
+            good = self._clip_and_step(output.loss)
+            if isinstance(sae, SwitchTrainingSAE):
+                sae.settle_start(good)
+            self._count_fired(firings, good)
+            if self.routing is not None and isinstance(output, SparseStepOutput) and output.routing is not None:
+                self.routing.update(output.routing.load_E)
+        self.optimizer.zero_grad()
+        return output
+
     def _forward(
         self, sae: T_TRAINING_SAE, x_BD: Tensor, dead_mask: Tensor | None, row_grads: RowGrads | None
     ) -> TrainStepOutput:
         step_input = TrainStepInput(
             sae_in=x_BD,
             dead_neuron_mask=dead_mask,  # type: ignore[arg-type]
-            coefficients=self.get_coefficients(),
+            coefficients=self.get_coefficients() if self._graph is None else cast(Any, self._scalars),
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
@@ -291,7 +330,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         elif optimizer.is_fused and norm.dtype == torch.float32:
             # The fused step divides by the scale, and leaves everything as it is where something was not finite.
             along_F = None if optimizer.row_grads is None else optimizer.row_grads.along_R
-            optimizer.step(grad_scale=scale, found_inf=(~good).to(torch.float32), along_F=along_F)
+            lr = self._scalars.get("lr")
+            optimizer.step(grad_scale=scale, found_inf=(~good).to(torch.float32), along_F=along_F, lr=lr)
         elif good:
             for grad in grads:
                 grad.div_(scale)
@@ -628,6 +668,8 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Everything but what concerns the activations and random numbers, which is returned."""
         checkpoints.verify(path, self.config_of_record())
         self._check_source(path)
+        if self._graph is not None:
+            self._graph.forget()
         self.session.go_on_from(path)
         training = path / TRAINING_FOLDER
         self._training_weights = training / SAE_WEIGHTS_FILENAME if training.is_dir() else None

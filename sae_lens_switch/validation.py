@@ -293,6 +293,7 @@ SPARSE_TOPK: dict[str, Rule] = {
 OPTIONS: dict[str, Rule] = {
     "optimizer": Choice(get_args(OptimizerName)),
     "gradient_accumulation_steps": _size,
+    "cuda_graph": _flag,
     "max_grad_norm": Number(above=0, optional=True),
     "resume": _path,
     "keep_checkpoints": Whole(at_least=1, optional=True),

@@ -18,7 +18,7 @@ from sae_lens_switch_kernels import backend, torch_ops
 from sae_lens_switch_kernels.index import ExpertGroups, expert_groups, latent_index, one_group
 from torch import Tensor
 
-from gpu import gradients
+from gpu import gradients, repeats
 from gpu.record import Case
 from gpu.shapes import Shape
 from gpu.timing import PRECISIONS, dtype_of, free, normal, triton_runs, use
@@ -49,6 +49,14 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 yield (
                     f"gradients of {kind}, {label}, {precision}",
                     lambda k=kind, s=shape, p=precision: gradients.check(k, s, p, args.device),
+                )
+    for kind in ("switch", "sparse_topk"):
+        s = shapes["odd"] if kind == "switch" else shapes["odd"]._replace(E=1)
+        for precision in (*precisions, "autocast") if on_gpu else ("fp32",):
+            for optimizer in ("adam", "row_sparse_adam"):
+                yield (
+                    f"training of {kind} twice, {precision}, {optimizer}",
+                    lambda k=kind, s=s, p=precision, o=optimizer: repeats.check(k, s, p, args.device, o),
                 )
     for kind in ("switch", "sparse_topk"):
         yield (

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sae_lens.config import SAETrainerConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -37,7 +37,8 @@ FAR = 10**12  # samples: no run gets there
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     def step(kind: str, s: Shape, precision: str, **options: Any) -> Case:
-        extra = "".join(f", {value}" for value in options.values())
+        graph = ", graph" if options.get("cuda_graph") else ""
+        extra = graph + (f", {options['optimizer']}" if "optimizer" in options else "")
         return f"{kind}, {s}, {precision}{extra}", partial(measure, kind, s, precision, args, **options)
 
     if args.tiny:
@@ -47,9 +48,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for s in shapes_:
         for precision in ("bf16", "fp32") if args.tiny else ("bf16", "fp32", "tf32"):
             yield step("SAELens topk", s, precision)
-            yield step("sparse_topk", s, precision)
-            for E in experts if s != GEMMA else [64]:
-                yield step("switch", s._replace(E=E), precision)
+            for graph in (True, False):
+                yield step("sparse_topk", s, precision, cuda_graph=graph)
+                for E in experts if s != GEMMA else [64]:
+                    yield step("switch", s._replace(E=E), precision, cuda_graph=graph)
         if s != GEMMA:
             for precision in ("bf16", "tf32"):
                 yield step("sparsify", s, precision)
@@ -57,6 +59,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             yield step("switch", s._replace(E=experts[0]), "bf16", optimizer="row_sparse_adam")
     if args.tiny:
         return
+    yield step("switch", WIDE, "bf16", cuda_graph=True)
     for optimizer in ("adam", "row_sparse_adam"):
         yield step("switch", WIDE, "bf16", optimizer=optimizer)
     yield step("SAELens topk", WIDE._replace(E=1), "bf16")
@@ -71,6 +74,7 @@ def trainer_of(
     device: str,
     *,
     optimizer: str = "adam",
+    cuda_graph: bool = False,
     aux_loss_coefficient: float = 0.0,
     window: int = 10**6,
     lr: float = 1e-4,
@@ -80,7 +84,8 @@ def trainer_of(
     options: dict[str, Any] = {"d_in": s.D, "d_sae": s.F, "k": s.K, "device": device, "dtype": "float32"}
     options["aux_loss_coefficient"] = aux_loss_coefficient
     run: dict[str, Any] = {"lr": lr, "lr_end": lr, "total_training_samples": FAR, "device": device}
-    run |= {"train_batch_size_samples": s.B, "autocast": precision == "bf16", "dead_feature_window": window}
+    run |= {"train_batch_size_samples": s.B, "dead_feature_window": window, "logger": LoggingConfig(log_to_wandb=False)}
+    run["autocast"] = precision in ("bf16", "autocast")
     batches = [normal(s.B, s.D, seed=30 + i, device=device) for i in range(4)]
     use(precision)
     if kind == "SAELens topk":
@@ -90,7 +95,7 @@ def trainer_of(
         sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=s.E))
     else:
         sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
-    cfg = SparseSAETrainerConfig(**run, optimizer=optimizer)  # type: ignore[arg-type]
+    cfg = SparseSAETrainerConfig(**run, optimizer=optimizer, cuda_graph=cuda_graph)  # type: ignore[arg-type]
     return SparseSAETrainer(cfg, sae, iter([])), batches
 
 
@@ -137,7 +142,7 @@ def measure(kind: str, s: Shape, precision: str, args: argparse.Namespace, **opt
         torch.cuda.reset_peak_memory_stats()
     step = stepper_of(kind, s, precision, device, **options)
     try:
-        for i in range(3):
+        for i in range(6):  # a graph is captured at the fifth
             step(i)
         synchronize(device)
         found = timed(step, device, n=2 if args.tiny else 10)

@@ -59,14 +59,24 @@ def tile_warps(elements: int, lanes: int) -> int:
 
 
 def gemm_blocks(
-    rows: int, columns: int, dtype: torch.dtype, arch: Arch, *, tf32: bool = False, inner_contiguous: bool = False
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    arch: Arch,
+    *,
+    tf32: bool = False,
+    in_parts: bool = False,
+    inner_contiguous: bool = False,
 ) -> GemmBlocks:
     """Tile of a matrix product with `rows` by `columns` results; `inner_contiguous` if both operands are contiguous
-    along the summed dimension."""
+    along the summed dimension; `in_parts` if float32 is multiplied as three products of TF32 parts."""
     itemsize = max(2, dtype.itemsize)
     if itemsize > 2 and not tf32:
         # fp32 proper runs outside the tensor cores and holds its operands in registers: more would spill.
         largest_rows, largest_columns, inner, threads = 64, 64, 16, 256
+    elif in_parts:
+        # The parts of both operands are held in registers at once, of which only Hopper's tensor cores leave enough.
+        largest_rows, largest_columns, inner, threads = 64, 128 if arch.shared > 200_000 else 64, 32, 128
     elif tf32 and not inner_contiguous:
         # Tensor cores want TF32 operands contiguous along the sum. An asynchronous copy that transposes moves four
         # bytes at a time; a plain load moves sixteen, and three small blocks on a multiprocessor hide its latency.

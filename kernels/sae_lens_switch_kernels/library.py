@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from sae_lens_switch_kernels import torch_ops as plain
 from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.index import (
     ExpertGroups,
@@ -513,11 +514,7 @@ class _Codes:
                 self.p.grouped_weight_grad(v_BK, self.indices_BK, y_BD, self.n_latents, *self.dense_options)
                 for v_BK, y_BD in ((values_BK, g_BD), (d_pre_BK, x_BD))
             )
-            sums = [
-                t_BK.new_zeros(self.n_latents).index_add_(0, self.indices_BK.flatten(), t_BK.flatten())
-                for t_BK in (d_pre_BK, along_BK)
-                if t_BK is not None
-            ]
+            sums = [self._sums(t_BK) for t_BK in (d_pre_BK, along_BK) if t_BK is not None]
             return None, (dW_dec_FD, dW_enc_FD, *sums)
         rows_R, index = None, None
         if self.active_only:
@@ -525,6 +522,14 @@ class _Codes:
         index = index or latent_index(self.indices_BK, self.n_latents)
         grads = self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD)[:3]
         return rows_R, grads if along_BK is None else (*grads, index.sums(along_BK.flatten()[index.order_N]))
+
+    def _sums(self, t_BK: Tensor) -> Tensor:
+        """[F], of each latent's entries, in a fixed order: index_add_ has none on a GPU, and sums in t's dtype."""
+        if t_BK.device.type == "cpu" and self.p is plain:
+            return t_BK.new_zeros(self.n_latents).index_add_(0, self.indices_BK.flatten(), t_BK.flatten())
+        ones_B1 = t_BK.new_ones(len(t_BK), 1)
+        sums_F1 = self.p.grouped_weight_grad(t_BK, self.indices_BK, ones_B1, self.n_latents, *self.dense_options)
+        return sums_F1.squeeze(1)
 
 
 def _check_range(name: str, t: Tensor, end: int) -> None:
