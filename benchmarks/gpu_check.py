@@ -89,6 +89,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-seconds", type=float, default=30.0, help="of training, for each SAE")
     parser.add_argument("--model", type=Path, help="packed first layers of a language model (make wheelhouse)")
     parser.add_argument("--tokens", type=Path, help="its tokens, uint16")
+    parser.add_argument("--no-graph", action="store_true", help="train without CUDA graphs")
     parser.add_argument("--tests", action="store_true", help="also the kernels' tests, beside correctness (pytest)")
     parser.add_argument("--test-seconds", type=float, default=240.0, help="until those are stopped")
     parser.add_argument("--jobs", type=int, help="processes of correctness; by default six on a GPU, else one")
@@ -114,6 +115,7 @@ def command_of(args: argparse.Namespace, stage: str) -> list[str]:
     options |= {"--train-seconds": args.train_seconds, "--model": args.model, "--tokens": args.tokens}
     given = [str(part) for name, value in options.items() if value is not None for part in (name, value)]
     given += ["--only", *args.only] if args.only else []
+    given += ["--no-graph"] if args.no_graph else []
     return [sys.executable, str(Path(__file__).resolve()), *given, *(["--tiny"] if args.tiny else [])]
 
 

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -168,6 +169,8 @@ class ConstrainedAdam(torch.optim.Adam):
             lists: Any = [[] for _ in range(6)]
             self._init_group(group, *lists)
             beta1, beta2 = group["betas"]
+            # Named, since torch would find out by reading lr whether it can be a float.
+            fused = torch.ops.aten._fused_adam_.default if lr is None else torch.ops.aten._fused_adam_.tensor_lr
             options = {"lr": group["lr"] if lr is None else lr, "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
             options |= {"amsgrad": False, "weight_decay": 0.0, "maximize": False}
             options |= {"grad_scale": grad_scale, "found_inf": found_inf}
@@ -180,9 +183,9 @@ class ConstrainedAdam(torch.optim.Adam):
             for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
                 grad = grad.contiguous()  # torch's fused step takes for granted that it is laid out as the parameter
                 if p is self.unit_rows:
-                    self._step_unit_rows(p, grad, m, v, step, options, along_F)
+                    self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), along_F)
                 else:
-                    torch.ops.aten._fused_adam_([p], [grad], [m], [v], [], [step], **options)
+                    fused([p], [grad], [m], [v], [], [step], **options)
             if found_inf is not None:
                 for step in steps:
                     step.sub_(found_inf)
@@ -202,7 +205,7 @@ class ConstrainedAdam(torch.optim.Adam):
         m_FD: Tensor,
         v_FD: Tensor,
         step: Tensor,
-        options: dict[str, Any],
+        fused: Callable[..., Any],
         along_F: Tensor | None,
     ) -> None:
         blocks = [_blocks(t, _ROWS_STEPPED) for t in (W_FD, grad_FD, m_FD, v_FD)]
@@ -212,7 +215,7 @@ class ConstrainedAdam(torch.optim.Adam):
             if self.project:
                 along = None if along_F is None else along_F[i * n : (i + 1) * n]
                 grad = without_parallel(grad, w, scratch[: len(w)], along)
-            torch.ops.aten._fused_adam_([w], [grad], [m], [v], [], [step], **options)
+            fused([w], [grad], [m], [v], [], [step])
             normalize_rows_(w)
 
 

@@ -9,7 +9,7 @@ from itertools import cycle
 import pytest
 import torch
 from helpers import D, E, F, K, M, activations, largest_allocation, net_allocated, trainer, training_sae
-from sae_lens.config import SAETrainerConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -431,8 +431,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])
-def test_a_step_never_waits_for_the_device(architecture, monkeypatch):
+def test_a_step_never_waits_for_the_device(architecture, cuda_graph, monkeypatch):
     # As on a GPU, where a range is checked by an assertion on the device.
     monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})
     monkeypatch.setattr(library, "_check_range", lambda *_: None)
@@ -442,7 +443,7 @@ def test_a_step_never_waits_for_the_device(architecture, monkeypatch):
         if architecture == "switch"
         else topk(SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, aux_loss_coefficient=0.0)
     )
-    trainer_ = our_trainer(sae, batches)
+    trainer_ = our_trainer(sae, batches, cuda_graph=cuda_graph, logger=LoggingConfig(log_to_wandb=False))
     run(trainer_, batches[:2])
     with Waits() as waits:
         run(trainer_, batches[2:3])

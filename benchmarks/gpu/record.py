@@ -84,12 +84,12 @@ def summary(error: BaseException) -> str:
 
 
 def device_is_lost() -> bool:
-    """After an illegal access or an assertion on the device, every later call of the process fails."""
+    """After an illegal access, an assertion on the device or a capture that failed, every later call fails."""
     if not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()
-        torch.ones(1, device="cuda").sum().item()
+        torch.rand(1, device="cuda").sum().item()
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
     except RuntimeError:

@@ -141,7 +141,7 @@ def train(name: str, c: Contestant, s: Shape, given: Activations, args: argparse
     free()
     use(c.precision)
     options: dict[str, Any] = {"window": 500, "lr": scaling_law_lr(s.F), "aux_loss_coefficient": c.aux_loss_coefficient}
-    options["cuda_graph"] = c.kind != "SAELens topk" and not c.aux_loss_coefficient
+    options["cuda_graph"] = c.kind != "SAELens topk" and not c.aux_loss_coefficient and not args.no_graph
     trainer, some = trainer_of(c.kind, s, c.precision, args.device, **options)
     for _ in range(2):  # kernels are compiled at their first call: that is no training
         trainer.step(some[0])

@@ -106,7 +106,7 @@ def _grouped_matmul(a_BC: Tensor, W_FD: Tensor, offsets_E1: Tensor, transposed: 
     E = len(offsets_E1) - 1
     N = len(W_FD) // E if transposed else W_FD.shape[1]
     out_BN = a_BC.new_empty(B, N)
-    precision = _dot_precision(a_BC)
+    precision = _dot_precision(a_BC, inner_contiguous=transposed)
     # Tiles of half an expert's average share: rarely is a tile nearly empty because an expert has a few rows more.
     blocks = gemm_blocks(
         cdiv(B, 2 * E),
@@ -144,9 +144,8 @@ def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor) -> Tenso
     """dW_e = a_e^T g_e, shape [F, D]; zero for an expert without rows."""
     M, D, E = a_BM.shape[1], g_BD.shape[1], len(offsets_E1) - 1
     out_FD = g_BD.new_empty(E * M, D)
-    precision = _dot_precision(g_BD)
-    options = {"tf32": precision != "ieee", "in_parts": precision == "tf32x3"}
-    blocks = gemm_blocks(M, D, g_BD.dtype, arch_of(g_BD.device), **options)
+    precision = _precision(g_BD)
+    blocks = gemm_blocks(M, D, g_BD.dtype, arch_of(g_BD.device), tf32=precision == "tf32")
     launch(
         _grouped_weight_grad_kernel,
         (E * cdiv(M, blocks.rows) * cdiv(D, blocks.columns),),
@@ -166,12 +165,13 @@ def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor) -> Tenso
     return out_FD
 
 
-def _dot_precision(t: Tensor) -> str:
+def _dot_precision(t: Tensor, inner_contiguous: bool) -> str:
     """How tensor cores multiply. float32 proper, which they cannot, is three products of TF32 parts: as exact but for
-    the last bits, and several times as fast as outside of them. On NVIDIA's from Ampere on, which have the memory."""
+    the last bits. On an H200 an encoder's product is seven times as fast so, but operands that are not contiguous along
+    the sum are slower. On NVIDIA's GPUs from Ampere on, which have the memory."""
     precision, arch = _precision(t), arch_of(t.device)
-    has_tf32 = arch.lanes == 32 and arch.shared > 100_000
-    return "tf32x3" if precision == "ieee" and t.dtype == torch.float32 and has_tf32 else precision
+    in_parts = inner_contiguous and arch.lanes == 32 and arch.shared > 100_000
+    return "tf32x3" if precision == "ieee" and t.dtype == torch.float32 and in_parts else precision
 
 
 def _precision(t: Tensor) -> str:
