@@ -30,6 +30,8 @@ REPO, SAE_ID = "user/saes", "layer_12/switch"
 # One kernel runs them all: SAELens is imported, and the text read, once. Their names are their own.
 BEFORE = """%reset -f
 import functools, sys
+import torch
+torch.set_grad_enabled(True)  # whatever the notebook before has set
 sys.path.insert(0, "..")
 import offline
 if not hasattr(offline.text_datasets, "cache_info"):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sae_lens_switch.codes import SparseCodes
 from sae_lens_switch.host import SparseStepOutput, aux_loss
 from sae_lens_switch.row_sparse import RowSparseAdam
-from sae_lens_switch.trainer import SparseSAETrainer
+from sae_lens_switch.trainer import SparseSAETrainer, _firings
 
 B, D, F, K = 40, 16, 96, 3
 
@@ -119,16 +119,15 @@ def test_the_weight_of_aux_k_is_made_on_the_device(copies):
 
 def test_firing_is_counted_on_the_device(copies):
     trainer = SimpleNamespace(
-        _n_passes=3,
+        _pass=on_device(dtype=torch.int32),
         _last_fired_F=on_device(F, dtype=torch.int32),
         act_freq_scores=on_device(F),
-        n_frac_active_samples=0,
     )
     x = on_device(B, D)
     fields = dict.fromkeys(TrainStepOutput.__annotations__) | {"sae_in": x}
     fields.pop("feature_acts")
     output = SparseStepOutput(codes=SparseCodes(on_device(B, K), on_device(B, K, dtype=torch.int64), F), **fields)
-    SparseSAETrainer._count_fired(trainer, output, on_device(dtype=torch.bool))  # type: ignore[arg-type]
+    SparseSAETrainer._count_fired(trainer, [_firings(output)], on_device(dtype=torch.bool))  # type: ignore[arg-type]
     assert copies == []
 
 
