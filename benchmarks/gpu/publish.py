@@ -1,0 +1,198 @@
+"""Tables and a picture from the results in docs/gpu, for the pages that show them.
+
+python benchmarks/gpu/publish.py            # writes docs/gpu/README.md and the marked parts of other pages
+python benchmarks/gpu/publish.py --check    # exit code 1 if any of them is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "gpu"
+FIRST, MENDED, LAST = (RESULTS / name for name in ("1-first", "2-mended", "3-graph"))
+PICTURE = RESULTS / "error-against-seconds.png"
+_WIDTHS = {
+    "B 8,192 D 768 F 24,576 k 32": "B 8,192, D 768, F 24,576, k 32",
+    "B 8,192 D 2,304 F 65,536 k 64": "B 8,192, D 2,304, F 65,536, k 64",
+    "B 8,192 D 4,096 F 262,144 k 64": "B 8,192, D 4,096, F 262,144, k 64",
+}
+_PRECISIONS = {"bf16": "bf16 autocast", "tf32": "TF32", "fp32": "float32"}
+
+Cases = dict[str, dict[str, Any]]
+
+
+def cases(folder: Path, stage: str) -> Cases:
+    return json.loads((folder / f"{stage}.json").read_text())["cases"]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def steps() -> str:
+    """Whole steps, beside SAELens's of the same call."""
+    before, now = cases(FIRST, "steps"), cases(LAST, "steps")
+    parts = []
+    for width, said in _WIDTHS.items():
+        rows = []
+        for precision in _PRECISIONS:
+            stock = now.get(f"SAELens topk, {width}, {precision}")
+            if stock is None:
+                continue
+            rows.append([_PRECISIONS[precision], "SAELens `topk`", "", f"{stock['ms']:.1f}", "", "1"])
+            for name, case in now.items():
+                found = re.fullmatch(rf"(sparse_topk|switch), {width}(?: E (\d+))?, {precision}, graph", name)
+                if found is None:
+                    continue
+                eager = before.get(name.removesuffix(", graph"), before.get(name.replace(", graph", ", adam"), {}))
+                experts = f", {found[2]} experts" if found[2] else ""
+                first = f"{eager['ms']:.1f}" if eager else ""
+                rows.append(
+                    ["", f"`{found[1]}`{experts}", first, f"{case['ms']:.2f}", f"{case['floor_ms']:.2f}"]
+                    + [f"**{stock['ms'] / case['ms']:.1f}**"]
+                )
+        head = ["precision", said, "first call, ms", "`cuda_graph=True`, ms", "floor, ms", "x SAELens"]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def short_steps() -> str:
+    """One row an SAE, at the width of GPT-2's SAEs."""
+    now, width = cases(LAST, "steps"), "B 8,192 D 768 F 24,576 k 32"
+    kinds = {
+        "SAELens `topk`": f"SAELens topk, {width}, {{}}",
+        "`sparse_topk`": f"sparse_topk, {width}, {{}}, graph",
+        "`switch`, 32 experts": f"switch, {width} E 32, {{}}, graph",
+        "`switch`, 128 experts": f"switch, {width} E 128, {{}}, graph",
+    }
+    rows = []
+    for said, name in kinds.items():
+        row = [said]
+        for precision in _PRECISIONS:
+            ms = now[name.format(precision)]["ms"]
+            ratio = now[f"SAELens topk, {width}, {precision}"]["ms"] / ms
+            row.append(f"{ms:.2f} ms" + (f", {ratio:.1f} x" if ratio != 1 else ""))
+        rows.append(row)
+    return table(["a training step", *_PRECISIONS.values()], rows)
+
+
+def primitives() -> str:
+    """Each of the last call that measured it."""
+    found = cases(FIRST, "primitives") | cases(LAST, "primitives")
+    ceilings = [
+        f"{n.removeprefix('ceiling, ')} {c['per_second'] / 1e12:.1f}" for n, c in found.items() if "ceiling" in n
+    ]
+    rows = []
+    for name, case in found.items():
+        if "times_floor" not in case:
+            continue
+        theirs = ", ".join(f"{n} {ms:.3f}" for n, ms in case["theirs_ms"].items() if isinstance(ms, float))
+        rows.append([name, f"{case['ms']:.3f}", f"{case['floor_ms']:.3f}", f"{case['times_floor']:.1f}", theirs])
+    said = f"Ceilings measured first: {', '.join(ceilings)} (T bytes or FLOPs a second)."
+    return said + "\n\n" + table(["operation", "ms", "floor, ms", "x floor", "torch's own, ms"], rows)
+
+
+def correctness() -> str:
+    counts = []
+    for folder, said in ((FIRST, "first call"), (MENDED, "after the first mends"), (LAST, "with graphs")):
+        found = cases(folder, "correctness")
+        good = sum(case["status"] == "ok" for case in found.values())
+        counts.append(f"{good} of {len(found)} cases ({said})")
+    worst: dict[str, float] = defaultdict(float)
+    for folder in (FIRST, MENDED, LAST):
+        for name, case in cases(folder, "correctness").items():
+            if case["status"] == "ok" and "errors" in case:
+                precision = name.rsplit(", ", 1)[-1]
+                worst[precision] = max(worst[precision], *case["errors"].values())
+    kernel_tests = cases(FIRST, "kernel-tests")["kernel tests"]["result"]
+    names = {"fp32": "float32", "tf32": "TF32", "bf16": "bf16", "autocast": "bf16 autocast"}
+    errors = ", ".join(f"{said} {worst[precision]:.1g}" for precision, said in names.items())
+    return (
+        f"Against dense float64: {'; '.join(counts)}. Largest error of a result in units of its norm: {errors}. The "
+        f"kernels' own tests there: {kernel_tests}."
+    )
+
+
+def curves() -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    with (LAST / "training.csv").open() as file:
+        for row in csv.DictReader(file):
+            found[row["sae"]].append({name: float(value) for name, value in row.items() if name != "sae"})
+    return found
+
+
+def training() -> str:
+    found = curves()
+    bar = found[next(iter(found))][-1]["error"]  # SAELens's at its end
+    rows = []
+    for name, curve in found.items():
+        last = curve[-1]
+        there = next((point["seconds"] for point in curve if point["error"] <= bar), None)
+        rows.append(
+            [name, f"{last['tokens'] / 1e6:.1f}", f"{last['error']:.4f}", f"{last['dead']:.0%}"]
+            + [f"{there:.1f}" if there else "not reached"]
+        )
+    head = ["SAE", "million tokens in 10 s", "unexplained variance", "dead latents", f"seconds to {bar:.3f}"]
+    return table(head, rows)
+
+
+def picture() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, curve in curves().items():
+        axes.plot([p["seconds"] for p in curve[1:]], [p["error"] for p in curve[1:]], label=name)
+    axes.set(xlabel="seconds of training on one H200", ylabel="unexplained variance, held-out tokens", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+BLOCKS = {
+    "steps": steps,
+    "short-steps": short_steps,
+    "primitives": primitives,
+    "correctness": correctness,
+    "training": training,
+}
+PAGES = [RESULTS / "README.md", ROOT / "README.md", ROOT / "kernels" / "README.md"]
+
+
+def filled(page: str) -> str:
+    """The page with what stands between ``<!-- gpu: name -->`` and ``<!-- end -->`` made anew."""
+
+    def block(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{BLOCKS[found[2]]()}\n{found[3]}"
+
+    return re.sub(r"(<!-- gpu: ([\w-]+) -->)\n.*?(<!-- end -->)", block, page, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{'stale' if check else 'written'}: {page.relative_to(ROOT)}")
+        if not check:
+            page.write_text(filled(page.read_text()))
+    if not check:
+        picture()
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
