@@ -55,7 +55,8 @@ class Reader:
         (self.runs / "models").symlink_to(ROOT / "runs" / "models")  # converted once, for the quickstart as well
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTEST"))}
         env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.writer, "HF_HUB_DISABLE_XET": "1"}
-        env |= {"HF_HOME": str(folder / "home"), "IPYTHONDIR": str(folder / "ipython")}
+        self.home = folder / "home"
+        env |= {"HF_HOME": str(self.home), "IPYTHONDIR": str(folder / "ipython")}
         if small:
             env["SAE_LENS_SWITCH_NOTEBOOK_SMALL"] = "1"
         self.kernel = KernelManager()
@@ -219,6 +220,7 @@ def check_steering(reader: Reader) -> pd.DataFrame:
     """With a repository: up to the Hub and back. The table of ablations."""
     trained = reader.trained()
     reader.hub.log.clear()
+    shutil.rmtree(reader.home, ignore_errors=True)  # what another test has loaded would not be fetched again
     show = {
         "attached": "(logits - model(tokens)).abs().max().item()",
         "chosen": "chosen",
