@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,14 @@ SETUPS = [
     for architecture in ("switch", "sparse_topk")
     for optimizer in ("adam", "row_sparse_adam")
 ]
+COUNTS: Counter[str] = Counter()
 OTHER_FILES = ("notes.txt", "report.html")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def said_at_the_end():
+    yield
+    print(f"\n{dict(COUNTS)}")  # noqa: T201
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +112,16 @@ def left_overs(path: Path) -> list[Path]:
 
 def kill(function: Callable[[], object], rng: random.Random, seconds: float, operations: int) -> bool:
     if rng.random() < 0.5:
-        return killed(function, at=rng.randrange(operations))
-    return killed(function, after=rng.uniform(0, 1.2 * seconds))
+        was_killed = killed(function, at=rng.randrange(operations))
+    else:
+        was_killed = killed(function, after=rng.uniform(0, 1.2 * seconds))
+    COUNTS["killed" if was_killed else "ended first"] += 1
+    return was_killed
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(trials, tmp_path):
     n_killed = 0
-    for name, rng in trials(120):
+    for name, rng in trials(140):
         number, keep, path = rng.randrange(len(SETUPS)), rng.choice([None, 1, 2]), tmp_path / "run"
         setup, far = SETUPS[number], 0
         an_old_sae(path / "output")
@@ -132,7 +143,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(trials, tmp_path):
 
 def test_an_sae_killed_while_it_is_replaced_is_the_old_or_the_new(trials, tmp_path):
     path, found = tmp_path / "output", set()
-    for name, rng in trials(120):
+    for name, rng in trials(140):
         an_old_sae(path)
         number = rng.randrange(len(SETUPS))
         trainer = reference(number)
@@ -158,7 +169,7 @@ def train_without_losing_a_checkpoint(path: Path, setup: dict[str, Any]) -> None
 
 
 def test_one_of_two_runs_in_a_folder_is_killed_and_the_other_loses_nothing(trials, tmp_path):
-    for name, rng in trials(40):
+    for name, rng in trials(50):
         number, path = rng.randrange(len(SETUPS)), tmp_path / "saved"
         uninterrupted(number)
         other = started(lambda path=path, number=number: train_without_losing_a_checkpoint(path, SETUPS[number]))

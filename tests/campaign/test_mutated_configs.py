@@ -66,6 +66,12 @@ LEFT_ALONE = {"log_to_wandb", "metadata", "sae", "logger", "compile_llm", "compi
 LEFT_ALONE |= {"model_kwargs", "use_cached_activations", "from_pretrained_path", "resume_from_checkpoint", "resume"}
 
 
+def is_too_long(value: Any) -> bool:
+    return any(
+        value is long or (isinstance(value, int) and value == long) for long in TOO_LONG
+    )  # arrays compare by items
+
+
 def names_of(*configs: type) -> list[str]:
     return sorted({f.name for cfg in configs for f in fields(cfg)} - LEFT_ALONE)
 
@@ -76,7 +82,7 @@ def mutations(rng: Random, names: list[str], values: list[Any]) -> dict[str, Any
     for name in rng.sample(names, rng.choice([1, 1, 1, 2, 3])):
         fitting = [v for v in values if type(v) is DEFAULT_TYPES.get(name)]
         given[name] = rng.choice(fitting if fitting and rng.random() < 0.5 else values)
-    if given.get("training_tokens") in TOO_LONG:
+    if is_too_long(given.get("training_tokens")):
         given["training_tokens"] = 97
     return given
 
@@ -143,7 +149,7 @@ def train_alone(rng: Random, given: dict[str, Any]) -> Any:
     vars(trainer_cfg.logger).update(of_logger)
     width = cfg.d_in if type(cfg.d_in) is int and 0 < cfg.d_in < 200 else D
     data: Any = activations(STEPS + 4, BATCH, d_in=width)
-    endless = given.get("total_training_samples") in TOO_LONG  # a tensor would be gone through for days
+    endless = is_too_long(given.get("total_training_samples"))  # a tensor would be gone through for days
     data = iter(data) if endless or rng.random() < 0.5 else torch.cat(data)
     torch.manual_seed(0)
     return SparseSAETrainer(trainer_cfg, sae_class(cfg), data).fit()
