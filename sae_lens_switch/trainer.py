@@ -88,7 +88,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     pass of its own; statistics from codes; nothing of a step outlives it; no wait for the device except to log, and
     once a step with AuxK (how many latents are dead) or row-sparse Adam (how many were active).
     A step whose loss or gradient is not finite changes nothing and is counted. Checkpoints are whole or not there;
-    SIGINT and SIGTERM write one before they stop ``fit``.
+    SIGINT, SIGTERM and SIGHUP write one before they stop ``fit``.
 
     Raises ValueError for a setting that cannot be, and if activations are not d_in wide; CheckpointError for a
     checkpoint it cannot go on from; TrainingDivergedError after ``max_skipped_steps`` skipped steps in a row, once the
