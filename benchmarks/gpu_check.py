@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py --output runs/gpu                   # everything; make gpu-check
     python benchmarks/gpu_check.py --stage primitives --seconds 60 --output runs/gpu
-    python benchmarks/gpu_check.py --device cpu --tiny --output /tmp/rehearsal
+    python benchmarks/gpu_check.py --device cpu --tiny --output runs/rehearsal
 
 Four stages, each a process of its own: `correctness`, `primitives`, `steps`, `training`. Each writes one JSON file to
 --output, whole after every case, and goes on where an earlier call stopped. A case that fails, crashes or hangs is
