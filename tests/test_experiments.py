@@ -1,6 +1,7 @@
 """The experiments on a small setting: two SAEs, two seeds, a real language model; what decides between cells; what the
 tables say; and that the committed results are those of the committed CSVs."""
 
+import argparse
 import csv
 import json
 import math
@@ -42,8 +43,15 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def own(own_data, tmp_path):
+    """The same arguments and data, with an output folder that no other test has written into."""
+    args, data = own_data
+    return argparse.Namespace(**vars(args) | {"output": tmp_path / "output"}), data
+
+
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
+def own_data(tmp_path_factory):
     """Arguments and data of a run on a model and a dataset given by flags."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -134,8 +142,8 @@ def test_pictures_tables_and_page_are_made_from_the_csvs_alone(results, tmp_path
 # Any model; interruptions
 
 
-def test_model_hook_and_dataset_can_be_given(own):
-    args, data = own
+def test_model_hook_and_dataset_can_be_given(own_data):
+    args, data = own_data
     assert data.train.shape == (3000, 24)
     assert data.train.square().sum(1).mean() == pytest.approx(24, rel=1e-4)
     x = (data.hidden[:, run.SKIPPED :].flatten(0, 1) - data.centre) * data.scale
