@@ -76,6 +76,10 @@ def test_a_resumed_run_captures_anew(tmp_path):
     again.fit()
     for p, q in zip(again.sae.parameters(), first.sae.parameters(), strict=True):
         assert torch.equal(p, q)
+    assert again._graph.n_calls > 0
+    again.load_trainer_state(checkpoint)  # which replaces tensors that a captured step would go on writing to
+    assert again._graph.n_calls == 0
+    assert again._graph.x_BD is None
 
 
 @pytest.mark.parametrize(

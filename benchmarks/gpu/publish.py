@@ -168,7 +168,7 @@ BLOCKS = {
     "correctness": correctness,
     "training": training,
 }
-PAGES = [RESULTS / "README.md", ROOT / "README.md", ROOT / "kernels" / "README.md"]
+PAGES = [RESULTS / "README.md", *(ROOT / name for name in ("README.md", "kernels/README.md", "docs/faq.md"))]
 
 
 def filled(page: str) -> str:
