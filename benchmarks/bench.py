@@ -49,7 +49,7 @@ from sae_lens_switch import (
     SwitchTrainingSAEConfig,
 )
 from sae_lens_switch.cost import Cost, Machine
-from sae_lens_switch.optim import step_in_memory_order
+from sae_lens_switch.training.optim.constrained_adam import step_in_memory_order
 
 LR = 1e-4
 # Of a gradient's norm. Ties within rounding select other latents: a few rows of a few thousand in float32; in bfloat16

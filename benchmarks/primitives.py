@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from sae_lens_switch_kernels import library, sparse_autoencode, torch_ops
+from sae_lens_switch_kernels import operators, sparse_autoencode, torch_backend
 
-from sae_lens_switch.row_sparse import _put_rows
+from sae_lens_switch.training.optim.row_sparse_adam import _put_rows
 
 B, D, N_LATENTS, K, ROUNDS = 4096, 768, 24576, 32, 7
 
@@ -38,24 +38,24 @@ def main() -> None:
     pre = torch.randn(512, N_LATENTS)
     compare(
         "top-k of 512 rows",
-        {"torch.topk": lambda: pre.topk(K, sorted=False), "pruned": lambda: torch_ops.select_topk(pre, K)},
+        {"torch.topk": lambda: pre.topk(K, sorted=False), "pruned": lambda: torch_backend.select_topk(pre, K)},
     )
 
     def step(n_experts: int, k: int, dense_up_to: int) -> None:
-        library._DENSE_UP_TO["cpu"] = dense_up_to
+        operators._DENSE_UP_TO["cpu"] = dense_up_to
         expert = torch.arange(B) % n_experts
         sparse_autoencode(x, W_enc, W_dec, k, expert_B=expert, n_experts=n_experts).out_BD.backward(g)
         W_enc.grad = W_dec.grad = None
 
-    chosen_sums = torch_ops._segment_sums
+    chosen_sums = torch_backend._segment_sums
 
     def bag_sums(values_N, tokens_N, starts_F1, y_BD):
         return F.embedding_bag(tokens_N, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_N)
 
     def step_summing_by(sums) -> None:
-        torch_ops._segment_sums = sums
+        torch_backend._segment_sums = sums
         step(32, K, 0)
-        torch_ops._segment_sums = chosen_sums
+        torch_backend._segment_sums = chosen_sums
 
     compare(
         "forward, backward; E 32, k 32; weight gradients by",
@@ -64,7 +64,7 @@ def main() -> None:
             "CSR product into used memory": lambda: step_summing_by(chosen_sums),
         },
     )
-    before = library._DENSE_UP_TO["cpu"]
+    before = operators._DENSE_UP_TO["cpu"]
     for n_experts, k in ((32, 32), (128, 32), (256, 32), (128, 64), (128, 128)):
         compare(
             f"forward, backward; E {n_experts}, k {k}, M / k {N_LATENTS / n_experts / k:g}",
@@ -73,7 +73,7 @@ def main() -> None:
                 "dense within experts": lambda E=n_experts, k=k: step(E, k, 10**9),
             },
         )
-    library._DENSE_UP_TO["cpu"] = before
+    operators._DENSE_UP_TO["cpu"] = before
 
     experts = torch.randn(32, 4096, 256)
     out = torch.empty(512, 4096)
@@ -86,7 +86,7 @@ def main() -> None:
 
         def chosen(few=few, n=n) -> None:  # oneDNN, where torch has it
             for W in experts:
-                torch_ops._product(few, W, out[:n])
+                torch_backend._product(few, W, out[:n])
 
         compare(f"{n} tokens an expert of 4,096 latents, D 256", {"torch.mm": by_mm, "chosen": chosen})
 

@@ -3,10 +3,14 @@
 Importing this package registers its architectures with SAELens and changes nothing else.
 """
 
-from sae_lens_switch.activations import activation_batches
-from sae_lens_switch.checkpoints import CheckpointError
-from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.config import (
+from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
+from sae_lens_switch.saes.registration import override_topk, register
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.switch_sae import SwitchSAE, SwitchTrainingSAE
+from sae_lens_switch.training.activations import activation_batches
+from sae_lens_switch.training.checkpoints import CheckpointError
+from sae_lens_switch.training.config import (
     LanguageModelSAERunnerConfig,
     SparseSAETrainerConfig,
     SparseTopKTrainingSAEConfig,
@@ -14,16 +18,12 @@ from sae_lens_switch.config import (
     SwitchTrainingSAEConfig,
     TrainerOptions,
 )
-from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
-from sae_lens_switch.optim import scaling_law_lr
-from sae_lens_switch.registration import override_topk, register
-from sae_lens_switch.runner import (
+from sae_lens_switch.training.optim.constrained_adam import scaling_law_lr
+from sae_lens_switch.training.runners import (
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
 )
-from sae_lens_switch.switch import SwitchSAE, SwitchTrainingSAE
-from sae_lens_switch.topk import SparseTopKTrainingSAE
-from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
+from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
 
 __version__ = "0.1.0"
 

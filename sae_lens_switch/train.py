@@ -30,7 +30,9 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing.docstring import get_attribute_docstring
 
-from sae_lens_switch.config import (
+from sae_lens_switch.common.machine import check_run_fits
+from sae_lens_switch.common.printable import printable_logs, say
+from sae_lens_switch.training.config import (
     LanguageModelSAERunnerConfig,
     SwitchTrainingSAEConfig,
     TrainerOptions,
@@ -38,12 +40,10 @@ from sae_lens_switch.config import (
     reject_unknown,
     training_config_class,
 )
-from sae_lens_switch.hooks import check_hook_name
-from sae_lens_switch.interruption import INTERRUPTIONS, exit_code
-from sae_lens_switch.machine import check_run_fits
-from sae_lens_switch.printable import printable_logs, say
-from sae_lens_switch.runner import LanguageModelSAETrainingRunner
-from sae_lens_switch.trainer import TrainingDivergedError
+from sae_lens_switch.training.hooks import check_hook_name
+from sae_lens_switch.training.interruption import INTERRUPTIONS, exit_code
+from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
+from sae_lens_switch.training.trainer import TrainingDivergedError
 
 _PROGRAM = "python -m sae_lens_switch.train"
 # SAELens declares its runner's fields in this order; each of these begins a new subject.

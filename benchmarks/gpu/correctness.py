@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import backend, torch_ops
-from sae_lens_switch_kernels.index import ExpertGroups, expert_groups, latent_index, one_group
+from sae_lens_switch_kernels import backend, torch_backend
+from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, latent_index, one_group
 from torch import Tensor
 
 from gpu import gradients, repeats
@@ -70,10 +70,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 def kernels(dtype: torch.dtype) -> Any:
     """The Triton forms; the plain ones where nothing runs Triton: its interpreter cannot multiply bfloat16."""
     if not triton_runs(dtype):
-        return torch_ops
-    from sae_lens_switch_kernels import triton_ops
+        return torch_backend
+    from sae_lens_switch_kernels import triton_backend
 
-    return triton_ops
+    return triton_backend
 
 
 def self_check(name: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sae_lens_switch_kernels import library, sparse_autoencode, torch_ops
-from sae_lens_switch_kernels.index import latent_index
+from sae_lens_switch_kernels import operators, sparse_autoencode, torch_backend
+from sae_lens_switch_kernels.indexing import latent_index
 from torch import Tensor
 
 from gpu import shapes
@@ -97,14 +97,16 @@ def primitives_of(s: Shape, precision: str) -> dict[str, Primitive]:
         "matmul_at_indices": Primitive(
             shapes.decode(s, size),
             lambda c: kernels(c.dtype).matmul_at_indices(c.g, c.W, c.indices),
-            {"gather, bmm": lambda c: torch_ops.matmul_at_indices(c.g, c.W, c.indices)},
+            {"gather, bmm": lambda c: torch_backend.matmul_at_indices(c.g, c.W, c.indices)},
         ),
         "latent_index": Primitive(shapes.index(s), lambda c: latent_index(c.indices, c.s.F), {}),
         "latent_weight_grads": Primitive(
             shapes.weight_grads(s, size),
             lambda c: kernels(c.dtype).latent_weight_grads(c.index, c.values, c.g, c.d_pre, c.x),
             {
-                "embedding_bag, twice": lambda c: torch_ops.latent_weight_grads(c.index, c.values, c.g, c.d_pre, c.x),
+                "embedding_bag, twice": lambda c: torch_backend.latent_weight_grads(
+                    c.index, c.values, c.g, c.d_pre, c.x
+                ),
                 "dense mm, twice": lambda c: (c.pre.T @ c.g, c.pre.T @ c.x),
             },
         ),
@@ -119,7 +121,7 @@ def grouped_primitives(s: Shape, size: int) -> dict[str, Primitive]:
     )
     if not triton_runs(torch.bfloat16 if size == 2 else torch.float32):
         return found
-    from sae_lens_switch_kernels import grouped
+    from sae_lens_switch_kernels.triton_backend import grouped_matmul as grouped
 
     return found | {
         "grouped_encode": Primitive(
@@ -146,8 +148,8 @@ def ours_encode(c: SimpleNamespace) -> Any:
 
 def ours_select(c: SimpleNamespace) -> Any:
     if not triton_runs(c.dtype):
-        return torch_ops.select_topk(c.pre, c.s.K)
-    from sae_lens_switch_kernels.encode import select_topk
+        return torch_backend.select_topk(c.pre, c.s.K)
+    from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
 
     return select_topk(c.pre, c.s.K)
 
@@ -203,7 +205,7 @@ def beside(name: str, s: Shape, precision: str, args: argparse.Namespace) -> dic
 
 def adam(s: Shape, args: argparse.Namespace) -> dict[str, Any]:
     """Our optimiser's step with the decoder's constraint, and torch's fused one, over both matrices."""
-    from sae_lens_switch.optim import ConstrainedAdam
+    from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
 
     def matrices(seed: int) -> list[torch.nn.Parameter]:
         found = [torch.nn.Parameter(normal(s.F, s.D, seed=seed + i, device=args.device)) for i in range(2)]
@@ -242,13 +244,13 @@ def sweep(s: Shape, precision: str, device: str) -> dict[str, Any]:
         torch.autograd.grad(out_BD, [W_enc, W_dec], c.g)
 
     found = {}
-    before = library._DENSE_UP_TO
+    before = operators._DENSE_UP_TO
     try:
         for route, limit in (("sparse", 0), ("dense", 10**9)):
-            library._DENSE_UP_TO = {device: limit}
+            operators._DENSE_UP_TO = {device: limit}
             found[f"{route}_ms"] = median_ms(both, inputs, device)
     finally:
-        library._DENSE_UP_TO = before
+        operators._DENSE_UP_TO = before
     del inputs
     free()
     return {"M/K": s.M / s.K, **found, "dense_wins_by": found["sparse_ms"] / found["dense_ms"]}

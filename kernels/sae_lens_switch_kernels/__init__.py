@@ -19,7 +19,7 @@ from sae_lens_switch_kernels.functions import (
     switch_encode,
     topk_encode,
 )
-from sae_lens_switch_kernels.index import RowGrads
+from sae_lens_switch_kernels.indexing import RowGrads
 
 __all__ = [
     "Reconstruction",

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels import torch_ops
-from sae_lens_switch_kernels.index import ExpertGroups, expert_groups, latent_index
+from sae_lens_switch_kernels import torch_backend
+from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, latent_index
 
 PRIMITIVES = (
     "sparse_decode",
@@ -39,7 +39,7 @@ def primitives(t: Tensor) -> "ModuleType | SelfChecked":
         raise ValueError(f"SAE_LENS_SWITCH_BACKEND must be 'torch' or 'triton' if set; got {choice!r}")
     on_triton = t.device.type == "cuda" if choice == "" else choice == "triton"
     if not on_triton or t.dtype not in _TOLERATED or not _triton_imports():  # the kernels accumulate in float32
-        return torch_ops
+        return torch_backend
     return SelfChecked(t.device, t.dtype)
 
 
@@ -50,7 +50,7 @@ class SelfChecked:
         self._key = device, dtype
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        module = _triton_ops() if _proven(name, *self._key) else torch_ops
+        module = _triton_ops() if _proven(name, *self._key) else torch_backend
         return getattr(module, name)
 
 
@@ -86,7 +86,7 @@ def _triton_imports() -> bool:
 
 
 def _triton_ops() -> ModuleType:
-    return import_module("sae_lens_switch_kernels.triton_ops")
+    return import_module("sae_lens_switch_kernels.triton_backend")
 
 
 class Shape(NamedTuple):
@@ -120,11 +120,11 @@ def _compare(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _compare_at(shape: Shape, name: str, device: torch.device, dtype: torch.dtype) -> str:
     arguments = _case(shape, device, dtype)[name]
-    ours, plain = (_tensors(getattr(m, name)(*arguments)) for m in (_triton_ops(), torch_ops))
+    ours, plain = (_tensors(getattr(m, name)(*arguments)) for m in (_triton_ops(), torch_backend))
     if name == "topk_encode":  # which of two nearly equal latents wins is open: compare what was selected
         (values_BK, indices_BK), (plain_BK, _) = ours, plain
         x_BD, W_FD, *_ = arguments
-        chosen_BK = torch_ops.matmul_at_indices(x_BD, W_FD, indices_BK)
+        chosen_BK = torch_backend.matmul_at_indices(x_BD, W_FD, indices_BK)
         ours, plain = [values_BK.sort(1).values, values_BK], [plain_BK.sort(1).values, chosen_BK]
     for a, b in zip(ours, plain, strict=True):
         error = ((a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt()).item()

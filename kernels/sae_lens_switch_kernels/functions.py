@@ -1,13 +1,13 @@
 """The public functions: what they take is checked here (values of indices where they are read), what they compute is
-in library.py."""
+in operators.py."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels import library
-from sae_lens_switch_kernels.index import RowGrads
+from sae_lens_switch_kernels import operators
+from sae_lens_switch_kernels.indexing import RowGrads
 
 
 class Reconstruction(NamedTuple):
@@ -35,7 +35,7 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Te
     _check_matrix("W_dec_FD", W_dec_FD)
     _check_codes(values_BK, indices_BK)
     _check_like("values_BK", values_BK, "W_dec_FD", W_dec_FD)
-    return library.sparse_decode(values_BK, indices_BK, W_dec_FD)
+    return operators.sparse_decode(values_BK, indices_BK, W_dec_FD)
 
 
 def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
     _check_indices(indices_BK, rows=len(g_BD))
     _check_like("g_BD", g_BD, "W_FD", W_FD)
     _check_device("indices_BK", indices_BK, "W_FD", W_FD)
-    return library.matmul_at_indices(g_BD, W_FD, indices_BK)
+    return operators.matmul_at_indices(g_BD, W_FD, indices_BK)
 
 
 def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int) -> Tensor:
@@ -60,7 +60,7 @@ def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_la
     _check_codes(values_BK, indices_BK)
     _check_matrix("g_BD", g_BD, rows=len(values_BK))
     _check_like("values_BK", values_BK, "g_BD", g_BD)
-    return library.latent_weight_grad(values_BK, indices_BK, g_BD, n_latents)
+    return operators.latent_weight_grad(values_BK, indices_BK, g_BD, n_latents)
 
 
 def topk_encode(
@@ -142,9 +142,9 @@ def sparse_autoencode(
     constants = k, k_aux, n_experts, dtype
     # What an optimiser can do without is no reason to leave a graph that is being compiled.
     if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
-        outputs = library.autoencode(*inputs, *constants)
+        outputs = operators.autoencode(*inputs, *constants)
     else:
-        outputs = library.AutoencodeRows.apply(row_grads, *inputs, *constants)
+        outputs = operators.AutoencodeRows.apply(row_grads, *inputs, *constants)
     out_BD, values_BK, indices_BK, aux_out_BD, *_ = outputs
     return Reconstruction(out_BD, values_BK, indices_BK, None if dead_N is None else aux_out_BD)
 
@@ -160,7 +160,7 @@ def _encode(
     scale_F: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = _check_encoder(x_BD, expert_B, W_FD, k, n_experts, pre_bias_D, bias_F, scale_F)
-    return library.encode(x_BD, W_FD, pre_bias_D, bias_F, scale_F, expert_B, k, n_experts, dtype)
+    return operators.encode(x_BD, W_FD, pre_bias_D, bias_F, scale_F, expert_B, k, n_experts, dtype)
 
 
 def _check_encoder(

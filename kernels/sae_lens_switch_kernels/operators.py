@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from sae_lens_switch_kernels import torch_ops as plain
+from sae_lens_switch_kernels import torch_backend as plain
 from sae_lens_switch_kernels.backend import primitives
-from sae_lens_switch_kernels.index import (
+from sae_lens_switch_kernels.indexing import (
     ExpertGroups,
     RowGrads,
     active_latent_index,

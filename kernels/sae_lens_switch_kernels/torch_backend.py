@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_lens_switch_kernels.index import ExpertGroups, LatentGrads, LatentIndex
-from sae_lens_switch_kernels.memory import empty_large
+from sae_lens_switch_kernels.huge_pages import empty_large
+from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex
 
 # Pre-activations are made a tile at a time: rows enough for the matrix product to run at full speed, latents few
 # enough that a dictionary of any width takes the same memory. On a CPU the product takes a block of latents at a time,

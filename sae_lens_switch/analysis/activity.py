@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.host import normalized_input
-from sae_lens_switch.router import Assignment
+from sae_lens_switch.saes.router import Assignment
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_sae import normalized_input
 
 GATE_BINS = 50
 # Entries of a dense [tokens, F] piece, of SAEs that know no sparse codes.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from sae_lens_switch.printable import logger
+from sae_lens_switch.common.printable import logger
 
 try:
     import fcntl

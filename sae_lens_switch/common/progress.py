@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from tqdm.autonotebook import tqdm as tqdm_of_notebooks
 from tqdm.std import tqdm as tqdm_of_terminals
 
-from sae_lens_switch.printable import say
+from sae_lens_switch.common.printable import say
 
 T = TypeVar("T")
 Facts = Callable[[], Mapping[str, Any]]  # called only when they are shown: to read them waits for the device

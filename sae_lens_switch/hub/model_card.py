@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-from sae_lens_switch.printable import printable
+from sae_lens_switch.common.printable import printable
 
 PICTURE = "summary.png"
 _BEGIN = "<!-- sae-lens-switch: each upload rewrites from here ... -->"

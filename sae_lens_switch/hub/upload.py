@@ -41,10 +41,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_switch.card import PICTURE, model_card
-from sae_lens_switch.files import fold_saved_scaler
-from sae_lens_switch.plots import sae_summary
-from sae_lens_switch.printable import logger
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.hub.model_card import PICTURE, model_card
+from sae_lens_switch.hub.summary_figure import sae_summary
+from sae_lens_switch.saes.serialization import fold_saved_scaler
 
 _README = "README.md"
 _FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME, PICTURE)

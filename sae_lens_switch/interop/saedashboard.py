@@ -22,9 +22,9 @@ from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopK
 from typing_extensions import override
 
-from sae_lens_switch.config import SwitchSAEConfig
-from sae_lens_switch.substitution import constructing
-from sae_lens_switch.switch import SwitchSAE, SwitchTrainingSAE
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.saes.switch_sae import SwitchSAE, SwitchTrainingSAE
+from sae_lens_switch.training.config import SwitchSAEConfig
 
 
 class _DashboardSAE(SwitchSAE):
@@ -69,7 +69,3 @@ def main() -> None:
 
     with constructing(module, "NeuronpediaRunner", Runner):
         module.main()
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sae_lens_switch
 from sae_lens_switch.analysis import GATE_BINS, Duplicates, RouterGeometry
-from sae_lens_switch.printable import printable
+from sae_lens_switch.common.printable import printable
 
 if TYPE_CHECKING:
     from sae_lens_switch.report import Run, Texts

@@ -36,13 +36,13 @@ from sae_lens_switch.analysis import (
     observe,
     router_geometry,
 )
-from sae_lens_switch.checkpoints import TRAINING_FOLDER
-from sae_lens_switch.files import fold_saved_scaler
-from sae_lens_switch.history import FILENAME as HISTORY_FILENAME
-from sae_lens_switch.history import numbers_of, read_history
-from sae_lens_switch.page import page_of
-from sae_lens_switch.printable import logger, say
-from sae_lens_switch.progress import track
+from sae_lens_switch.common.printable import logger, say
+from sae_lens_switch.common.progress import track
+from sae_lens_switch.report.page import page_of
+from sae_lens_switch.saes.serialization import fold_saved_scaler
+from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
+from sae_lens_switch.training.history import FILENAME as HISTORY_FILENAME
+from sae_lens_switch.training.history import numbers_of, read_history
 
 METRICS_FILENAME = "metrics.json"
 TEXT_FOLDER = "held_out"
@@ -508,7 +508,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2)
     size = file.stat().st_size / 2**20
     say(f"{file} ({size:.1f} MB)")
-
-
-if __name__ == "__main__":
-    main()

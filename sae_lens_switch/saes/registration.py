@@ -11,9 +11,9 @@ from sae_lens.registry import (
 )
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAEConfig
 
-from sae_lens_switch.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
-from sae_lens_switch.switch import SwitchSAE, SwitchTrainingSAE
-from sae_lens_switch.topk import SparseTopKTrainingSAE
+from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.switch_sae import SwitchSAE, SwitchTrainingSAE
+from sae_lens_switch.training.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
 
 
 def register() -> None:

@@ -6,8 +6,8 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor, nn
 
-from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.router import RoutingStatistics
+from sae_lens_switch.saes.router import RoutingStatistics
+from sae_lens_switch.saes.sparse_codes import SparseCodes
 
 
 class SparseStepOutput(TrainStepOutput):

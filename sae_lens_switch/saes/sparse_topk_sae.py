@@ -10,11 +10,11 @@ from sae_lens_switch_kernels import RowGrads, sparse_autoencode, sparse_decode, 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_switch.atomic import replace_files
-from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.config import SparseTopKTrainingSAEConfig, check_sae
-from sae_lens_switch.files import latent_major
-from sae_lens_switch.host import (
+from sae_lens_switch.common.atomic import replace_files
+from sae_lens_switch.common.machine import check_sae_fits
+from sae_lens_switch.saes.serialization import latent_major
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_sae import (
     SparseStepOutput,
     activation_rows,
     aux_loss,
@@ -26,7 +26,7 @@ from sae_lens_switch.host import (
     pre_bias,
     reconstruction_error,
 )
-from sae_lens_switch.machine import check_sae_fits
+from sae_lens_switch.training.config import SparseTopKTrainingSAEConfig, check_sae
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):

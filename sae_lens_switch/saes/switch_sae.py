@@ -19,11 +19,22 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from sae_lens_switch.atomic import replace_files
-from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.config import SwitchSAEConfig, SwitchTrainingSAEConfig, check_sae
-from sae_lens_switch.files import digits, from_digits, latent_major
-from sae_lens_switch.host import (
+from sae_lens_switch.common.atomic import replace_files
+from sae_lens_switch.common.machine import check_sae_fits
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.saes.data_dependent_init import Spread, bias_from_batch
+from sae_lens_switch.saes.router import (
+    Assignment,
+    RoutingStatistics,
+    assign,
+    expert_load,
+    load_balance_loss,
+    router_dtype,
+    router_logits,
+)
+from sae_lens_switch.saes.serialization import digits, from_digits, latent_major
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_sae import (
     SparseStepOutput,
     activation_rows,
     aux_loss,
@@ -35,19 +46,8 @@ from sae_lens_switch.host import (
     pre_bias,
     reconstruction_error,
 )
-from sae_lens_switch.machine import check_sae_fits
-from sae_lens_switch.optim import constrain_optimizer_steps, normalize_rows_, remove_parallel_
-from sae_lens_switch.printable import logger
-from sae_lens_switch.router import (
-    Assignment,
-    RoutingStatistics,
-    assign,
-    expert_load,
-    load_balance_loss,
-    router_dtype,
-    router_logits,
-)
-from sae_lens_switch.start import Spread, bias_from_batch
+from sae_lens_switch.training.config import SwitchSAEConfig, SwitchTrainingSAEConfig, check_sae
+from sae_lens_switch.training.optim.constrained_adam import constrain_optimizer_steps, normalize_rows_, remove_parallel_
 
 _ROUTER = ("W_router", "b_router")
 # In a file of weights: the SAE is as it was initialised. Only then is it there.

@@ -8,9 +8,9 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens_switch_kernels import RowGrads
 from torch import Tensor
 
-from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.host import SparseStepOutput
-from sae_lens_switch.router import RoutingStatistics
+from sae_lens_switch.saes.router import RoutingStatistics
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_sae import SparseStepOutput
 
 
 def release(output: TrainStepOutput) -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from sae_lens.constants import TRAINER_STATE_FILENAME
 from safetensors import SafetensorError
 
-from sae_lens_switch.atomic import discard, locked, remove_left_overs, scratch, sync
-from sae_lens_switch.printable import logger
+from sae_lens_switch.common.atomic import discard, locked, remove_left_overs, scratch, sync
+from sae_lens_switch.common.printable import logger
 
 MANIFEST = "checkpoint.json"
 # In a checkpoint of a run that scales its activations: what training goes on from.

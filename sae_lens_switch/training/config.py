@@ -11,9 +11,9 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 from typing_extensions import override
 
-from sae_lens_switch import validation
-from sae_lens_switch.optim import scaling_law_lr
-from sae_lens_switch.validation import BiasStart, Gate, LoadBalanceScale, OnCollapse, OptimizerName
+from sae_lens_switch.common import validation
+from sae_lens_switch.common.validation import BiasStart, Gate, LoadBalanceScale, OnCollapse, OptimizerName
+from sae_lens_switch.training.optim.constrained_adam import scaling_law_lr
 
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
 _DEFAULT_COEFFICIENT = {"d_in": 3.0, "variance": 0.3}

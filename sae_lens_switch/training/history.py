@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sae_lens_switch.printable import logger
+from sae_lens_switch.common.printable import logger
 
 FILENAME = "history.jsonl"
 # A run keeps at most this many steps: enough for a curve, and too few to cost anything.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sae_lens_switch.printable import logger
-from sae_lens_switch.router import router_logits
-from sae_lens_switch.row_sparse import RowSparseAdam
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.saes.router import router_logits
+from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 
 # The running load forgets with this share a step.
 _FORGET = 0.02

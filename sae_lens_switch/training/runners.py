@@ -17,16 +17,17 @@ from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.types import MultiHookDataProvider
 from typing_extensions import override
 
-from sae_lens_switch import checkpoints, validation
-from sae_lens_switch.atomic import replace_files
-from sae_lens_switch.config import SparseSAETrainerConfig, TrainerOptions, check_run
-from sae_lens_switch.hooks import check_hook, check_hook_name
-from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
-from sae_lens_switch.machine import check_run_fits
-from sae_lens_switch.printable import logger
-from sae_lens_switch.progress import Bar, Sentences, progress, track
-from sae_lens_switch.substitution import constructing
-from sae_lens_switch.trainer import SparseSAETrainer, TrainingDivergedError
+from sae_lens_switch.common import validation
+from sae_lens_switch.common.atomic import replace_files
+from sae_lens_switch.common.machine import check_run_fits
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.progress import Bar, Sentences, progress, track
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, check_run
+from sae_lens_switch.training.hooks import check_hook, check_hook_name
+from sae_lens_switch.training.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
 
 
 class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):

@@ -6,12 +6,12 @@ from typing import Any
 from sae_lens.synthetic import synthetic_sae_runner as synthetic_module
 from typing_extensions import override
 
-from sae_lens_switch import validation
-from sae_lens_switch.config import TrainerOptions, check_run
-from sae_lens_switch.machine import check_run_fits
-from sae_lens_switch.runner import with_options
-from sae_lens_switch.substitution import constructing
-from sae_lens_switch.trainer import SparseSAETrainer
+from sae_lens_switch.common import validation
+from sae_lens_switch.common.machine import check_run_fits
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.training.config import TrainerOptions, check_run
+from sae_lens_switch.training.runners import with_options
+from sae_lens_switch.training.trainer import SparseSAETrainer
 
 
 class SyntheticSAERunner(synthetic_module.SyntheticSAERunner):

@@ -19,30 +19,30 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.util import path_or_tmp_dir
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.memory import in_large
+from sae_lens_switch_kernels.huge_pages import in_large
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from sae_lens_switch import checkpoints
-from sae_lens_switch.accumulation import RowGradsSum, merged, release, without_graph
-from sae_lens_switch.activations import ActivationSource, activation_batches
-from sae_lens_switch.checkpoints import TRAINING_FOLDER
-from sae_lens_switch.collapse import REMEDY, Collapse, RoutingMonitor, reseed
-from sae_lens_switch.config import SparseSAETrainerConfig, check_trainable
-from sae_lens_switch.files import fold_activation_scaler
-from sae_lens_switch.history import History
-from sae_lens_switch.host import SparseStepOutput, activation_rows
-from sae_lens_switch.interruption import INTERRUPTIONS, Interruption
-from sae_lens_switch.machine import check_device, check_writable
-from sae_lens_switch.optim import ConstrainedAdam, gradients, total_norm
-from sae_lens_switch.printable import logger
-from sae_lens_switch.progress import progress, track
-from sae_lens_switch.row_sparse import RowSparseAdam
-from sae_lens_switch.step_graph import StepGraph
-from sae_lens_switch.substitution import constructing
-from sae_lens_switch.switch import SwitchTrainingSAE
+from sae_lens_switch.common.machine import check_device, check_writable
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.progress import progress, track
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.saes.serialization import fold_activation_scaler
+from sae_lens_switch.saes.sparse_sae import SparseStepOutput, activation_rows
+from sae_lens_switch.saes.switch_sae import SwitchTrainingSAE
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.accumulation import RowGradsSum, merged, release, without_graph
+from sae_lens_switch.training.activations import ActivationSource, activation_batches
+from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
+from sae_lens_switch.training.config import SparseSAETrainerConfig, check_trainable
+from sae_lens_switch.training.history import History
+from sae_lens_switch.training.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam, gradients, total_norm
+from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
+from sae_lens_switch.training.routing_monitor import REMEDY, Collapse, RoutingMonitor, reseed
+from sae_lens_switch.training.step_graph import StepGraph
 
 STATE_FILENAME = "sparse_trainer_state.pt"
 # A host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ["--batch", "64", "--d-in", "48", "--d-sae", "384", "--k", "4", "--experts", "4", "--rounds", "1"]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import tiny_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "experiments"
 sys.path[:0] = [str(ROOT / "examples" / "experiments"), str(ROOT / "examples")]
 import cells  # noqa: E402

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import BATCH, same, small_sae, small_trainer, weights
+from helpers.kills import BATCH, same, small_sae, small_trainer, weights
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_lens_switch import checkpoints
-from sae_lens_switch.checkpoints import MANIFEST, CheckpointError
 from sae_lens_switch.report import load_run
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.checkpoints import MANIFEST, CheckpointError
 
 SETUPS = [
     {"architecture": architecture, "optimizer": optimizer}

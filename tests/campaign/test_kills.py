@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from kills import ended, killed, same, small_sae, small_trainer, started, weights
+from helpers.kills import ended, killed, same, small_sae, small_trainer, started, weights
 from sae_lens import SAE, logger
 from torch import Tensor
 
-from sae_lens_switch import checkpoints
+from sae_lens_switch.training import checkpoints
 
 SETUPS = [
     {"architecture": architecture, "optimizer": optimizer}

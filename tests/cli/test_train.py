@@ -21,15 +21,9 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKSAE
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae_lens_switch import (
-    LanguageModelSAERunnerConfig,
-    SparseSAETrainer,
-    SwitchSAE,
-    TrainerOptions,
-    checkpoints,
-    train,
-)
+from sae_lens_switch import LanguageModelSAERunnerConfig, SparseSAETrainer, SwitchSAE, TrainerOptions, train
 from sae_lens_switch.train import main
+from sae_lens_switch.training import checkpoints
 
 SWITCH = ["--architecture", "switch", "--d-in", str(D), "--d-sae", str(F), "--n-experts", str(E), "--k", str(K)]
 

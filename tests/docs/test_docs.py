@@ -29,7 +29,7 @@ from sae_lens.saes.sae import SAEMetadata
 import sae_lens_switch
 from sae_lens_switch import cost, train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(p.relative_to(ROOT)): p.read_text() for p in [*PAGES, ROOT / "kernels" / "README.md"]}
 CONFIGS = {

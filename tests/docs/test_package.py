@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str, cwd: Path, *paths: Path) -> str:
@@ -17,6 +17,9 @@ def run_python(code: str, cwd: Path, *paths: Path) -> str:
     result = subprocess.run([sys.executable, "-c", setup + code], cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+_SHIPPED = {".py", ".typed", ".html", ".css", ".js"}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +40,9 @@ def unpacked_wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_every_module_and_the_type_markers(unpacked_wheel):
     for package, source in (("sae_lens_switch", ROOT), ("sae_lens_switch_kernels", ROOT / "kernels")):
-        expected = {p.name for p in (source / package).glob("*.py")} | {"py.typed"}
-        assert {p.name for p in (unpacked_wheel / package).iterdir()} == expected
+        expected = {p.relative_to(source) for p in (source / package).rglob("*") if p.suffix in _SHIPPED}
+        assert Path(package, "py.typed") in expected
+        assert {p.relative_to(unpacked_wheel) for p in (unpacked_wheel / package).rglob("*") if p.is_file()} == expected
     assert not (unpacked_wheel / "kernels").exists()
 
 

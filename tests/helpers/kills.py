@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import D, activations
 from torch import Tensor
 
+from helpers import D, activations
 from sae_lens_switch import (
     SparseSAETrainer,
     SparseSAETrainerConfig,

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from helpers import CONTEXT, WORDS, D, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from helpers import CONTEXT, WORDS, D, tiny_tokenizer
 
 MODEL_NAME = "gpt2"  # a name that TransformerLens knows; a folder of this name is looked at before the hub
 

@@ -12,13 +12,12 @@ import types
 from functools import partial
 from pathlib import Path
 
-import hub_server
 import pytest
 import sae_lens
 import torch
 import yaml
-from helpers import D, E, F, K, largest_allocation, random_input, switch_sae
-from hub_server import HubServer
+from helpers import D, E, F, K, hub_server, largest_allocation, random_input, switch_sae
+from helpers.hub_server import HubServer
 from huggingface_hub import ModelCard, constants, file_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import _http

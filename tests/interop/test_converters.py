@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_switch import SparseTopKTrainingSAE, SwitchSAE, SwitchTrainingSAE, override_topk
-from sae_lens_switch.converters import Converter, authors_switch, openai_topk, sparsify_topk
+from sae_lens_switch.interop.converters import Converter, authors_switch, openai_topk, sparsify_topk
 
 
 def numbers(*shape: int, seed: int) -> Tensor:

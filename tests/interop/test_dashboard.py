@@ -9,22 +9,23 @@ from urllib.parse import unquote
 import pytest
 import torch
 from helpers import CONTEXT, HOOK, HOOK_Z, WORDS, D, F, K, M, random_input, randomize, switch_sae, training_sae
-from local_model import MODEL_NAME, write_model_and_text
+from helpers.local_model import MODEL_NAME, write_model_and_text
 from sae_lens import SAE, HookedSAETransformer, TopKSAE, TopKSAEConfig
 from sae_lens.analysis import neuronpedia_integration
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
-from sae_lens_switch import SwitchSAE, dashboard
-from sae_lens_switch.dashboard import as_dashboard_sae
+from sae_lens_switch import SwitchSAE
+from sae_lens_switch.interop import saedashboard as dashboard
+from sae_lens_switch.interop.saedashboard import as_dashboard_sae
 
 MLP_OUT = "blocks.1.hook_mlp_out"
 HOOKS = [HOOK, MLP_OUT, HOOK_Z]
 exactly = {"rtol": 0, "atol": 0}
 needs_sae_dashboard = pytest.mark.skipif(
     importlib.util.find_spec("sae_dashboard") is None,
-    reason="SAEDashboard is not installed: see sae_lens_switch/dashboard.py",
+    reason="SAEDashboard is not installed: see sae_lens_switch/interop/saedashboard.py",
 )
 
 

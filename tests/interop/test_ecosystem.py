@@ -27,7 +27,7 @@ from helpers import (
     training_config,
     training_sae,
 )
-from local_model import MODEL_NAME, write_model_and_text
+from helpers.local_model import MODEL_NAME, write_model_and_text
 from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.evals import get_eval_everything_config, run_evals
@@ -50,10 +50,10 @@ from sae_lens_switch import (
     SparseTopKTrainingSAEConfig,
     TrainerOptions,
 )
-from sae_lens_switch.runner import _MultiSAETrainer, with_options
-from sae_lens_switch.substitution import constructing
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),
     pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from sae_lens_switch_kernels import backend, library, memory, reference, sparse_autoencode, torch_ops
+from sae_lens_switch_kernels import backend, huge_pages, operators, reference, sparse_autoencode, torch_backend
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -52,7 +52,7 @@ def inputs(E: int, names: set[str], dtype: torch.dtype) -> tuple[dict[str, Tenso
     ids=["topk", "switch"],
 )
 def test_sparse_autoencode_on_triton_equals_the_reference(E, names, dense_up_to, monkeypatch):
-    monkeypatch.setattr(library, "_DENSE_UP_TO", {DEVICE.type: dense_up_to})
+    monkeypatch.setattr(operators, "_DENSE_UP_TO", {DEVICE.type: dense_up_to})
     leaves, constants = inputs(E, names, torch.float32)
     upstream = torch.randn(21, 20, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
@@ -78,13 +78,15 @@ def test_a_kernel_that_fails_its_check_gives_way_to_plain_torch_with_one_warning
     def broken(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
         if fault == "an exception":
             raise RuntimeError("PassManager::run failed")
-        return torch_ops.sparse_decode(values_BK, indices_BK, W_FD) * (1.5 if fault == "wrong numbers" else torch.nan)
+        return torch_backend.sparse_decode(values_BK, indices_BK, W_FD) * (
+            1.5 if fault == "wrong numbers" else torch.nan
+        )
 
     monkeypatch.setattr(backend._triton_ops(), "sparse_decode", broken)
     values, indices, W = torch.ones(2, 1), torch.tensor([[0], [3]]), torch.arange(20.0).view(5, 4)
     values, indices, W = (t.to(DEVICE) for t in (values, indices, W))
     with pytest.warns(RuntimeWarning, match="Triton kernel of sparse_decode") as caught:
-        outs = [library.sparse_decode(values, indices, W) for _ in range(3)]
+        outs = [operators.sparse_decode(values, indices, W) for _ in range(3)]
     assert all(torch.equal(out, W[[0, 3]]) for out in outs)
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
 
@@ -92,7 +94,7 @@ def test_a_kernel_that_fails_its_check_gives_way_to_plain_torch_with_one_warning
 @pytest.mark.usefixtures("on_triton")
 def test_a_kernel_that_is_wrong_only_in_the_tiles_of_real_shapes_gives_way_on_a_gpu(monkeypatch):
     def wrong_when_wide(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
-        return torch_ops.sparse_decode(values_BK, indices_BK, W_FD) * (1.5 if W_FD.shape[1] >= 256 else 1)
+        return torch_backend.sparse_decode(values_BK, indices_BK, W_FD) * (1.5 if W_FD.shape[1] >= 256 else 1)
 
     monkeypatch.setattr(backend._triton_ops(), "sparse_decode", wrong_when_wide)
     if DEVICE.type == "cpu":
@@ -107,7 +109,7 @@ def test_a_kernel_that_is_wrong_only_in_the_tiles_of_real_shapes_gives_way_on_a_
 @pytest.mark.parametrize("dtype", list(backend._TOLERATED), ids=str)
 @pytest.mark.parametrize("tf32", [False, True], ids=["", "TF32"])
 def test_the_self_check_on_a_gpu_runs_the_tiles_and_the_path_that_real_shapes_take(dtype, tf32):
-    from sae_lens_switch_kernels.blocks import Arch, candidate_block, cdiv, gemm_blocks
+    from sae_lens_switch_kernels.triton_backend.blocks import Arch, candidate_block, cdiv, gemm_blocks
 
     hopper = Arch(lanes=32, shared=232448)
     shapes = backend._shapes(torch.device("cuda"))
@@ -126,7 +128,7 @@ def test_the_self_check_on_a_gpu_runs_the_tiles_and_the_path_that_real_shapes_ta
 
 @pytest.mark.usefixtures("on_triton")
 def test_a_missing_triton_is_one_warning_and_never_an_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sae_lens_switch_kernels.triton_ops", None)
+    monkeypatch.setitem(sys.modules, "sae_lens_switch_kernels.triton_backend", None)
     leaves, constants = inputs(3, {"expert_B"}, torch.float32)
     leaves["W_dec_FD"].requires_grad_()
     with pytest.warns(RuntimeWarning, match="no Triton kernels") as caught:
@@ -138,12 +140,12 @@ def test_a_missing_triton_is_one_warning_and_never_an_error(monkeypatch):
 def test_the_choice_follows_device_dtype_and_environment(monkeypatch):
     low, high = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
     monkeypatch.delenv("SAE_LENS_SWITCH_BACKEND", raising=False)
-    assert backend.primitives(low) is torch_ops
+    assert backend.primitives(low) is torch_backend
     monkeypatch.setenv("SAE_LENS_SWITCH_BACKEND", "triton")
     assert isinstance(backend.primitives(low), backend.SelfChecked)
-    assert backend.primitives(high) is torch_ops
+    assert backend.primitives(high) is torch_backend
     monkeypatch.setenv("SAE_LENS_SWITCH_BACKEND", "torch")
-    assert backend.primitives(low) is torch_ops
+    assert backend.primitives(low) is torch_backend
     monkeypatch.setenv("SAE_LENS_SWITCH_BACKEND", "cuda")
     with pytest.raises(ValueError, match="SAE_LENS_SWITCH_BACKEND must be 'torch' or 'triton' if set; got 'cuda'"):
         backend.primitives(low)
@@ -155,29 +157,29 @@ import sys, torch
 from sae_lens_switch_kernels import sparse_autoencode
 x, W = torch.randn(9, 4), torch.randn(8, 4, requires_grad=True)
 sparse_autoencode(x, W, W, 2).out_BD.sum().backward()
-print("sae_lens_switch_kernels.triton_ops" in sys.modules)
+print("sae_lens_switch_kernels.triton_backend" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False"]
 
 
 def test_large_tensors_use_memory_again_and_never_while_it_is_in_use(monkeypatch):
-    monkeypatch.setattr(memory, "_free", {})
+    monkeypatch.setattr(huge_pages, "_free", {})
     shape, options = (1000, 1200), {"dtype": torch.float32, "device": torch.device("cpu")}
-    first = memory.empty_large(*shape, **options).fill_(1)
-    second = memory.empty_large(*shape, **options).fill_(2)
+    first = huge_pages.empty_large(*shape, **options).fill_(1)
+    second = huge_pages.empty_large(*shape, **options).fill_(2)
     assert first.data_ptr() != second.data_ptr()
     view, place = first.T[3:], first.data_ptr()
     del first
-    assert memory.empty_large(*shape, **options).fill_(3).data_ptr() != place  # the view still needs it
+    assert huge_pages.empty_large(*shape, **options).fill_(3).data_ptr() != place  # the view still needs it
     assert (view == 1).all()
     assert (second == 2).all()
     del view
-    assert memory.empty_large(*shape, **options).data_ptr() == place
+    assert huge_pages.empty_large(*shape, **options).data_ptr() == place
     for n in range(20):  # other sizes, come and gone: few are kept
-        memory.empty_large(1200 + n, 1000, **options)
-    assert len(memory._free) <= memory._SIZES_KEPT
-    assert memory.empty_large(3, 5, **options).shape == (3, 5)
+        huge_pages.empty_large(1200 + n, 1000, **options)
+    assert len(huge_pages._free) <= huge_pages._SIZES_KEPT
+    assert huge_pages.empty_large(3, 5, **options).shape == (3, 5)
 
 
 @pytest.mark.parametrize("shape", [(1000, 1200), (1200, 1000, 2), (3, 5), (0, 3), ()], ids=str)
@@ -188,8 +190,8 @@ def test_a_tensor_moved_to_large_memory_is_what_it_was(shape, layout):
         t = t.T
     elif layout == "strided" and t.ndim > 1:
         t = t[:, ::2]
-    moved = memory.in_large(t)
+    moved = huge_pages.in_large(t)
     assert (moved.shape, moved.stride(), moved.dtype) == (t.shape, t.stride(), t.dtype)
     assert torch.equal(moved, t)
-    large = t.nbytes >= memory._SMALLEST and layout != "strided"
+    large = t.nbytes >= huge_pages._SMALLEST and layout != "strided"
     assert (moved.data_ptr() != t.data_ptr()) == large

@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sae_lens_switch_kernels.blocks import Arch, candidate_block, gemm_blocks, row_block  # noqa: E402
-from sae_lens_switch_kernels.decode import matmul_at_indices_traffic, sparse_decode_traffic  # noqa: E402
-from sae_lens_switch_kernels.encode import select_topk_traffic  # noqa: E402
-from sae_lens_switch_kernels.grouped import grouped_traffic  # noqa: E402
-from sae_lens_switch_kernels.latents import latent_weight_grads_traffic  # noqa: E402
-from sae_lens_switch_kernels.launch import Traffic  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.blocks import Arch, candidate_block, gemm_blocks, row_block  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices_traffic, sparse_decode_traffic  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_traffic  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads_traffic  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.launch import Traffic  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.select_topk import select_topk_traffic  # noqa: E402
 
 KERNELS = {
     "sparse_decode",

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from sae_lens_switch_kernels import (
     RowGrads,
     latent_weight_grad,
-    library,
     matmul_at_indices,
     reference,
     sparse_autoencode,
     sparse_decode,
     switch_encode,
     topk_encode,
-    torch_ops,
 )
+from sae_lens_switch_kernels import operators as library
+from sae_lens_switch_kernels import torch_backend as torch_ops
 from torch import Tensor
 
 # B, D, E, M, K: widths that are no power of two, one token, one latent, every latent active

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens_switch_kernels import RowGrads, library
-from sae_lens_switch_kernels.index import one_group
+from sae_lens_switch_kernels import RowGrads, operators
+from sae_lens_switch_kernels.indexing import one_group
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_lens_switch.codes import SparseCodes
-from sae_lens_switch.host import SparseStepOutput, aux_loss
-from sae_lens_switch.row_sparse import RowSparseAdam
-from sae_lens_switch.trainer import SparseSAETrainer, _firings
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_sae import SparseStepOutput, aux_loss
+from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
+from sae_lens_switch.training.trainer import SparseSAETrainer, _firings
 
 B, D, F, K = 40, 16, 96, 3
 
@@ -71,23 +71,23 @@ def test_a_copy_from_the_host_is_seen(copies):
 @pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
 def test_forward_and_backward_copy_nothing_and_wait_for_nothing(copies, n_experts, dense_up_to, monkeypatch):
     pytest.importorskip("triton")
-    from sae_lens_switch_kernels import triton_ops
-    from sae_lens_switch_kernels.blocks import Arch
-    from sae_lens_switch_kernels.launch import recording
+    from sae_lens_switch_kernels import triton_backend
+    from sae_lens_switch_kernels.triton_backend.blocks import Arch
+    from sae_lens_switch_kernels.triton_backend.launch import recording
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no meta device
-    monkeypatch.setattr(library, "primitives", lambda _: triton_ops)
-    monkeypatch.setattr(library, "_DENSE_UP_TO", {"meta": dense_up_to})
+    monkeypatch.setattr(operators, "primitives", lambda _: triton_backend)
+    monkeypatch.setattr(operators, "_DENSE_UP_TO", {"meta": dense_up_to})
     x, W_enc, W_dec = on_device(B, D), on_device(F, D), on_device(F, D)
     several = n_experts > 1
     expert = on_device(B, dtype=torch.int64) if several else None
     gates = on_device(B) if several else None
     pre_bias, bias = on_device(D), None if several else on_device(F)
     with recording(Arch(lanes=32, shared=232448)) as launches:
-        out, values, indices, *aux, centered = library.autoencode._init_fn(
+        out, values, indices, *aux, centered = operators.autoencode._init_fn(
             x, W_enc, W_dec, gates, pre_bias, bias, None, expert, None, K, 0, n_experts, torch.float32
         )
-        backward = library._Backward(
+        backward = operators._Backward(
             x, centered, W_enc, W_dec, gates, expert, None, n_experts, torch.float32, RowGrads(active_only=False)
         )
         grads = backward(out, None, None, values, indices, aux[1], aux[2], needs_x=True, needs_pre_bias=True)

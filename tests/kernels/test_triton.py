@@ -11,17 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens_switch_kernels import reference
-from sae_lens_switch_kernels.blocks import candidate_block
-from sae_lens_switch_kernels.index import LatentIndex, latent_index
+from sae_lens_switch_kernels.indexing import LatentIndex, latent_index
+from sae_lens_switch_kernels.triton_backend.blocks import candidate_block
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sae_lens_switch_kernels import latents  # noqa: E402
-from sae_lens_switch_kernels.decode import matmul_at_indices, sparse_decode  # noqa: E402
-from sae_lens_switch_kernels.encode import select_topk  # noqa: E402
-from sae_lens_switch_kernels.grouped import grouped_decode, grouped_encode, grouped_weight_grad  # noqa: E402
-from sae_lens_switch_kernels.latents import latent_weight_grads  # noqa: E402
+from sae_lens_switch_kernels.triton_backend import latent_weight_grads as latents  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices, sparse_decode  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode, grouped_encode, grouped_weight_grad  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.select_topk import select_topk  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -370,7 +370,7 @@ def test_a_single_expert_is_a_plain_matrix_product():
 
 @pytest.mark.parametrize("setting", ["allow_tf32", "fp32_precision", "default"])
 def test_precision_follows_torch(setting):
-    from sae_lens_switch_kernels.grouped import _precision
+    from sae_lens_switch_kernels.triton_backend.grouped_matmul import _precision
 
     matmul = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision()

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_lens_switch import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, SwitchSAE, report
-from sae_lens_switch import page as page_module
-from sae_lens_switch.history import FILENAME, History, read_history
 from sae_lens_switch.report import find_sae, load_run, main, open_model, read_texts, token_texts, write_report
+from sae_lens_switch.report import page as page_module
+from sae_lens_switch.training.history import FILENAME, History, read_history
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),

@@ -16,9 +16,9 @@ from sae_lens_switch import (
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
 )
-from sae_lens_switch.collapse import reseed
-from sae_lens_switch.optim import ConstrainedAdam, step_in_memory_order
-from sae_lens_switch.row_sparse import RowSparseAdam
+from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam, step_in_memory_order
+from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
+from sae_lens_switch.training.routing_monitor import reseed
 
 LR, BETAS, EPS, MAX_NORM = 0.02, (0.8, 0.95), 1e-8, 0.7
 SWITCH = {

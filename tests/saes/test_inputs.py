@@ -18,7 +18,7 @@ from sae_lens_switch import (
     SwitchSAE,
     SwitchSAEConfig,
 )
-from sae_lens_switch.files import digits, from_digits
+from sae_lens_switch.saes.serialization import digits, from_digits
 
 ARCHITECTURES = ["switch", "sparse_topk"]
 

@@ -185,8 +185,8 @@ def test_the_registries_hold_our_classes():
 
 def test_registering_twice_and_reloading_the_package_do_nothing():
     before = dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)
-    sae_lens_switch.registration.register()
-    importlib.reload(sae_lens_switch.registration)
+    sae_lens_switch.saes.registration.register()
+    importlib.reload(sae_lens_switch.saes.registration)
     importlib.reload(sae_lens_switch)
     assert (dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)) == before
 
@@ -203,7 +203,7 @@ def test_we_do_not_replace_another_class_that_took_the_name_first(registry, monk
     other = (type("OtherSAE", (), {}), type("OtherConfig", (), {}))
     monkeypatch.setitem(registry, "switch", other)
     with pytest.raises(ValueError, match="switch"):
-        sae_lens_switch.registration.register()
+        sae_lens_switch.saes.registration.register()
     assert registry["switch"] is other
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, SwitchTrainingSAE
-from sae_lens_switch.start import Spread, bias_from_batch
+from sae_lens_switch.saes.data_dependent_init import Spread, bias_from_batch
 
 FAR = 10**6  # samples: further than any test goes
 ROW = random_input(1, D, seed=5, dtype=torch.float32)

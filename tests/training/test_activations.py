@@ -27,8 +27,8 @@ from sae_lens_switch import (
     TrainerOptions,
     activation_batches,
 )
-from sae_lens_switch.history import FILENAME, read_history
-from sae_lens_switch.synthetic import SyntheticSAERunner
+from sae_lens_switch.training.history import FILENAME, read_history
+from sae_lens_switch.training.synthetic import SyntheticSAERunner
 
 exactly = {"rtol": 0, "atol": 0}
 

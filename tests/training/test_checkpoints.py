@@ -16,21 +16,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import HOOK, D, run_fields, training_config
-from kills import SAMPLES, killed, same, small_sae, small_trainer, weights
+from helpers.kills import SAMPLES, killed, same, small_sae, small_trainer, weights
 from sae_lens import SAE
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_switch import (
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    MultiSAETrainingRunner,
-    atomic,
-    checkpoints,
-)
-from sae_lens_switch.atomic import replace_files
-from sae_lens_switch.checkpoints import CheckpointError, Session, latest, prune, whole_folder
+from sae_lens_switch import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+from sae_lens_switch.common import atomic
+from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.report import find_sae
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.checkpoints import CheckpointError, Session, latest, prune, whole_folder
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 

@@ -29,10 +29,10 @@ from sae_lens_switch import (
     SparseTopKTrainingSAEConfig,
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
-    checkpoints,
 )
-from sae_lens_switch.checkpoints import CheckpointError
-from sae_lens_switch.trainer import TrainingDivergedError
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.checkpoints import CheckpointError
+from sae_lens_switch.training.trainer import TrainingDivergedError
 
 F, E, K = 96, 4, 3
 BATCH, STEPS = 32, 30

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from sae_lens_switch_kernels import memory
-from sae_lens_switch_kernels.memory import zeros_large
+from sae_lens_switch_kernels import huge_pages
+from sae_lens_switch_kernels.huge_pages import zeros_large
 from torch import nn
 
-from sae_lens_switch import optim
-from sae_lens_switch.optim import ConstrainedAdam, step_in_memory_order
+from sae_lens_switch.training.optim import constrained_adam as optim
+from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam, step_in_memory_order
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
@@ -86,8 +86,8 @@ def test_constrained_adam_is_project_adam_renormalise_over_the_whole_matrix(fuse
 def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout, monkeypatch):
     """Made anew, and read from a checkpoint."""
     made = []
-    monkeypatch.setattr(memory, "zeros_large", lambda *shape, **of: made.append(shape) or zeros_large(*shape, **of))
-    monkeypatch.setattr(optim, "zeros_large", memory.zeros_large)
+    monkeypatch.setattr(huge_pages, "zeros_large", lambda *shape, **of: made.append(shape) or zeros_large(*shape, **of))
+    monkeypatch.setattr(optim, "zeros_large", huge_pages.zeros_large)
     shape = {"scalar": (), "empty": (0, 3)}.get(layout, (1 << 11, 1 << 10))
     start = torch.randn(shape)
     ours, plain = (nn.Parameter(start.T.contiguous().T if layout == "transposed" else start.clone()) for _ in range(2))

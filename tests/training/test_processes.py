@@ -36,26 +36,24 @@ from sae_lens_switch import (
     SparseSAETrainer,
     SparseTopKTrainingSAE,
     TrainerOptions,
-    checkpoints,
-    interruption,
     override_topk,
-    printable,
-    progress,
-    registration,
     report,
 )
-from sae_lens_switch import runner as runner_module
-from sae_lens_switch.card import model_card
-from sae_lens_switch.history import History, read_history
-from sae_lens_switch.interruption import Interruption, exit_code
-from sae_lens_switch.optim import ConstrainedAdam
-from sae_lens_switch.progress import Sentences, track
-from sae_lens_switch.row_sparse import RowSparseAdam
-from sae_lens_switch.runner import _MultiSAETrainer, with_options
-from sae_lens_switch.substitution import constructing
+from sae_lens_switch.common import printable, progress
+from sae_lens_switch.common.progress import Sentences, track
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.hub.model_card import model_card
+from sae_lens_switch.saes import registration
 from sae_lens_switch.train import main
+from sae_lens_switch.training import checkpoints, interruption
+from sae_lens_switch.training import runners as runner_module
+from sae_lens_switch.training.history import History, read_history
+from sae_lens_switch.training.interruption import Interruption, exit_code
+from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
+from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
+from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\x00\u202e\ud800end"
 
 
@@ -288,7 +286,7 @@ def test_a_platform_without_sighup():
     program = """
 import signal
 del signal.SIGHUP
-from sae_lens_switch.interruption import Interruption
+from sae_lens_switch.training.interruption import Interruption
 with Interruption() as held:
     held.check()
 print("fine")
@@ -768,7 +766,7 @@ def test_every_message_of_ours_goes_through_it():
 def test_output_that_cannot_be_encoded_or_that_nobody_reads_ends_no_run():
     program = """
 import os, sys
-from sae_lens_switch.printable import say
+from sae_lens_switch.common.printable import say
 say("caf\\u00e9 \\ud800")
 say("there", error=True)
 read, write = os.pipe()

@@ -62,13 +62,13 @@ from sae_lens_switch import (
     SwitchTrainingSAEConfig,
     TrainerOptions,
     TrainingDivergedError,
-    checkpoints,
     scaling_law_lr,
 )
-from sae_lens_switch.history import FILENAME, read_history
-from sae_lens_switch.optim import constrain_optimizer_steps
-from sae_lens_switch.runner import _MultiSAETrainer, with_options
-from sae_lens_switch.substitution import constructing
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.history import FILENAME, read_history
+from sae_lens_switch.training.optim.constrained_adam import constrain_optimizer_steps
+from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),

@@ -11,7 +11,7 @@ from sae_lens_switch import (
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
 )
-from sae_lens_switch.step_graph import StepGraph
+from sae_lens_switch.training.step_graph import StepGraph
 
 
 def make_sae(architecture: str, **fields):
@@ -31,7 +31,7 @@ def make_trainer(sae, **fields) -> SparseSAETrainer:
 @pytest.fixture(autouse=True)
 def no_history(monkeypatch):
     """Runs this short log every step, and a step that is logged is not replayed."""
-    monkeypatch.setattr("sae_lens_switch.history.History.is_due", lambda *_: False)
+    monkeypatch.setattr("sae_lens_switch.training.history.History.is_due", lambda *_: False)
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -13,7 +13,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens_switch_kernels import library, memory
+from sae_lens_switch_kernels import huge_pages, operators
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,10 +27,10 @@ from sae_lens_switch import (
     TrainerOptions,
     scaling_law_lr,
 )
-from sae_lens_switch import trainer as trainer_module
-from sae_lens_switch.collapse import RoutingMonitor, reseed
-from sae_lens_switch.optim import remove_parallel_, total_norm, without_parallel
-from sae_lens_switch.row_sparse import RowSparseAdam
+from sae_lens_switch.training import trainer as trainer_module
+from sae_lens_switch.training.optim.constrained_adam import remove_parallel_, total_norm, without_parallel
+from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
+from sae_lens_switch.training.routing_monitor import RoutingMonitor, reseed
 
 FAR = 10**6  # samples: further than any test goes
 
@@ -436,7 +436,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(architecture, cuda_graph, monkeypatch):
     # As on a GPU, where a range is checked by an assertion on the device.
     monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})
-    monkeypatch.setattr(library, "_check_range", lambda *_: None)
+    monkeypatch.setattr(operators, "_check_range", lambda *_: None)
     batches = activations(4)
     sae = (
         training_sae(dtype="float32")
@@ -457,16 +457,16 @@ def test_a_step_never_waits_for_the_device(architecture, cuda_graph, monkeypatch
 def test_nothing_of_a_step_is_kept(architecture, optimizer, monkeypatch):
     """By what torch and our blocks hold after it, not by the process's peak, which depends on the allocator."""
     blocks: list[weakref.ref] = []
-    new_block = memory._new_block
+    new_block = huge_pages._new_block
 
     def tracked(n_bytes: int):
         block = new_block(n_bytes)
         blocks.append(weakref.ref(block))
         return block
 
-    monkeypatch.setattr(memory, "_new_block", tracked)
-    monkeypatch.setattr(memory, "_SMALLEST", 1 << 12)
-    monkeypatch.setattr(memory, "_free", {})
+    monkeypatch.setattr(huge_pages, "_new_block", tracked)
+    monkeypatch.setattr(huge_pages, "_SMALLEST", 1 << 12)
+    monkeypatch.setattr(huge_pages, "_free", {})
     torch.manual_seed(0)
     fields = {"d_in": 16, "d_sae": 2048, "k": 8, "aux_loss_coefficient": 0.03}
     sae = (
@@ -486,7 +486,7 @@ def test_nothing_of_a_step_is_kept(architecture, optimizer, monkeypatch):
     assert before > 0
     net_allocated(train)  # what the profiler itself keeps the first time
     assert net_allocated(train) == 0
-    most_kept = memory._SIZES_KEPT * memory._BLOCKS_KEPT
+    most_kept = huge_pages._SIZES_KEPT * huge_pages._BLOCKS_KEPT
     assert sum(block() is not None for block in blocks) <= before + most_kept
 
 

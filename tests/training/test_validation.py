@@ -28,12 +28,12 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
     TrainerOptions,
-    runner,
-    validation,
 )
-from sae_lens_switch.hooks import check_hook_name
-from sae_lens_switch.synthetic import SyntheticSAERunner
+from sae_lens_switch.common import validation
 from sae_lens_switch.train import main
+from sae_lens_switch.training import runners as runner
+from sae_lens_switch.training.hooks import check_hook_name
+from sae_lens_switch.training.synthetic import SyntheticSAERunner
 
 SIZES = {"d_in": D, "d_sae": F, "n_experts": E, "k": K}
 LENGTH = {"total_training_samples": 96, "train_batch_size_samples": 8}

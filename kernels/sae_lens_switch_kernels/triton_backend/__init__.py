@@ -1,4 +1,4 @@
-"""The primitives on Triton, under the names of torch_ops. Imported only where a GPU asks for it.
+"""The primitives on Triton, under the names of torch_backend. Imported only where a GPU asks for it.
 
 Each is a launcher, or a launcher between a few small torch operations; none waits for the device.
 """
@@ -6,14 +6,14 @@ Each is a launcher, or a launcher between a few small torch operations; none wai
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels import torch_ops
-from sae_lens_switch_kernels.decode import matmul_at_indices, sparse_decode
-from sae_lens_switch_kernels.encode import select_topk
-from sae_lens_switch_kernels.grouped import grouped_decode as decode_dense
-from sae_lens_switch_kernels.grouped import grouped_encode as encode_dense
-from sae_lens_switch_kernels.grouped import grouped_weight_grad as weight_grad_dense
-from sae_lens_switch_kernels.index import ExpertGroups
-from sae_lens_switch_kernels.latents import latent_weight_grads
+from sae_lens_switch_kernels import torch_backend
+from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices, sparse_decode
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode as decode_dense
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_encode as encode_dense
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight_grad as weight_grad_dense
+from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
+from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
 
 __all__ = [
     "grouped_decode",
@@ -37,10 +37,10 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """One expert: tiles of torch's own matrix product, searched by select_topk. Several: one grouped product."""
     if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
-        return torch_ops.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
+        return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
     pre_BM = encode_dense(x_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
     values_BK, indices_BK = select_topk(pre_BM, k)
-    return values_BK.to(W_FD.dtype), indices_BK + torch_ops.first_latents(groups, len(x_BD), len(W_FD))
+    return values_BK.to(W_FD.dtype), indices_BK + torch_backend.first_latents(groups, len(x_BD), len(W_FD))
 
 
 def grouped_decode(
@@ -54,7 +54,7 @@ def grouped_matmul_at_indices(
     g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
     out_BM = encode_dense(g_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
-    return out_BM.gather(1, indices_BK - torch_ops.first_latents(groups, len(g_BD), len(W_FD))).to(g_BD.dtype)
+    return out_BM.gather(1, indices_BK - torch_backend.first_latents(groups, len(g_BD), len(W_FD))).to(g_BD.dtype)
 
 
 def grouped_weight_grad(
@@ -69,5 +69,5 @@ def _dense_in_expert(
 ) -> Tensor:
     """[B, M], each row's codes among the latents of its own expert."""
     M = n_latents // (len(groups.offsets_E1) - 1)
-    local_BK = indices_BK - torch_ops.first_latents(groups, len(values_BK), n_latents)
+    local_BK = indices_BK - torch_backend.first_latents(groups, len(values_BK), n_latents)
     return values_BK.new_zeros(len(values_BK), M, dtype=dtype).scatter_add_(1, local_BK, values_BK.to(dtype))

@@ -26,10 +26,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sae_lens_switch_kernels import decode, encode, grouped, latents
-from sae_lens_switch_kernels.blocks import Arch
-from sae_lens_switch_kernels.index import LatentIndex
-from sae_lens_switch_kernels.launch import Launch, Traffic, recording
+from sae_lens_switch_kernels.indexing import LatentIndex
+from sae_lens_switch_kernels.triton_backend import gather, grouped_matmul, latent_weight_grads, select_topk
+from sae_lens_switch_kernels.triton_backend.blocks import Arch
+from sae_lens_switch_kernels.triton_backend.launch import Launch, Traffic, recording
 
 B, K, F, E = 4096, 32, 32768, 32
 WIDTHS, QUICK_WIDTHS = (576, 768, 2304, 4096, 8192, 16384), (768, 4096)
@@ -77,38 +77,42 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     x, W, a = empty(B, D), empty(F, D), empty(B, M)
     offsets = empty(E + 1, dtype=torch.int64)
     index = LatentIndex(empty(B * K, dtype=torch.int64), empty(F + 1, dtype=torch.int64))
-    grouped_traffic = grouped.grouped_traffic(B, D, M, E, size)
-    yield Operation("grouped_encode", lambda: grouped.grouped_encode(x, W, offsets), grouped_traffic, True)
-    yield Operation("grouped_decode", lambda: grouped.grouped_decode(a, W, offsets), grouped_traffic, True)
-    yield Operation("grouped_weight_grad", lambda: grouped.grouped_weight_grad(a, x, offsets), grouped_traffic, True)
+    grouped_traffic = grouped_matmul.grouped_traffic(B, D, M, E, size)
+    yield Operation("grouped_encode", lambda: grouped_matmul.grouped_encode(x, W, offsets), grouped_traffic, True)
+    yield Operation("grouped_decode", lambda: grouped_matmul.grouped_decode(a, W, offsets), grouped_traffic, True)
+    yield Operation(
+        "grouped_weight_grad", lambda: grouped_matmul.grouped_weight_grad(a, x, offsets), grouped_traffic, True
+    )
     if dtype == "tf32":  # says how tensor cores treat fp32; the others do not use them
         return
     yield Operation(
         "sparse_decode",
-        lambda: decode.sparse_decode(values, indices, W),
-        decode.sparse_decode_traffic(B, K, F, D, size),
+        lambda: gather.sparse_decode(values, indices, W),
+        gather.sparse_decode_traffic(B, K, F, D, size),
     )
     yield Operation(
         "matmul_at_indices",
-        lambda: decode.matmul_at_indices(x, W, indices),
-        decode.matmul_at_indices_traffic(B, K, F, D, size),
+        lambda: gather.matmul_at_indices(x, W, indices),
+        gather.matmul_at_indices_traffic(B, K, F, D, size),
     )
     yield Operation(
         "latent_weight_grads",
-        lambda: latents.latent_weight_grads(index, values, x, values, x),
-        latents.latent_weight_grads_traffic(B, K, F, D, size),
+        lambda: latent_weight_grads.latent_weight_grads(index, values, x, values, x),
+        latent_weight_grads.latent_weight_grads_traffic(B, K, F, D, size),
     )
     yield Operation(
         "latent_weight_grads, decoder only",
-        lambda: latents.latent_weight_grads(index, values, x),
-        latents.latent_weight_grads_traffic(B, K, F, D, size, encoder=False),
+        lambda: latent_weight_grads.latent_weight_grads(index, values, x),
+        latent_weight_grads.latent_weight_grads_traffic(B, K, F, D, size, encoder=False),
     )
     pre, vector = empty(B, F), empty(F)
-    yield Operation("select_topk", lambda: encode.select_topk(pre, K), encode.select_topk_traffic(B, F, K, size))
+    yield Operation(
+        "select_topk", lambda: select_topk.select_topk(pre, K), select_topk.select_topk_traffic(B, F, K, size)
+    )
     yield Operation(
         "select_topk, bias and scale",
-        lambda: encode.select_topk(pre, K, vector, vector),
-        encode.select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
+        lambda: select_topk.select_topk(pre, K, vector, vector),
+        select_topk.select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
     )
 
 
@@ -334,7 +338,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for fault in faults:
         sys.stderr.write(f"below the bar: {fault}\n")
     return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

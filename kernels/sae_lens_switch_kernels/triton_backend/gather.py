@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_lens_switch_kernels.blocks import cdiv, row_block, rows_in_flight
-from sae_lens_switch_kernels.launch import Traffic, arch_of, launch, load_row
+from sae_lens_switch_kernels.triton_backend.blocks import cdiv, row_block, rows_in_flight
+from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
 
 @triton.jit

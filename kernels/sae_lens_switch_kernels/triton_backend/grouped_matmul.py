@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_lens_switch_kernels.blocks import cdiv, gemm_blocks, next_power_of_2
-from sae_lens_switch_kernels.launch import Traffic, arch_of, launch, load_row
+from sae_lens_switch_kernels.triton_backend.blocks import cdiv, gemm_blocks, next_power_of_2
+from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
 
 @triton.jit

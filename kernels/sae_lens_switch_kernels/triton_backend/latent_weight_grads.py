@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_lens_switch_kernels.blocks import cdiv, row_block, rows_in_flight
-from sae_lens_switch_kernels.index import LatentGrads, LatentIndex
-from sae_lens_switch_kernels.launch import Traffic, arch_of, launch, load_row
+from sae_lens_switch_kernels.indexing import LatentGrads, LatentIndex
+from sae_lens_switch_kernels.triton_backend.blocks import cdiv, row_block, rows_in_flight
+from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
 PIECE = 64
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_lens_switch_kernels.blocks import Arch
+from sae_lens_switch_kernels.triton_backend.blocks import Arch
 
 
 class Launch(NamedTuple):

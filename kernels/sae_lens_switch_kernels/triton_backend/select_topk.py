@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_lens_switch_kernels.blocks import candidate_block, cdiv, next_power_of_2, tile_warps
-from sae_lens_switch_kernels.launch import Traffic, arch_of, launch, load_row
+from sae_lens_switch_kernels.triton_backend.blocks import candidate_block, cdiv, next_power_of_2, tile_warps
+from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
 _TILE = 2048  # numbers of one row a program reads
 _ROWS = 4  # rows of a program: bias and scale are read once for all of them

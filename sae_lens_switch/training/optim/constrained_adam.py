@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.memory import in_large, zeros_large
+from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.optimizer import (

@@ -4,11 +4,17 @@ from typing import Any
 
 import torch
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.memory import in_large, zeros_large
+from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sae_lens_switch.optim import gradients, normalize_rows_, parameters_of, trained, without_parallel
+from sae_lens_switch.training.optim.constrained_adam import (
+    gradients,
+    normalize_rows_,
+    parameters_of,
+    trained,
+    without_parallel,
+)
 
 # Rows are stepped in blocks that stay in cache, so that several operations on a block read memory once; how many rows,
 # is measured on a CPU.

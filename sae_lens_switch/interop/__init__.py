@@ -1,0 +1,1 @@
+"""Files and tools of others."""

@@ -1,0 +1,1 @@
+"""How it is trained: the trainer, its optimisers, checkpoints and runners."""
