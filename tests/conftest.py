@@ -15,9 +15,14 @@ import pytest
 from helpers import tiny_dataset, tiny_model
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-# A suite in the background ignores SIGINT; what it tests, and the processes that it starts, must not.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A suite in the background ignores SIGINT, one under nohup SIGHUP; tests, and processes they start, must not.
+for signum, usual in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, usual)
 
 
 @pytest.fixture(autouse=True)
