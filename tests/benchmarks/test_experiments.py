@@ -15,9 +15,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from helpers import ROOT, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "experiments"
 sys.path[:0] = [str(ROOT / "examples" / "experiments"), str(ROOT / "examples")]
 import cells  # noqa: E402

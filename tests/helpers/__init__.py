@@ -2,6 +2,7 @@
 language model with its tokenizer and data. Nothing is downloaded."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lens_switch import SwitchSAE, SwitchSAEConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
 
+ROOT = Path(__file__).parents[2]
 # D and M = F / E are no powers of two, and no two of the four are equal.
 D, F, E, K = 12, 40, 4, 3
 M = F // E

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import sae_lens
-from helpers import HOOK, D, E, F, K, activations, run_fields, switch_sae, training_sae
+from helpers import HOOK, ROOT, D, E, F, K, activations, run_fields, switch_sae, training_sae
 from sae_lens import llm_sae_training_runner as llm_module
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -53,7 +53,6 @@ from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
 
-ROOT = Path(__file__).parents[2]
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\x00\u202e\ud800end"
 
 
