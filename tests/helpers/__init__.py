@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from sae_lens import HookedSAETransformer, LoggingConfig
@@ -25,6 +26,10 @@ M = F // E
 HOOK, HOOK_Z = "blocks.1.hook_resid_pre", "blocks.0.attn.hook_z"
 CONTEXT = 16
 WORDS = [f"w{i}" for i in range(29)]
+small_run_warnings = [
+    pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),
+    pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),
+]
 HOOK_SHAPES = {  # the width that each hook of a Switch SAE sees
     "hook_sae_input": D,
     "hook_sae_router_logits": E,
