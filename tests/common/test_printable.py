@@ -92,7 +92,7 @@ def test_our_log_and_in_a_command_saelens_too_do_no_harm(caplog):
 
 
 def test_every_message_of_ours_goes_through_it():
-    for file in (ROOT / "sae_lens_switch").glob("*.py"):
+    for file in (ROOT / "sae_lens_switch").rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         imported = {
