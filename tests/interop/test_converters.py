@@ -16,8 +16,14 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_switch import SparseTopKTrainingSAE, SwitchSAE, SwitchTrainingSAE, override_topk
+from sae_lens_switch import SparseTopKTrainingSAE, SwitchSAE, SwitchTrainingSAE, converters, override_topk
+from sae_lens_switch.interop import converters as converters_module
 from sae_lens_switch.interop.converters import Converter, authors_switch, openai_topk, sparsify_topk
+
+
+def test_the_public_module_has_what_the_documentation_imports_from_it():
+    for name in ("Converter", "authors_switch", "openai_topk", "sparsify_topk"):
+        assert vars(converters)[name] is vars(converters_module)[name]
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
