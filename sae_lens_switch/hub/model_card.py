@@ -166,7 +166,7 @@ def _loading(repo_id: str, configs: Mapping[str, Config], revision: str) -> list
                 f"architecture, and loading fails with {errors}."
             )
         else:
-            parts.append(f"Architecture {names}: SAELens alone is enough, without a plugin.")
+            parts.append(f"Architecture {names}: needs SAELens alone, no plugin.")
         sae_id = next(iter(examples.values()))
         call = f'sae = SAE.from_pretrained("{repo_id}", {_literal(sae_id)})'
         if revision != "main":  # from_pretrained has no argument for it
@@ -179,8 +179,8 @@ sae = SAE.load_from_disk(folder + {_literal(f"/{sae_id}")})"""
     if revision != "main":
         loader = f"functools.partial(verified_loader, revision={_literal(revision)})"
     parts.append(
-        f"To compare the weights with the SHA-256 in `cfg.json` before they are used, load them with "
-        f"`SAE.from_pretrained(..., converter={loader})`, where `from sae_lens_switch.hub import verified_loader`."
+        "To compare the weights with the SHA-256 in `cfg.json` before they are used, load them with "
+        f"`SAE.from_pretrained(..., converter={loader})`, after `from sae_lens_switch.hub import verified_loader`."
     )
     return parts
 

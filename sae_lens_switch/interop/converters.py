@@ -56,11 +56,6 @@ class Converter:
 
     The SAE has the requested dtype, or that of the file if none is requested; a router is kept in at least float32.
 
-    Attributes:
-        read: Reads the weights file, and the files beside it.
-        weights: The name of the weights file; None for any single ``.pt`` file.
-        beside: Paths, relative to the weights file, of the other files that are read.
-
     Raises:
         FileNotFoundError: For missing files.
         ValueError: For anything that is not the format or that SAELens cannot express: missing or unknown keys, wrong
@@ -68,8 +63,8 @@ class Converter:
     """
 
     read: Callable[[Path], _Found]
-    weights: str | None
-    beside: tuple[str, ...] = ()
+    weights: str | None  # name of the weights file; None: any single .pt file
+    beside: tuple[str, ...] = ()  # other files that are read, relative to the weights file
 
     @overload
     def __call__(
