@@ -31,7 +31,8 @@ from sae_lens_switch import cost, train
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TEXTS = {str(p.relative_to(ROOT)): p.read_text() for p in [*PAGES, ROOT / "kernels" / "README.md"]}
+OTHERS = [ROOT / "kernels" / "README.md", ROOT / "CONTRIBUTING.md"]
+TEXTS = {str(p.relative_to(ROOT)): p.read_text() for p in [*PAGES, *OTHERS]}
 CONFIGS = {
     name: value
     for module in (sae_lens, sae_lens_switch)
@@ -82,7 +83,10 @@ def test_commands_are_there(command, capsys):
             assert train.main([*flags, "--dry-run"] if "--d-in" in flags else ["--help"]) == 0, capsys.readouterr().err
         elif module == "sae_lens_switch.cost":
             cost.main([f for f in flags if f != "--measure"])
-        assert 'if __name__ == "__main__":' in Path(str(spec.origin)).read_text()
+        origin = Path(str(spec.origin))
+        if spec.submodule_search_locations is not None:  # a package runs by its __main__
+            origin = origin.with_name("__main__.py")
+        assert 'if __name__ == "__main__":' in origin.read_text()
     elif program == "python":
         script = ROOT / arguments[0]
         source = "".join(p.read_text() for p in script.parent.glob("*.py"))
