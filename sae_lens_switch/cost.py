@@ -17,7 +17,7 @@ import torch
 from sae_lens_switch_kernels import matmul_at_indices, sparse_decode
 from sae_lens_switch_kernels.torch_backend import select_topk
 
-from sae_lens_switch.training.config import OptimizerName
+from sae_lens_switch.training.field_rules import OptimizerName
 
 Architecture = Literal["switch", "sparse_topk", "topk"]
 

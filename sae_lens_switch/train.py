@@ -32,16 +32,12 @@ from simple_parsing.docstring import get_attribute_docstring
 
 from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.printable import printable_logs, say
-from sae_lens_switch.training.config import (
-    LanguageModelSAERunnerConfig,
-    SwitchTrainingSAEConfig,
-    TrainerOptions,
-    nearest_name,
-    reject_unknown,
-    training_config_class,
-)
+from sae_lens_switch.common.rules import nearest_name, reject_unknown
+from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
+from sae_lens_switch.training.config import TrainerOptions
 from sae_lens_switch.training.hooks import check_hook_name
 from sae_lens_switch.training.interruption import INTERRUPTIONS, exit_code
+from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig, training_config_class
 from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
 from sae_lens_switch.training.trainer import TrainingDivergedError
 

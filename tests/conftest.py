@@ -12,12 +12,21 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import pytest
-from helpers import tiny_dataset, tiny_model
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-# A suite in the background ignores SIGINT; what it tests, and the processes that it starts, must not.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Before its import: a failing assert there shows its values, as one in a test does.
+pytest.register_assert_rewrite("helpers")
+
+from helpers import tiny_dataset, tiny_model  # noqa: E402
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY  # noqa: E402
+
+# A suite in the background ignores SIGINT, one under nohup SIGHUP; tests, and processes they start, must not.
+for signum, usual in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, usual)
 
 
 @pytest.fixture(autouse=True)

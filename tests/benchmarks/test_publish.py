@@ -3,14 +3,10 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import publish
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import publish  # noqa: E402
+from helpers import ROOT
 
 
 def test_every_page_shows_what_the_results_say():

@@ -1,11 +1,10 @@
 """docs/design.md and CONTRIBUTING.md are a map of the code as it is."""
 
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("docs/design.md", "CONTRIBUTING.md")}
 _ROOMS = ("sae_lens_switch", "kernels", "tests", "examples", "benchmarks", "docs")
 FILES = [

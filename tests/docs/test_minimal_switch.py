@@ -3,14 +3,12 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import D, E, F, K, random_input, randomize, training_sae
+from helpers import ROOT, D, E, F, K, random_input, randomize, training_sae
 from sae_lens.saes.sae import TrainStepInput
 
-ROOT = Path(__file__).parents[2]
 exactly = {"rtol": 1e-10, "atol": 1e-12}
 
 
