@@ -160,7 +160,7 @@ def test_the_guides_tables_are_what_the_experiments_found():
     topk = mean("mse", "fixed width", architecture="sparse_topk", k="16")
     for i, n in enumerate(experts, 1):
         switch = mean("mse", "fixed width", architecture="switch", k="16", n_experts=n)
-        assert here[i] == f"{100 * (switch / topk - 1):+.0f} %", n
+        assert here[i] == f"{100 * (switch / topk - 1):+.0f}%", n
 
 
 # --- Python
