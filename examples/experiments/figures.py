@@ -1,11 +1,11 @@
-"""Draws the experiments from their CSVs alone: PNGs, the tables as CSV and Markdown, and one HTML page with all of it.
+"""Draw the experiments from their CSVs alone: PNGs, the tables as CSV and Markdown, and one HTML page with all of it.
 
     python examples/experiments/figures.py                                    # of runs/experiments
-    python examples/experiments/figures.py --output docs/experiments          # there, with the CSVs
+    python examples/experiments/figures.py --output docs/experiments          # into that folder, with the CSVs
     python examples/experiments/figures.py --input docs/experiments           # again, from the CSVs there
 
-Points are means over seeds, bars and bands the range from the least to the largest; one seed has none. Seconds are
-training steps times the time of one step in timing.csv; without that file, what needs seconds is left out.
+Points are means over seeds; bars and bands span minimum to maximum, and are missing for a single seed. Seconds are the
+number of training steps times the time of one in timing.csv; without that file, what needs seconds is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tables import TABLES, Row, families, fit, grouped, label, mean, middle_k, of, read, values, with_seconds, write_csv
+from rows import Row, grouped, label, mean, middle_k, of, read, values, with_seconds, write_csv
+from scaling import families, fit
+from tables import TABLES
 
 CSVS = ("results.csv", "curves.csv", "timing.csv")
 _GREY = {"standard": "#999999", "gated": "#555555"}

@@ -4,7 +4,6 @@ RUN is what is on disk after training. The page holds all it needs, plotly's Jav
 nothing. Weights and logs are enough for half of it; the other half needs the language model and some text.
 """
 
-import argparse
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from sae_lens_switch.analysis import (
     observe,
     router_geometry,
 )
-from sae_lens_switch.common.printable import logger, say
+from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import track
 from sae_lens_switch.report.page import page_of
 from sae_lens_switch.saes.serialization import fold_saved_scaler
@@ -474,37 +473,3 @@ def write_report(
     finally:
         unfinished.unlink(missing_ok=True)
     return file
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sae_lens_switch.report",
-        description="Write one HTML page about a trained SAE, which needs no network to be read.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a run, a checkpoint, or an SAE")
-    parser.add_argument("--output", type=Path, help="the page; RUN/report.html if not given")
-    parser.add_argument(
-        "--history", type=Path, help="history.jsonl or W&B's run-....wandb, if RUN has no history.jsonl"
-    )
-    parser.add_argument("--model", help="name or folder of the language model, if not the one in the SAE's metadata")
-    parser.add_argument("--model-class", help="HookedTransformer, AutoModelForCausalLM, ...")
-    parser.add_argument(
-        "--dataset", help=f"text: a name on the hub, a folder or a file; otherwise RUN/{TEXT_FOLDER}, or the training's"
-    )
-    parser.add_argument(
-        "--contexts", type=int, default=256, help="contexts of text to read (256); 0: no language model"
-    )
-    parser.add_argument("--latents", type=int, nargs="+", default=(), help="latents to show for certain")
-    parser.add_argument("--n-latents", type=int, default=64, help="how many to show (64), as many of each expert")
-    parser.add_argument("--n-examples", type=int, default=6, help="texts of each (6)")
-    parser.add_argument(
-        "--threshold", type=float, default=0.9, help="cosine above which two latents are duplicates (0.9)"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        file = write_report(**vars(parser.parse_args(argv)))
-    except (ValueError, OSError) as error:
-        say(f"{parser.prog}: {error}", error=True)
-        parser.exit(2)
-    size = file.stat().st_size / 2**20
-    say(f"{file} ({size:.1f} MB)")

@@ -1,0 +1,48 @@
+"""The public names of ``sae_lens_switch``; importing them registers its architectures with SAELens."""
+
+from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
+from sae_lens_switch.saes.registration import override_topk, register
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.switch_sae import SwitchSAE, SwitchTrainingSAE
+from sae_lens_switch.training.activations import activation_batches
+from sae_lens_switch.training.checkpoints import CheckpointError
+from sae_lens_switch.training.config import (
+    LanguageModelSAERunnerConfig,
+    SparseSAETrainerConfig,
+    SparseTopKTrainingSAEConfig,
+    SwitchSAEConfig,
+    SwitchTrainingSAEConfig,
+    TrainerOptions,
+)
+from sae_lens_switch.training.optim.constrained_adam import scaling_law_lr
+from sae_lens_switch.training.runners import (
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+)
+from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
+
+register()
+
+__all__ = [
+    "CheckpointError",
+    "LanguageModelSAERunnerConfig",
+    "LanguageModelSAETrainingRunner",
+    "MultiSAETrainingRunner",
+    "SparseCodes",
+    "SparseSAETrainer",
+    "SparseSAETrainerConfig",
+    "SparseTopKTrainingSAE",
+    "SparseTopKTrainingSAEConfig",
+    "SwitchSAE",
+    "SwitchSAEConfig",
+    "SwitchTrainingSAE",
+    "SwitchTrainingSAEConfig",
+    "TrainerOptions",
+    "TrainingDivergedError",
+    "activation_batches",
+    "override_topk",
+    "scaling_law_lr",
+    "upload_saes_to_huggingface",
+    "verified_loader",
+]
