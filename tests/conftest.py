@@ -12,8 +12,12 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import pytest
-from helpers import tiny_dataset, tiny_model
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+# Before its import: a failing assert there shows its values, as one in a test does.
+pytest.register_assert_rewrite("helpers")
+
+from helpers import tiny_dataset, tiny_model  # noqa: E402
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY  # noqa: E402
 
 # A suite in the background ignores SIGINT; what it tests, and the processes that it starts, must not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

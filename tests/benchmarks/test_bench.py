@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--batch", "64", "--d-in", "48", "--d-sae", "384", "--k", "4", "--experts", "4", "--rounds", "1"]
 
 

@@ -22,14 +22,13 @@ import pytest
 import sae_lens
 import sae_lens_switch_kernels
 import torch
-from helpers import CONTEXT, HOOK, randomize, switch_sae
+from helpers import CONTEXT, HOOK, ROOT, randomize, switch_sae
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata
 
 import sae_lens_switch
 from sae_lens_switch import cost, train
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(p.relative_to(ROOT)): p.read_text() for p in [*PAGES, ROOT / "kernels" / "README.md"]}
 CONFIGS = {

@@ -13,6 +13,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from helpers import ROOT
 from helpers.hub_server import HubServer
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
@@ -23,7 +24,6 @@ from safetensors.torch import load
 
 from sae_lens_switch import SwitchSAE
 
-ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 TRAIN, TOPK, HUB, LEARNED = "train_switch", "sparse_topk", "hub_steer_ablate", "what_experts_learned"
 REPO, SAE_ID = "user/saes", "layer_12/switch"

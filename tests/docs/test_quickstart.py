@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from sae_lens import SAE
 
 from sae_lens_switch import SwitchSAE
 
-ROOT = Path(__file__).parents[2]
 NUMBERS = {
     "explained_variance",
     "mse",

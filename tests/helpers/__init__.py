@@ -2,8 +2,10 @@
 language model with its tokenizer and data. Nothing is downloaded."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from sae_lens import HookedSAETransformer, LoggingConfig
@@ -17,12 +19,17 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lens_switch import SwitchSAE, SwitchSAEConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
 
+ROOT = Path(__file__).parents[2]
 # D and M = F / E are no powers of two, and no two of the four are equal.
 D, F, E, K = 12, 40, 4, 3
 M = F // E
 HOOK, HOOK_Z = "blocks.1.hook_resid_pre", "blocks.0.attn.hook_z"
 CONTEXT = 16
 WORDS = [f"w{i}" for i in range(29)]
+small_run_warnings = [
+    pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),
+    pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),
+]
 HOOK_SHAPES = {  # the width that each hook of a Switch SAE sees
     "hook_sae_input": D,
     "hook_sae_router_logits": E,

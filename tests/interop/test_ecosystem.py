@@ -14,6 +14,7 @@ from helpers import (
     HOOK,
     HOOK_SHAPES,
     HOOK_Z,
+    ROOT,
     D,
     E,
     F,
@@ -53,7 +54,7 @@ from sae_lens_switch import (
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),
     pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),

@@ -1,12 +1,7 @@
 """What runs write for W&B, read back from the files of real offline runs."""
 
-import base64
-import hashlib
 import json
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,127 +10,39 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import HOOK, D, E, F, K, M, activations, run_fields, training_config, training_sae
-from sae_lens import LoggingConfig
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
-from wandb.proto.wandb_internal_pb2 import Record
+from helpers import D, E, F, K, M, activations, run_fields, small_run_warnings, training_sae
+from helpers.wandb_runs import (
+    BATCH,
+    EVALUATED,
+    FIELDS,
+    HISTOGRAMS_OF_SWITCH,
+    LOGGED,
+    OF_EVERY_SAE,
+    OF_SPARSITY_WINDOW,
+    OF_SWITCH,
+    SPARSITY,
+    STEPS,
+    WINDOW,
+    artifacts,
+    digests,
+    history,
+    logging,
+    offline,
+    written,
+)
 
 from sae_lens_switch import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
-    MultiSAETrainingRunner,
     SparseSAETrainer,
     SparseSAETrainerConfig,
-    SparseTopKTrainingSAEConfig,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning"),
-    pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),
-]
-
-# Eight steps of 64 tokens: logged on every second, evaluated on every fourth, sparsity on every fourth, one checkpoint.
-STEPS, BATCH, WINDOW = 8, 64, 2
-LOGGED, EVALUATED, SPARSITY = {1, 3, 5, 7}, {3, 7}, {4, 8}
-FIELDS = {"training_tokens": STEPS * BATCH, "dead_feature_window": WINDOW, "feature_sampling_window": 4}
-OF_WANDB = {"_step", "_runtime", "_timestamp"}
-OF_EVERY_SAE = {
-    "losses/overall_loss",
-    "losses/mse_loss",
-    "losses/auxiliary_reconstruction_loss",
-    "metrics/explained_variance",
-    "metrics/explained_variance_legacy",
-    "metrics/explained_variance_legacy_std",
-    "metrics/l0",
-    "sparsity/dead_features",
-    "sparsity/mean_passes_since_fired",
-    "details/current_learning_rate",
-    "details/n_training_samples",
-    "details/skipped_steps",
-}
-OF_SWITCH = {
-    "losses/load_balance_loss",
-    "details/load_balance_coefficient",
-    *(f"routing/expert_load_{name}" for name in ("max", "min", "entropy")),
-    *(f"routing/{name}" for name in ("gate_mean", "load_balance", "dead_experts", "interventions")),
-    *(f"routing/{name}_expert_{e}" for name in ("load", "dead_latents") for e in range(E)),
-}
+pytestmark = small_run_warnings
 OF_EVALUATION = {
     *("model_performance_preservation", "reconstruction_quality", "shrinkage", "sparsity", "token_stats"),
     "weights/W_dec_norms",
 }
-HISTOGRAMS_OF_SWITCH = {
-    "weights/W_router_norms",
-    *(f"routing/{name}_histogram" for name in ("load", "gates", "dead_latents", "latent_density")),
-}
-OF_SPARSITY_WINDOW = {
-    *("metrics/mean_log10_feature_sparsity", "plots/feature_density_line_chart"),
-    *("sparsity/below_1e-5", "sparsity/below_1e-6"),
-}
-
-
-def logging() -> LoggingConfig:
-    return LoggingConfig(wandb_project="tested", run_name="tiny run", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
-
-
-@contextmanager
-def offline(folder: Path) -> Iterator[None]:
-    """W&B as it is, but offline and writing only below ``folder``."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
-            patch.setenv(f"WANDB_{name}", str(folder))
-        for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "ERROR_REPORTING": "false"}.items():
-            patch.setenv(f"WANDB_{name}", value)
-        wandb.teardown()  # settings are read from the environment once
-        try:
-            yield
-        finally:
-            wandb.teardown()
-
-
-def written(folder: Path) -> list[Record]:
-    """The records of the only run below ``folder``: a LevelDB log behind seven bytes of header."""
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, records, whole, place = file.read_bytes(), [], b"", 7
-    assert data[:4] == b":W&B"
-    while place < len(data):
-        left_in_block = 2**15 - place % 2**15
-        if left_in_block < 7:
-            place += left_in_block
-            continue
-        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            records.append(Record.FromString(whole))
-            whole = b""
-    assert records[-1].WhichOneof("record_type") in ("exit", "final", "footer")
-    return records
-
-
-def history(records: list[Record]) -> dict[int, dict[str, Any]]:
-    rows: dict[int, dict[str, Any]] = {}
-    for record in records:
-        if record.HasField("history"):
-            assert record.history.step.num not in rows
-            row = rows[record.history.step.num] = {}
-            for item in record.history.item:
-                *parents, name = item.nested_key or [item.key]
-                place = row
-                for parent in parents:
-                    place = place.setdefault(parent, {})
-                place[name] = json.loads(item.value_json)
-    return {step: {name: value for name, value in row.items() if name not in OF_WANDB} for step, row in rows.items()}
-
-
-def artifacts(records: list[Record]) -> list[tuple[str, set[str], dict[str, str]]]:
-    """Type, aliases, and the digest of each file."""
-    logged = [record.artifact for record in records if record.HasField("artifact")]
-    return [(a.type, set(a.aliases), {file.path: file.digest for file in a.manifest.contents}) for a in logged]
-
-
-def digests(folder: Path, *names: str) -> dict[str, str]:
-    return {n: base64.b64encode(hashlib.md5((folder / n).read_bytes()).digest()).decode() for n in names}
 
 
 def describes(histogram: dict[str, Any], values: torch.Tensor) -> bool:
@@ -313,62 +220,6 @@ def test_sparse_topk_logs_saelens_names_and_nothing_of_a_router(tmp_path, model,
         ("log_feature_sparsity", {"latest"}),
     ]
     assert not (tmp_path / "checkpoints").exists()
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory, model, dataset):
-    folder = tmp_path_factory.mktemp("many")
-    taken = {f.name for f in fields(MultiSAETrainingRunnerConfig)}
-    options = run_fields(folder, n_checkpoints=1, lr=1e-3, logger=logging(), **FIELDS)
-    cfg = MultiSAETrainingRunnerConfig(
-        saes={
-            "routed": training_config(dtype="float32", aux_loss_coefficient=0.1),
-            "flat": SparseTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K),
-        },
-        hook_names=HOOK,
-        **{name: value for name, value in options.items() if name in taken},
-    )
-    torch.manual_seed(0)
-    with offline(folder):
-        MultiSAETrainingRunner(cfg, override_dataset=dataset, override_model=model).run()
-    records = written(folder)
-    return SimpleNamespace(folder=folder, records=records, history=history(records))
-
-
-def names_of_both(switch_names: set[str], every_name: set[str]) -> set[str]:
-    return {f"routed/{name}" for name in switch_names | every_name} | {f"flat/{name}" for name in every_name}
-
-
-def test_names_of_many_saes_begin_with_the_name_of_the_sae(many):
-    assert many.history.keys() == LOGGED | SPARSITY
-    of_step = names_of_both(OF_SWITCH, OF_EVERY_SAE) | {"details/n_training_samples"}
-    for step in LOGGED - EVALUATED:
-        assert many.history[step].keys() == of_step
-    for step in SPARSITY:
-        assert many.history[step].keys() == names_of_both(set(), OF_SPARSITY_WINDOW)
-    for step in LOGGED:
-        row = many.history[step]
-        assert row.keys() >= of_step
-        assert sum(row[f"routed/routing/load_expert_{e}"] for e in range(E)) == pytest.approx(1, rel=1e-5)
-        assert row["routed/losses/mse_loss"] != row["flat/losses/mse_loss"]
-
-
-def test_evaluations_of_many_saes_have_the_same_histograms_as_of_one(many):
-    for step in EVALUATED:
-        histograms = {name for name, v in many.history[step].items() if isinstance(v, dict) and "bins" in v}
-        assert histograms == names_of_both(HISTOGRAMS_OF_SWITCH, {"weights/W_dec_norms"})
-        assert sum(many.history[step]["routed/routing/load_histogram"]["values"]) == E
-
-
-def test_checkpoints_and_final_models_of_many_saes_are_artifacts(many):
-    (checkpoint,) = (many.folder / "checkpoints").glob("*/*")
-    model_files, sparsity = ("cfg.json", "sae_weights.safetensors"), "sparsity.safetensors"
-    expected = []
-    for folder, aliases in ((checkpoint, {"latest"}), (many.folder / "output", {"latest", "final_model"})):
-        for name in ("routed", "flat"):
-            expected.append(("model", aliases, digests(folder / name, *model_files)))
-            expected.append(("log_feature_sparsity", {"latest"}, digests(folder / name, sparsity)))
-    assert artifacts(many.records) == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -5,66 +5,11 @@ import math
 import pytest
 import torch
 from helpers import largest_allocation
-from sae_lens.saes.sae import TrainStepInput
+from helpers.token_loop import make_batch, make_sae, reference_loss, step_input, variance
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 from sae_lens_switch import SwitchTrainingSAE, SwitchTrainingSAEConfig
-
-
-def make_sae(seed: int = 0, **fields) -> SwitchTrainingSAE:
-    """A float64 training SAE whose every parameter is random, so that no data start and no symmetry hides anything."""
-    fields = {"d_in": 10, "d_sae": 56, "n_experts": 7, "k": 3, "dtype": "float64"} | fields
-    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**fields))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / math.sqrt(p.shape[0]))
-    return sae
-
-
-def make_batch(n: int = 40, d_in: int = 10, seed: int = 1) -> Tensor:
-    return torch.randn(n, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def step_input(x: Tensor, coefficient: float = 0.7, step: int = 3, **fields) -> TrainStepInput:
-    defaults = {"dead_neuron_mask": None, "n_training_steps": step, "is_logging_step": False}
-    return TrainStepInput(sae_in=x, coefficients={"load_balance": coefficient}, **(defaults | fields))
-
-
-def reference_loss(
-    sae: SwitchTrainingSAE, x: Tensor, coefficient: float, scale: float, k: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """DESIGN's formulas, token by token. Returns latents, outputs, loss and the balance loss without coefficient."""
-    E = sae.cfg.n_experts
-    M = sae.cfg.d_sae // E
-    latents, outputs, probs, chosen = [], [], [], []
-    for x_D in x:
-        logits = [(x_D - sae.b_router) @ sae.W_router[:, e] for e in range(E)]
-        weights = [(logit - max(logits)).exp() for logit in logits]
-        p_E = torch.stack([w / sum(weights) for w in weights])
-        e = int(p_E.argmax())
-        pre = [torch.relu((x_D - sae.b_dec) @ sae.W_enc[:, e * M + m]) for m in range(M)]
-        kept = sorted(range(M), key=lambda m: pre[m].item(), reverse=True)[: k or sae.cfg.k]
-        f = [torch.zeros((), dtype=x.dtype)] * (E * M)
-        x_hat = sae.b_dec
-        for m in kept:
-            f[e * M + m] = p_E[e] * pre[m]
-            x_hat = x_hat + f[e * M + m] * sae.W_dec[e * M + m]
-        latents.append(torch.stack(f))
-        outputs.append(x_hat)
-        probs.append(p_E)
-        chosen.append(e)
-    out = torch.stack(outputs)
-    load = [chosen.count(e) / len(x) for e in range(E)]
-    balance = E * sum(load[e] * torch.stack(probs)[:, e].mean() for e in range(E))
-    loss = sum(((x_hat - x_D) ** 2).sum() for x_hat, x_D in zip(outputs, x, strict=True)) / len(x)
-    return torch.stack(latents), out, loss + coefficient * scale * balance, balance
-
-
-def variance(x: Tensor) -> float:
-    mean = sum(x) / len(x)
-    return float(sum(((x_D - mean) ** 2).sum() for x_D in x) / len(x))
 
 
 def assert_same_gradients(sae: SwitchTrainingSAE, actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -228,82 +173,6 @@ def test_d_in_scale_is_the_authors_loss_to_the_digit():
     assert_same_gradients(sae, output.loss, loss)
 
 
-def reference_recipe_step(sae: SwitchTrainingSAE, x: Tensor, lr: float) -> dict[str, Tensor]:
-    """arXiv 2410.08201's first step written out: clip 1.0, project, Adam, renormalise. Returns the new parameters."""
-    parameters = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    _, _, loss, _ = reference_loss(sae, x, 3.0, sae.cfg.d_in)
-    grads = dict(zip(parameters, torch.autograd.grad(loss, list(sae.parameters())), strict=True))
-    norm = sum((g**2).sum() for g in grads.values()).sqrt()
-    assert norm > 1, "clipping must matter here"
-    grads = {name: g / (norm + 1e-6) for name, g in grads.items()}
-    W_dec, g = parameters["W_dec"], grads["W_dec"]
-    grads["W_dec"] = torch.stack([row - (row @ w) * w for row, w in zip(g, W_dec, strict=True)])
-    new = {}
-    for name, p in parameters.items():
-        m, v = 0.1 * grads[name], 0.001 * grads[name] ** 2
-        new[name] = p - lr * (m / 0.1) / ((v / 0.001).sqrt() + 1e-8)
-    new["W_dec"] = torch.stack([row / row.norm() for row in new["W_dec"]])
-    return new
-
-
-def weiszfeld(x: Tensor, steps: int = 2000) -> Tensor:
-    point = x.mean(0)
-    for _ in range(steps):
-        weights = 1 / (x - point).norm(dim=1)
-        point = (weights[:, None] * x).sum(0) / weights.sum()
-    return point
-
-
-def test_one_step_of_the_papers_recipe_equals_a_written_out_one():
-    torch.manual_seed(0)
-    sae = SwitchTrainingSAE(
-        SwitchTrainingSAEConfig(
-            d_in=10, d_sae=56, n_experts=7, k=3, dtype="float64", load_balance_scale="d_in", router_start_std=None
-        )
-    )
-    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(56, dtype=torch.float64))
-    assert torch.equal(sae.W_enc, sae.W_dec.T)
-    assert sae.W_router.abs().max() <= 10**-0.5
-    router_at_birth = sae.W_router.detach().clone()
-    x = make_batch(60)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, betas=(0.9, 0.999))
-
-    output = sae.training_forward_pass(step_input(x, coefficient=3.0, step=0))
-    assert torch.equal(sae.W_router, router_at_birth)
-    assert torch.equal(sae.b_dec, sae.b_router)
-    assert sae.b_dec.data_ptr() != sae.b_router.data_ptr()
-    assert (sae.b_dec - weiszfeld(x)).norm() < 1e-2 * (x.mean(0) - weiszfeld(x)).norm()
-    expected = reference_recipe_step(sae, x, lr=1e-2)
-    output.loss.backward()
-    torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-    optimizer.step()
-    for name, p in sae.named_parameters():
-        assert (p - expected[name]).abs().max() < 1e-9, name
-
-
-def test_the_constraint_can_be_turned_off():
-    x = make_batch()
-    for fields in ({"normalize_decoder": False}, {"project_decoder_grad": False}):
-        sae = make_sae(**fields)
-        sae.training_forward_pass(step_input(x)).loss.backward()
-        grad = sae.W_dec.grad.clone()
-        torch.optim.SGD(sae.parameters(), lr=1e-3).step()
-        assert torch.equal(sae.W_dec.grad, grad), "no projection"
-        unit = (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-12
-        assert unit == sae.cfg.normalize_decoder
-
-
-def test_only_this_saes_optimiser_is_touched():
-    sae, other = make_sae(), torch.nn.Parameter(torch.full((3, 2), 5.0))
-    x = make_batch()
-    sae.training_forward_pass(step_input(x)).loss.backward()
-    grad = sae.W_dec.grad.clone()
-    other.grad = torch.zeros_like(other)
-    torch.optim.SGD([other], lr=0.1).step()
-    assert torch.equal(other, torch.full((3, 2), 5.0))
-    assert torch.equal(sae.W_dec.grad, grad)
-
-
 def test_weights_that_came_from_elsewhere_are_not_restarted():
     x = make_batch()
     given = make_sae()
@@ -315,20 +184,6 @@ def test_weights_that_came_from_elsewhere_are_not_restarted():
     said_so.is_fresh = False
     said_so.training_forward_pass(step_input(x, step=0))
     assert said_so.b_dec.count_nonzero() == 0
-
-
-def test_tied_router_bias_is_one_vector():
-    torch.manual_seed(0)
-    sae = make_sae(tie_router_bias=True)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    for step in range(3):
-        sae.training_forward_pass(step_input(make_batch(seed=step), step=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert torch.equal(sae.b_dec, sae.b_router)
-    x = make_batch()
-    latents, _, _, _ = reference_loss(sae, x, 0, 0)
-    assert torch.allclose(sae.encode(x), latents)
 
 
 def test_a_training_step_makes_no_tensor_of_batch_times_width():
@@ -398,43 +253,3 @@ def test_a_batch_that_is_not_finite_stops_training_with_the_step_number(value, w
 def test_activations_of_another_width_are_refused():
     with pytest.raises(ValueError, match="d_in must be the width of the activations, 12; got d_in=10"):
         make_sae().training_forward_pass(step_input(make_batch(d_in=12)))
-
-
-def lopsided_batch(n: int, seed: int) -> Tensor:
-    """Tokens of 12 clusters, half of them from one: without a balance loss, one expert draws the crowd."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(12, 16, generator=torch.Generator().manual_seed(99)) * 3
-    weights = torch.tensor([12.0] + [1.0] * 11)
-    return centres[weights.multinomial(n, replacement=True, generator=generator)] + torch.randn(
-        n, 16, generator=generator
-    )
-
-
-def heaviest_share_after_training(scale: float, coefficient: float | None) -> float:
-    """Trains on activations times scale; the heaviest expert's load on fresh ones, in units of an even share."""
-    torch.manual_seed(0)
-    cfg = SwitchTrainingSAEConfig(d_in=16, d_sae=64, n_experts=4, k=3, load_balance_coefficient=coefficient)
-    sae = SwitchTrainingSAE(cfg)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-3)
-    for step in range(300):
-        x = lopsided_batch(256, step) * scale
-        sae.training_forward_pass(step_input(x, cfg.load_balance_coefficient, step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    experts = sae.encode_sparse(lopsided_batch(4000, 1000) * scale).indices[:, 0] // 16
-    return (experts.bincount(minlength=4).max() / 1000).item()
-
-
-def test_routing_stays_as_balanced_on_activations_ten_times_as_large():
-    assert heaviest_share_after_training(1.0, coefficient=0.0) > 1.8
-    assert heaviest_share_after_training(10.0, coefficient=0.0) > 1.8
-    shares = [heaviest_share_after_training(scale, coefficient=None) for scale in (0.1, 1.0, 10.0)]
-    assert max(shares) < 1.3, shares
-
-
-def test_the_load_balance_loss_scales_as_the_reconstruction_error_does():
-    sae = make_sae()
-    x = make_batch()
-    assert sae._load_balance_scale(10 * x) == pytest.approx(100 * float(sae._load_balance_scale(x)), rel=1e-12)
-    assert sae._load_balance_scale(x) == pytest.approx(variance(x), rel=1e-12)
-    assert make_sae(load_balance_scale="d_in")._load_balance_scale(10 * x) == 10.0

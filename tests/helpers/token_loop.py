@@ -1,0 +1,64 @@
+"""An independent reference for the Switch SAE: a loop over tokens in float64."""
+
+import math
+
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor
+
+from sae_lens_switch import SwitchTrainingSAE, SwitchTrainingSAEConfig
+
+
+def make_sae(seed: int = 0, **fields) -> SwitchTrainingSAE:
+    """A float64 training SAE whose every parameter is random, so that no data start and no symmetry hides anything."""
+    fields = {"d_in": 10, "d_sae": 56, "n_experts": 7, "k": 3, "dtype": "float64"} | fields
+    sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / math.sqrt(p.shape[0]))
+    return sae
+
+
+def make_batch(n: int = 40, d_in: int = 10, seed: int = 1) -> Tensor:
+    return torch.randn(n, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+def step_input(x: Tensor, coefficient: float = 0.7, step: int = 3, **fields) -> TrainStepInput:
+    defaults = {"dead_neuron_mask": None, "n_training_steps": step, "is_logging_step": False}
+    return TrainStepInput(sae_in=x, coefficients={"load_balance": coefficient}, **(defaults | fields))
+
+
+def reference_loss(
+    sae: SwitchTrainingSAE, x: Tensor, coefficient: float, scale: float, k: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """DESIGN's formulas, token by token. Returns latents, outputs, loss and the balance loss without coefficient."""
+    E = sae.cfg.n_experts
+    M = sae.cfg.d_sae // E
+    latents, outputs, probs, chosen = [], [], [], []
+    for x_D in x:
+        logits = [(x_D - sae.b_router) @ sae.W_router[:, e] for e in range(E)]
+        weights = [(logit - max(logits)).exp() for logit in logits]
+        p_E = torch.stack([w / sum(weights) for w in weights])
+        e = int(p_E.argmax())
+        pre = [torch.relu((x_D - sae.b_dec) @ sae.W_enc[:, e * M + m]) for m in range(M)]
+        kept = sorted(range(M), key=lambda m: pre[m].item(), reverse=True)[: k or sae.cfg.k]
+        f = [torch.zeros((), dtype=x.dtype)] * (E * M)
+        x_hat = sae.b_dec
+        for m in kept:
+            f[e * M + m] = p_E[e] * pre[m]
+            x_hat = x_hat + f[e * M + m] * sae.W_dec[e * M + m]
+        latents.append(torch.stack(f))
+        outputs.append(x_hat)
+        probs.append(p_E)
+        chosen.append(e)
+    out = torch.stack(outputs)
+    load = [chosen.count(e) / len(x) for e in range(E)]
+    balance = E * sum(load[e] * torch.stack(probs)[:, e].mean() for e in range(E))
+    loss = sum(((x_hat - x_D) ** 2).sum() for x_hat, x_D in zip(outputs, x, strict=True)) / len(x)
+    return torch.stack(latents), out, loss + coefficient * scale * balance, balance
+
+
+def variance(x: Tensor) -> float:
+    mean = sum(x) / len(x)
+    return float(sum(((x_D - mean) ** 2).sum() for x_D in x) / len(x))
