@@ -34,13 +34,13 @@ def batch(args: argparse.Namespace) -> Tensor:
 
 
 def normal(args: argparse.Namespace, stream: int, *shape: int) -> Tensor:
-    """float32, drawn where it is needed, each time the same."""
+    """float32 normals drawn on the device, the same on every call."""
     generator = torch.Generator(args.device).manual_seed(args.seed + stream)
     return torch.randn(*shape, generator=generator, device=args.device)
 
 
 def weights(args: argparse.Namespace, F: int | None = None) -> tuple[Tensor, Tensor]:
-    """W_enc [D, F] and W_dec [F, D] of unit rows, each other's transposes."""
+    """W_enc [D, F] and its transpose W_dec [F, D], with unit-norm rows."""
     W_dec = normal(args, 0, F or args.d_sae, args.d_in).to(getattr(torch, args.dtype))
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     return W_dec.T.contiguous(), W_dec
@@ -61,7 +61,7 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
     else:
         table["sparsify"] = Sparsify
     table["ours: sparse_topk"] = lambda a: Ours(a, sparse_topk(a))
-    E = 32 if 32 in args.experts else args.experts[0]  # the number makes no difference to its time
+    E = 32 if 32 in args.experts else args.experts[0]  # its time does not depend on the number
     table[f"all experts, masked, {E} experts"] = lambda a, E=E: Masked(a, E)
     for E in args.experts:
         table[f"ours: switch, {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E))
@@ -69,7 +69,7 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
 
 
 class Contestant:
-    """A training step: forward, backward, clipping, Adam. ``forward`` gives the loss."""
+    """A training step: forward, backward, clipping, Adam. ``forward`` returns the loss."""
 
     module: nn.Module
     forward_backward_ms: float | None = None  # of the last step
@@ -116,7 +116,7 @@ class Contestant:
 
 
 class Ours(Contestant):
-    """Our SAEs in a plain loop with torch's fused Adam, dead latents counted; the decoder's constraint included."""
+    """This package's SAEs in a plain loop with torch's fused Adam, dead latents and the decoder constraint included."""
 
     def __init__(self, args: argparse.Namespace, sae: Any) -> None:
         super().__init__(args)
@@ -154,7 +154,7 @@ def sparse_topk(args: argparse.Namespace) -> SparseTopKTrainingSAE:
 def switch_sae(args: argparse.Namespace, n_experts: int, d_sae: int | None = None) -> SwitchTrainingSAE:
     options = fields(args) | {"n_experts": n_experts, "d_sae": d_sae or args.d_sae}
     sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, load_balance_coefficient=0.0))
-    sae.is_fresh = False  # no start from the first batch: the same weights for all
+    sae.is_fresh = False  # no initialisation from the first batch: all have the same weights
     with_weights(sae, args, d_sae)
     with torch.no_grad():
         sae.W_router.copy_(router(args, n_experts))
@@ -208,7 +208,7 @@ class Stock(Contestant):
 
 
 class Masked(Contestant):
-    """The Switch formula as the authors' code goes about it: all experts, then a mask, then a top-k over all."""
+    """The Switch formula as in the authors' code: all experts, then a mask, then top-k over all latents."""
 
     def __init__(self, args: argparse.Namespace, n_experts: int) -> None:
         super().__init__(args)
@@ -250,7 +250,7 @@ class Sparsify(Contestant):
         with torch.no_grad():
             self.module.encoder.weight.copy_(W_dec)
             self.module.W_dec.copy_(W_dec)
-        # Its loss is a share of the variance; in the units of the others:
+        # Its loss is a fraction of the variance; rescaled to match the others:
         self.scale = (self.x - self.x.mean(0)).square().sum() / args.batch
         self.ready()
 

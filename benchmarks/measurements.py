@@ -46,7 +46,7 @@ def machine(args: argparse.Namespace) -> str:
 
 @dataclass
 class Row:
-    """Milliseconds of each round, and bytes. What SAELens's trainer spends before its optimiser cannot be seen."""
+    """Milliseconds per round, and peak bytes. SAELens's trainer has no separate time of forward and backward."""
 
     forward_backward: list[float | None] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Row:
         self.encoder.append(encoder)
 
     def summary(self, baseline: Row | None) -> dict[str, Any]:
-        """Ratios are medians of the rounds' own ratios."""
+        """Medians over rounds; ratios are medians of per-round ratios."""
         over = [] if baseline is None else [b / s for b, s in zip(baseline.step, self.step, strict=True)]
         both = [ms for ms in self.forward_backward if ms is not None]
         return {
@@ -93,7 +93,7 @@ def child(args: argparse.Namespace, name: str) -> str:
 
 
 def peak_memory(args: argparse.Namespace) -> int:
-    """Of this process on a CPU, of the device's allocator on a GPU, over two steps."""
+    """Peak memory of two steps: of this process on a CPU, of the allocator on a GPU."""
     if args.device != "cpu":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
@@ -103,13 +103,13 @@ def peak_memory(args: argparse.Namespace) -> int:
     if args.device != "cpu":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss begins with that of the parent process
+    if status.exists():  # ru_maxrss starts from that of the parent process
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def check_closeness(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Loss and gradients of each contestant against the plain one of its kind."""
+    """Compare the loss and gradients of each contestant with those of the plain one of its kind."""
     truths: dict[str, dict[str, Tensor]] = {}
     for name in sorted(names, key=lambda n: n != truth_of(n)):
         kind = truth_of(name)
@@ -131,7 +131,7 @@ def truth_of(name: str) -> str:
 
 
 def loop(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Whole steps of ``fit``, from one batch drawn to the next, beside forward, backward and fused Adam alone."""
+    """Time whole steps of ``fit``, from one batch to the next, beside forward, backward and fused Adam alone."""
     table = contestants(args)
     ours = {n: table[n](args) for n in names if n.startswith("ours")}
     stock = {n: table[n](args) for n in names if n == BASELINE}
@@ -168,14 +168,14 @@ def cost_of(args: argparse.Namespace, name: str) -> Cost:
 
 
 class Loop:
-    """A trainer that goes on for a few steps whenever it is asked to, on an SAE of its own."""
+    """A trainer that continues for a few steps per call, with its own SAE."""
 
     STEPS = 3
 
     def __init__(self, trainer_class: type[SAETrainer], contestant: Contestant) -> None:
         args = contestant.args
         self.batch, self.device, self.drawn = contestant.x, args.device, []
-        long = 10**9  # so that what is kept of a few steps in all runs is not kept of each
+        long = 10**9  # so that nothing is recorded per step that a real run records rarely
         cfg = SAETrainerConfig(
             lr=LR, lr_end=LR, total_training_samples=long, train_batch_size_samples=args.batch, device=args.device
         )

@@ -10,16 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from sae_lens_switch.common.speed import Machine
-
-if TYPE_CHECKING:
-    from sae_lens_switch.common.validation import OptimizerName
 
 __all__ = ["Cost", "Machine", "describe", "main"]
 
 Architecture = Literal["switch", "sparse_topk", "topk"]
+OptimizerName = Literal["adam", "row_sparse_adam"]
 
 # Passes over a [B, D] tensor in a step: centring, sorting, bias, error, its square, their gradients, and torch's copies
 # in between. Measured.
@@ -54,7 +52,7 @@ class Cost:
     k: int
     n_experts: int = 1
     batch: int = 4096
-    optimizer: "OptimizerName" = "adam"
+    optimizer: OptimizerName = "adam"
     bytes_per_weight: int = 4
 
     def __post_init__(self) -> None:

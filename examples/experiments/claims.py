@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cells import L1_ARCHITECTURES
-from rows import Row, change, grouped, mean, middle_k, of, span, values, verdict
+from csv_rows import Row, change, grouped, mean, middle_k, of, span, values, verdict
 
 # The authors: GPT-2 small, layer 8, 24,576 latents, 819M tokens, one seed, k = 32 unless stated otherwise; from the
 # result files in github.com/amudide/switch_sae. Change of the MSE against TopK; share of dead latents.

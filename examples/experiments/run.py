@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--plan", choices=list(PLANS), default="default", help="which cells to train")
-    parser.add_argument("--full", action="store_const", const="full", dest="plan", help="the same as --plan full, which takes a night")
+    parser.add_argument("--full", action="store_const", const="full", dest="plan", help="--plan full: takes a night")
     parser.add_argument("--tokens", type=int, default=100_000, help="training activations")
     parser.add_argument("--batch", type=int, default=256, help="activations per step")
     parser.add_argument("--held-out", type=int, default=8192, help="held-out activations for the evaluation")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from cells import growing
-from rows import Row, grouped, mean, of, rounded, values
+from csv_rows import Row, grouped, mean, of, rounded, values
 
 
 def families(rows: list[Row]) -> dict[str, list[Row]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cells import L1_ARCHITECTURES, best_lr
 from claims import claims
-from rows import Row, change, grouped, label, mean, of, span, values, verdict
+from csv_rows import Row, change, grouped, label, mean, of, span, values, verdict
 from scaling import crossover, slopes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from cells import PLANS, Cell, Plan, stages
-from rows import write_csv
+from csv_rows import write_csv
 from tqdm.auto import tqdm
 from train_cells import Data, make_sae, make_trainer, write
 

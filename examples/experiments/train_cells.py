@@ -1,4 +1,4 @@
-"""Training the cells of the experiments, on one stream of activations of a language model; results as CSVs."""
+"""Train the cells of the experiments on one stream of activations of a language model, and write CSVs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cells import PLANS, Cell, Row, stages
-from rows import write_csv
+from csv_rows import write_csv
 from sae_lens.load_model import load_model
 from sae_lens.registry import get_sae_training_class
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
@@ -44,7 +44,7 @@ def train_all(args: argparse.Namespace, data: Data) -> None:
             now = next((stage for stage in todo if stage), None)
             if now is None:
                 break
-            # Later stages will have other learning rates, but as many cells.
+            # Later stages will have other learning rates, but the same number of cells.
             progress.total = progress.n + sum(c.weight(d_in, args.batch) for stage in todo for _, c in stage)
             for experiment, cell in now:
                 progress.set_postfix_str(f"{experiment}: {cell.label}, F {cell.d_sae}, k {cell.k}, seed {cell.seed}")
@@ -77,21 +77,23 @@ def finished_or_trained(
 
 
 def write(file: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write JSON atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(unfinished, file)
 
 
-# Activations, and what the language model makes of reconstructions
+# Activations, and the language model's loss on reconstructions
 
 
 @dataclass
 class Data:
-    """Activations centred, and scaled to a mean squared norm of d_in: wherever an SAE's biases start, all start alike,
-    and one sweep of coefficients serves all. The first two tokens of a context are left out: see
-    offline.token_contexts."""
+    """Activations, centred and scaled to a mean squared norm of d_in.
+
+    So all SAEs start alike, wherever their biases start, and one sweep of coefficients serves all. The first two
+    tokens of each context are skipped: see offline.token_contexts.
+    """
 
     train: Tensor
     held_out: Tensor
@@ -143,7 +145,7 @@ class Data:
 
     @torch.no_grad()
     def cross_entropy(self, hidden: Tensor) -> float:
-        """Of the language model with its activations replaced by these."""
+        """The CE loss of the language model with its activations replaced by these."""
         parts = [
             self.model.run_with_hooks(
                 t,
@@ -157,7 +159,7 @@ class Data:
 
     @torch.no_grad()
     def ce_recovered(self, sae: Any) -> float:
-        """(ablated - with SAE) / (ablated - model); ablated is by the mean."""
+        """(ablated - with SAE) / (ablated - model), with mean ablation."""
         hidden = self.hidden.clone()
         x = hidden[:, SKIPPED:]
         x_hat = sae((x.flatten(0, 1) - self.centre) * self.scale) / self.scale + self.centre
@@ -167,7 +169,7 @@ class Data:
 
 
 def _texts(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Documents of a dataset, the first tenth held out, enough for twice the tokens wanted at four characters each."""
+    """Documents with twice the tokens needed, at four characters per token; the first tenth is held out."""
     import datasets
 
     texts, wanted = [], 8 * (args.tokens + args.held_out)
@@ -189,7 +191,7 @@ def hidden_states(model: Any, hook_name: str, tokens: Tensor) -> Tensor:
 
 
 def cached_activations(file: Path, made_of: dict[str, str], model: Any, contexts: Any, n: int) -> Tensor:
-    """[n, d_in]. Computed once; a file of another model, hook, dataset or length is replaced."""
+    """Activations [n, d_in], computed once; a file made from another model, hook, dataset or length is replaced."""
     n_contexts = -(-n // (CONTEXT - SKIPPED))
     if n_contexts > len(contexts):
         raise ValueError(f"there are {len(contexts) * (CONTEXT - SKIPPED)} tokens of text; got {n} wanted")
@@ -268,7 +270,7 @@ def make_trainer(cell: Cell, sae: Any, batches: Iterator[Tensor], steps: int, ba
 
 
 def flops_per_activation(cell: Cell, d_in: int) -> int:
-    """As the paper counts: the encoder of one expert, and the router. A dense SAE's is that of TopK."""
+    """As the paper counts: the encoder of one expert, and the router. Dense SAEs cost as much as TopK."""
     kind: Any = "switch" if cell.architecture == "switch" else "topk"
     return Cost(kind, d_in, cell.d_sae, cell.k, cell.n_experts).paper_flops
 

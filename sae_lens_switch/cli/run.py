@@ -47,14 +47,16 @@ class Request:
         for name, value in self.values.items():
             if self.values.get("log_to_wandb", True) and isinstance(value, str) and not _is_unicode(value):
                 raise ValueError(f"{name} must be Unicode text, since W&B takes no other; got {value!r}")
-        homes = {name: self.settings[name].home for name in self.values}
-        logger: dict[str, Any] = {name: v for name, v in self.values.items() if homes[name] == "logger"}
-        own = {name: v for name, v in self.values.items() if name.startswith("sae.")}
+        logger: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        others: dict[str, Any] = {}
+        for name, value in self.values.items():
+            if name.startswith("sae."):
+                own[name.removeprefix("sae.")] = value
+            else:
+                (logger if self.settings[name].home == "logger" else others)[name] = value
         cfg = LanguageModelSAERunnerConfig(
-            architecture=self.architecture,
-            logger=LoggingConfig(**logger),
-            sae_kwargs={name.removeprefix("sae."): v for name, v in own.items()},
-            **{name: v for name, v in self.values.items() if name not in logger and name not in own},
+            architecture=self.architecture, logger=LoggingConfig(**logger), sae_kwargs=own, **others
         )
         check_run_fits(cfg, cfg.sae)
         if cfg.model_class_name == "HookedTransformer" and not cfg.use_cached_activations:

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 _MODULE = "sae_dashboard.neuronpedia.neuronpedia_runner"
 
@@ -24,6 +25,6 @@ def print_help() -> None:
             return
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-        namespace = {"argparse": argparse}
+        namespace: dict[str, Any] = {"argparse": argparse}
         exec(compile(tree, spec.origin, "exec"), namespace)
         namespace["main"]()

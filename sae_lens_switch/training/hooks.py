@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.hook_points import HookedRootModule
 
 # An unknown name this similar to one of TransformerLens's is a typo.
 _TYPO = 0.9
@@ -32,16 +33,7 @@ def check_hook_name(hook_name: str) -> None:
 @cache
 def _names_of_transformer_lens() -> frozenset[str]:
     """The hooks of five models with one block, which between them have every kind."""
-    sizes: dict[str, Any] = {
-        "n_layers": 1,
-        "d_model": 2,
-        "n_ctx": 2,
-        "d_head": 2,
-        "n_heads": 1,
-        "d_vocab": 2,
-        "d_mlp": 2,
-    }
-    sizes |= {"act_fn": "gelu", "device": "cpu"}
+    sizes = {"n_layers": 1, "d_model": 2, "n_ctx": 2, "d_head": 2, "n_heads": 1, "d_vocab": 2, "d_mlp": 2}
     kinds: list[dict[str, Any]] = [
         {},
         {"positional_embedding_type": "rotary", "rotary_dim": 2, "gated_mlp": True, "normalization_type": "RMS"},
@@ -52,13 +44,13 @@ def _names_of_transformer_lens() -> frozenset[str]:
     names: set[str] = set()
     with torch.random.fork_rng(devices=[]):
         for kind in kinds:
-            cfg = HookedTransformerConfig(**sizes, **kind)
+            cfg = HookedTransformerConfig(**sizes, **kind, act_fn="gelu", device="cpu")
             names |= HookedTransformer(cfg).hook_dict.keys()
     return frozenset(names)
 
 
 @torch.no_grad()
-def check_hook(model: Any, cfg: Any, hook_name: str, head_index: int | None, d_in: int) -> None:
+def check_hook(model: HookedRootModule, cfg: Any, hook_name: str, head_index: int | None, d_in: int) -> None:
     """Check that the model has the hook and the SAE its width, by running two tokens.
 
     Args:

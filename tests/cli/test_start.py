@@ -30,12 +30,16 @@ def environment(folder: Path, at_exit: str = "") -> dict[str, str]:
     """Of processes that see this checkout and ``folder``, and run some code when they exit."""
     body = "".join(f"    {line}\n" for line in at_exit.strip().splitlines())
     (folder / "sitecustomize.py").write_text(f"import atexit, sys\n@atexit.register\ndef look():\n    pass\n{body}")
+    return environment_of(folder)
+
+
+def environment_of(folder: Path) -> dict[str, str]:
     paths = [str(folder), str(ROOT), str(ROOT / "kernels")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def python(*command: str, env: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 def heavy_modules(folder: Path, *command: str) -> tuple[str, set[str]]:
@@ -82,7 +86,7 @@ def test_the_kernels_import_no_saelens(tmp_path):
 def test_a_script_imports_nothing_heavy_to_print_its_help(script, tmp_path):
     out, loaded = heavy_modules(tmp_path, script, "--help")
     assert out.startswith("usage: ")
-    assert loaded == set()
+    assert loaded <= ({"torch"} if script == "examples/packed_model.py" else set())
 
 
 @pytest.mark.parametrize(
@@ -115,15 +119,24 @@ COST = ("-m", "sae_lens_switch.cost", "--d-in", "768", "--d-sae", "24576")
 
 def test_a_spawned_child_of_a_command_registers(tmp_path):
     """Its main module is the command's, under another name."""
-    (tmp_path / "child.py").write_text(f"def report(_):\n{REPORT.replace(chr(10), chr(10) + '    ')}")
-    spawn = """
-import multiprocessing, child
-if multiprocessing.parent_process() is None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.map(child.report, [0])
+    (tmp_path / "child.py").write_text(f"def report():\n{REPORT.replace(chr(10), chr(10) + '    ')}")
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import argparse
+import multiprocessing
+parse = argparse.ArgumentParser.parse_args
+def parse_in_a_child_first(self, argv):
+    import child
+    process = multiprocessing.get_context("spawn").Process(target=child.report)
+    process.start()
+    process.join()
+    return parse(self, argv)
+argparse.ArgumentParser.parse_args = parse_in_a_child_first
 """
-    done = python(*COST, env=environment(tmp_path, spawn))
-    assert done.stdout.rstrip().endswith(REGISTERED), done.stderr
+    )
+    done = python(*COST, env=environment_of(tmp_path))
+    assert done.stdout.startswith(REGISTERED), done.stderr
+    assert "parameters" in done.stdout
 
 
 def test_a_command_registers_before_it_loads_anything(tmp_path):
