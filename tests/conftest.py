@@ -17,11 +17,17 @@ import pytest
 pytest.register_assert_rewrite("helpers")
 
 from helpers import tiny_dataset, tiny_model  # noqa: E402
+from helpers.pretended_gpu import Constructions, Copies  # noqa: E402
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY  # noqa: E402
 
-# A suite in the background ignores SIGINT; what it tests, and the processes that it starts, must not.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A suite in the background ignores SIGINT, one under nohup SIGHUP; tests, and processes they start, must not.
+for signum, usual in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, usual)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,14 @@ def leave_the_process_as_it_was():
     os.environ.update(variables)
     SAE_TRAINING_CLASS_REGISTRY.clear()
     SAE_TRAINING_CLASS_REGISTRY.update(classes)
+
+
+@pytest.fixture
+def copies():
+    """What is copied from the host to torch's meta device, by name."""
+    found: list[str] = []
+    with torch.no_grad(), Copies(found), Constructions(found):
+        yield found
 
 
 @pytest.fixture(scope="session")

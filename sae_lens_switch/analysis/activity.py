@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.sparse_sae import normalized_input
+from sae_lens_switch.saes.switch_sae import SwitchBase
 
 GATE_BINS = 50
 # Entries of a dense [tokens, F] piece, of SAEs that know no sparse codes.
@@ -214,10 +214,8 @@ def _encoded(sae: Any, x_BD: Tensor) -> Iterator[tuple[int, Tensor, _Triples, As
     for start in range(0, len(x_BD), max(1, rows)):
         x = x_BD[start : start + rows]
         assignment = None
-        if hasattr(sae, "W_router"):
-            x_in = normalized_input(sae, x)
-            assignment = sae._assign(x_in)
-            acts: Any = sae._encode_codes(x_in, assignment)
+        if isinstance(sae, SwitchBase):
+            acts, assignment = sae.encode_routed(x)
         else:
             acts = sae.encode_sparse(x) if hasattr(sae, "encode_sparse") else sae.encode(x)
         if isinstance(acts, SparseCodes):

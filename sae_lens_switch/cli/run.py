@@ -11,10 +11,11 @@ from sae_lens_switch.cli.flags import settings_parser
 from sae_lens_switch.cli.settings import Settings, as_file, converted, flattened, settings_of
 from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.printable import printable_logs, say
+from sae_lens_switch.common.rules import nearest_name
 from sae_lens_switch.saes.registration import register
-from sae_lens_switch.training.config import LanguageModelSAERunnerConfig, nearest_name
 from sae_lens_switch.training.hooks import check_hook_name
 from sae_lens_switch.training.interruption import INTERRUPTIONS, exit_code
+from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig
 from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
 from sae_lens_switch.training.trainer import TrainingDivergedError
 

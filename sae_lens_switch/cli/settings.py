@@ -14,13 +14,10 @@ from simple_parsing.docstring import get_attribute_docstring
 
 from sae_lens_switch.cli.flags import HIDDEN, Flag
 from sae_lens_switch.cli.values import alternatives, convert, is_list, metavar, short
-from sae_lens_switch.training.config import (
-    LanguageModelSAERunnerConfig,
-    SwitchTrainingSAEConfig,
-    TrainerOptions,
-    reject_unknown,
-    training_config_class,
-)
+from sae_lens_switch.common.rules import reject_unknown
+from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
+from sae_lens_switch.training.config import TrainerOptions
+from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig, training_config_class
 
 # SAELens declares its runner's fields in this order; each of these begins a new subject.
 _SUBJECTS = {

@@ -23,8 +23,9 @@ from sae_lens.saes.topk_sae import TopK
 from typing_extensions import override
 
 from sae_lens_switch.common.substitution import constructing
-from sae_lens_switch.saes.switch_sae import SwitchSAE, SwitchTrainingSAE
-from sae_lens_switch.training.config import SwitchSAEConfig
+from sae_lens_switch.saes.config import SwitchSAEConfig
+from sae_lens_switch.saes.switch_sae import SwitchSAE
+from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
 
 class _DashboardSAE(SwitchSAE):

@@ -1,9 +1,14 @@
-"""Where the biases start, and how sharply the router does: both are taken from a first batch of activations."""
+"""What is initialised from the first batch of activations: the biases, and how sharply the router routes."""
 
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sae_lens_switch.saes.router import router_logits
 
 # Rows that differ by less than this many units of rounding, of their own size, are taken for one row.
 _ROUNDING_UNITS = 64
@@ -67,3 +72,90 @@ def geometric_median(x_BD: Tensor, max_iterations: int = 100, tolerance: float =
         if previous - distance_B.sum() <= tolerance * distance_B.sum():
             break
     return median_D
+
+
+class Start(NamedTuple):
+    """What parameters start at, by name, and what to log of it."""
+
+    values: dict[str, Tensor]
+    description: str
+    level: int
+
+
+@torch.no_grad()
+def start_from_batch(
+    batch_BD: Tensor, W_router_DE: Tensor, bias_start: str, router_start_std: float | None
+) -> Start | None:
+    """Biases inside the data, and a router with logits of ``router_start_std``; None for a non-finite batch."""
+    if not torch.isfinite(batch_BD).all():
+        return None
+    with torch.autocast(batch_BD.device.type, enabled=False):
+        bias_D = bias_from_batch(batch_BD, bias_start)
+        starts = {"b_dec": bias_D, "b_router": bias_D}
+        spread = Spread.of(batch_BD)
+        text = f"biases start at {bias_start} of {spread}"
+        if router_start_std is not None and not spread.is_none:
+            found = router_logits(batch_BD, W_router_DE, bias_D).std()
+            starts["W_router"] = W_router_DE * (router_start_std / found)
+            text += f"; the router's logits at a standard deviation of {router_start_std:.4g}, {found:.4g} before"
+        elif router_start_std is not None:
+            text += "; the router as initialised, as these are all the same: router_start_std needs some that differ"
+    return Start(starts, text, logging.WARNING if spread.is_none else logging.INFO)
+
+
+_Named = Iterable[tuple[str, nn.Parameter]]
+
+
+class FirstBatchStart:
+    """Whether an SAE's parameters are still to be initialised from a batch, and how to take that back.
+
+    Weights written to in place, past ``load_state_dict``, leave no trace in torch: a sample of them is compared.
+
+    Args:
+        parameters: Of an SAE that is as initialised; None: of one that is not.
+    """
+
+    def __init__(self, parameters: _Named | None) -> None:
+        self._as_initialized = None if parameters is None else _sample(parameters)
+        self._before: dict[str, Tensor] = {}
+
+    def is_due(self, parameters: _Named) -> bool:
+        if self._as_initialized is None:
+            return False
+        now = _sample(parameters)
+        return all(torch.allclose(t, now[name], rtol=2e-2) for name, t in self._as_initialized.items())  # any dtype
+
+    @torch.no_grad()
+    def begin(self, parameters: _Named, values: Mapping[str, Tensor]) -> bool:
+        """Copy ``values`` into the parameters that are not frozen; unless one would be non-finite in its dtype."""
+        by_name = dict(parameters)
+        if not all(torch.isfinite(t.to(by_name[name].dtype)).all() for name, t in values.items()):
+            return False
+        self._as_initialized, self._before = None, {}
+        for name, t in values.items():
+            p = by_name[name]
+            if p.requires_grad:
+                self._before[name] = p.detach().clone()
+                p.copy_(t)
+        return True
+
+    @torch.no_grad()
+    def settle(self, parameters: _Named, is_finite: Tensor | bool) -> None:
+        """Keep the start if the step that followed it was finite; otherwise take it back, and be due again."""
+        if self._before and not is_finite:
+            by_name = dict(parameters)
+            for name, t in self._before.items():
+                by_name[name].copy_(t)
+            self._as_initialized = _sample(by_name.items())
+        self._before = {}
+
+
+def _sample(parameters: _Named) -> dict[str, Tensor]:
+    """Some entries of each matrix, and every vector, on the CPU in float32."""
+    sampled = {}
+    for name, p in parameters:
+        W = p.detach()
+        if p.ndim == 2 and name != "W_router":
+            W = W[:: max(1, W.shape[0] // 32), :: max(1, W.shape[1] // 32)]
+        sampled[name] = W.to("cpu", torch.float32, copy=True)
+    return sampled

@@ -11,9 +11,10 @@ from sae_lens.registry import (
 )
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAEConfig
 
+from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
-from sae_lens_switch.saes.switch_sae import SwitchSAE, SwitchTrainingSAE
-from sae_lens_switch.training.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_switch.saes.switch_sae import SwitchSAE
+from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
 
 def register() -> None:

@@ -8,6 +8,9 @@ from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
+# In a weights file: present only if the SAE is as it was initialised.
+FRESH = "fresh"
+
 
 def fold_saved_scaler(sae: Any, checkpoint: Path) -> None:
     """Fold into a checkpoint's weights what training did to the activations, as ``fit`` does at its end."""
@@ -51,3 +54,12 @@ def from_digits(parts: Tensor) -> Tensor:
     """float32 [...], the numbers whose ``digits`` these are, bit-identical."""
     high, middle, low, exponent = parts.double()
     return torch.ldexp(((low / 256 + middle) / 256 + high) / 256, exponent).float()
+
+
+def take_exact(state_dict: dict[str, Any], key: str) -> Tensor | None:
+    """The float32 numbers of a router's parameter, of whatever dtype its file was loaded in; taken from the dict."""
+    parts = state_dict.pop(f"{key}_digits", None)
+    if parts is not None:
+        return from_digits(parts)
+    sum_of = state_dict.pop(f"{key}_parts", None)  # as version 0.1 wrote them
+    return None if sum_of is None else sum_of.float().sum(0)

@@ -1,110 +1,318 @@
-"""Small things that our SAEs have in common as guests of SAELens."""
+"""SparseSAE, the base of our SAEs; and SparseTrainingSAE, all that SparseSAETrainer asks of one in training."""
 
-from typing import Any
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens_switch_kernels import Reconstruction, RowGrads, sparse_decode
 from torch import Tensor, nn
+from typing_extensions import override
 
-from sae_lens_switch.saes.router import RoutingStatistics
+from sae_lens_switch.common.atomic import replace_files
+from sae_lens_switch.common.machine import check_sae_fits
+from sae_lens_switch.common.torch_private import has_hooks
+from sae_lens_switch.saes.config import check_sae
+from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
+from sae_lens_switch.saes.router import Assignment, RoutingStatistics
+from sae_lens_switch.saes.serialization import latent_major
 from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput, activation_rows, differentiable
+
+# SAELens keeps these as closures over the SAE, which cannot be pickled, and which a copy would share.
+_CLOSURES = ("reshape_fn_in", "reshape_fn_out", "run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
 
 
-class SparseStepOutput(TrainStepOutput):
-    """A step's output with its codes, detached. ``feature_acts``, COO as SAELens knows it, is made when asked for."""
+class SparseSAE(SAE[Any], ABC):
+    """An SAE whose latents flow as ``SparseCodes``: encoded, decoded and differentiated only where they are non-zero.
 
-    def __init__(self, *, codes: SparseCodes, routing: RoutingStatistics | None = None, **fields: Any) -> None:
-        self.codes, self.routing = codes, routing
-        self._feature_acts: Tensor | None = None
-        super().__init__(feature_acts=None, **fields)  # type: ignore[arg-type]
+    W_enc [D, F] is the transpose of [F, D] storage, so that a latent's weights are contiguous.
+    """
+
+    def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
+        check_sae(cfg)
+        check_sae_fits(cfg)
+        super().__init__(cfg, use_error_term)
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc = nn.Parameter(latent_major(self.W_enc.data))
+
+    # Encoding and decoding
+
+    @abstractmethod
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        """The same latents as ``encode``, without a tensor of width F. Hooks on dense latents do not fire."""
+
+    @override
+    def decode(self, feature_acts: Tensor | SparseCodes) -> Tensor:
+        """Reconstruction [..., D] of dense latents [..., F], edited or mixed in any way, or of SparseCodes."""
+        if not isinstance(feature_acts, SparseCodes):
+            return self._decode_dense(differentiable(feature_acts))
+        values, indices = differentiable(feature_acts.values), differentiable(feature_acts.indices)
+        scale_F = self._selection_scale()
+        if scale_F is not None:
+            values = values / scale_F[indices]
+        K = values.shape[-1]
+        out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
+        return self._finish_decoding(out.view(*values.shape[:-1], self.W_dec.shape[-1]) + self.b_dec)
+
+    def _decode_dense(self, feature_acts: Tensor) -> Tensor:
+        return self._finish_decoding(feature_acts @ self.W_dec + self.b_dec)
+
+    def _finish_decoding(self, out: Tensor) -> Tensor:
+        """What follows ``f @ W_dec + b_dec`` in every SAE of SAELens."""
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(self.hook_sae_recons(out)), self.d_head)
+
+    def normalized_input(self, x: Tensor) -> Tensor:
+        """x in the SAE's dtype, hook_z flattened, normalised; before the pre-bias is subtracted.
+
+        To be called once per encode: the hook fires, and run-time normalisation stores its statistics for decode.
+        """
+        x = self.reshape_fn_in(differentiable(x).to(self.dtype))
+        return self.run_time_activation_norm_fn_in(self.hook_sae_input(x))
 
     @property
-    def feature_acts(self) -> Tensor:
-        if self._feature_acts is None:
-            self._feature_acts = self.codes.to_coo()
-        return self._feature_acts
+    def pre_bias(self) -> Tensor | None:
+        """What the encoder subtracts from its input."""
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
-    @feature_acts.setter
-    def feature_acts(self, value: Tensor | None) -> None:  # type: ignore[override]
-        self._feature_acts = value
+    def _selection_scale(self) -> Tensor | None:
+        """[F], what latents are multiplied by before they are selected; None: nothing."""
+        return None
+
+    @property
+    def has_dense_hooks(self) -> bool:
+        """Whether someone looks at the dense latents, which must be laid out then."""
+        return has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post)
+
+    # Copies and files
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _CLOSURES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.hook_z_reshaping_mode:
+            self.turn_on_forward_pass_hook_z_reshaping()
+        else:
+            self.turn_off_forward_pass_hook_z_reshaping()
+        self._setup_activation_normalization()
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As torch's, with W_enc laid out by latents, also where the tensor itself is taken over."""
+        if prefix + "W_enc" in state_dict:
+            state_dict[prefix + "W_enc"] = latent_major(state_dict[prefix + "W_enc"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """As SAELens's, with each file replaced atomically."""
+        return replace_files(path, super().save_model)
 
 
-def dead_latents(sae: Any, mask_F: Tensor | None, n_experts: int = 1) -> tuple[Tensor | None, int]:
-    """Indices of the dead latents, and how many reconstruct a token's residual (Gao et al. 2024, A.2); None: none do.
+class LatentParameters(NamedTuple):
+    """The parameters with a row per latent: W_enc [D, F], W_dec [F, D] and, where there is one, b_enc [F]."""
 
-    ``aux_k``, or all there are of the expert that has most.
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter | None
+
+
+class DeadLatents(NamedTuple):
+    """The indices of the dead latents [N], and how many of them reconstruct a token's residual (AuxK)."""
+
+    indices_N: Tensor | None
+    aux_k: int
+
+
+class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
+    """A sparse SAE in training: its step, and what SparseSAETrainer asks of an SAE beyond SAELens's ``TrainingSAE``.
+
+    The trainer hands a ``SparseStepInput`` to ``training_forward_pass`` and gets a ``SparseStepOutput`` with the codes.
+    Under SAELens's own trainer, or in any loop, the same SAE trains as well.
     """
-    if mask_F is None or sae.cfg.aux_loss_coefficient == 0:
-        return None, 0
-    dead_N = mask_F.nonzero().flatten()
-    most = len(dead_N) if n_experts == 1 else int(mask_F.view(n_experts, -1).sum(1).max())
-    k_aux = min(aux_k(sae), most)
-    if k_aux == 0:
-        return None, 0
-    if sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-        raise ValueError(
-            "aux_loss_coefficient must be 0 with normalize_activations="
-            f"{sae.cfg.normalize_activations!r}: dead latents would reconstruct a normalised residual"
-        )
-    return dead_N, k_aux
 
+    # What the trainer asks
 
-def aux_k(sae: Any) -> int:
-    """Half of d_in, as in SAELens, for an SAE whose config has no ``aux_k``."""
-    return getattr(sae.cfg, "aux_k", sae.cfg.d_in // 2)
+    @property
+    def n_experts(self) -> int | None:
+        """None without a router."""
+        return None
 
+    @property
+    def needs_dead_mask(self) -> bool:
+        """Whether a step reads ``dead_neuron_mask``, a tensor as long as the dictionary."""
+        return self.cfg.aux_loss_coefficient != 0
 
-def aux_loss(sae: Any, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_dead: Tensor | int) -> Tensor:
-    """coefficient * min(1, n_dead / aux_k) * mean_B ||aux_out - (x - sae_out)||^2; n_dead of all, or a token."""
-    residual = (x_BD - sae_out_BD).detach()
-    error_B = (sae.reshape_fn_out(aux_out_BD, sae.d_head) - residual).pow(2).sum(dim=-1)
-    # A number is filled in on the device: a copy from the host would wait for it.
-    few = n_dead.to(error_B.dtype) if isinstance(n_dead, Tensor) else error_B.new_full((), n_dead)
-    few = (few / aux_k(sae)).clamp(max=1)
-    return sae.cfg.aux_loss_coefficient * (few * error_B).mean()
+    @property
+    def decoder_constraint(self) -> DecoderConstraint | None:
+        """What the optimiser keeps true of the decoder in every step."""
+        return None
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the next step initialises parameters from its batch."""
+        return False
 
-def normalized_input(sae: Any, x: Tensor) -> Tensor:
-    """x in the SAE's dtype, hook_z flattened, normalised; b_dec not yet taken off.
+    @abstractmethod
+    def latent_parameters(self) -> LatentParameters:
+        """The parameters whose rows a row-sparse optimiser may step one by one."""
 
-    Once per encode: the hook fires and run-time normalisation remembers its statistics for decode.
-    """
-    return sae.run_time_activation_norm_fn_in(sae.hook_sae_input(sae.reshape_fn_in(differentiable(x).to(sae.dtype))))
+    def settle_start(self, is_finite: Tensor | bool) -> None:
+        """Called once the step's outcome is known: an initialisation from a non-finite step is taken back."""
 
+    def after_own_step(self) -> None:
+        """Called at the end of a step of an optimiser that applies the decoder's constraint itself."""
 
-def differentiable(x: Tensor) -> Tensor:
-    """x, or a copy of one made under inference_mode, which a backward pass may not keep."""
-    return x.clone() if x.is_inference() and torch.is_grad_enabled() else x
+    # The step
 
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step's loss and its parts.
 
-def activation_rows(x: Tensor, d_in: int) -> Tensor:
-    """Activations [..., d_in] as rows [B, d_in]. Raises ValueError for another width, or if there are none."""
-    if x.ndim == 0 or x.shape[-1] != d_in:
-        width = x.shape[-1] if x.ndim else "none"
-        raise ValueError(f"d_in must be the width of the activations, {width}; got d_in={d_in}, shape {tuple(x.shape)}")
-    if x.numel() == 0:
-        raise ValueError(f"activations must hold at least one token; got shape {tuple(x.shape)}")
-    return differentiable(x).reshape(-1, d_in)
+        Args:
+            step_input: ``sae_in`` is [..., d_in]; what depends on the batch as a whole, such as the load balance, sees
+                all its rows as one batch.
 
+        Raises:
+            ValueError: If the activations are not of width d_in, or if there are none.
+        """
+        given = step_input.sae_in
+        x_BD = activation_rows(given, self.cfg.d_in)
+        options = step_input if isinstance(step_input, SparseStepInput) else None
+        self._before_forward(x_BD)
+        inputs_BD = self.normalized_input(x_BD)
+        acts, codes, aux_out_BD, dead = None, None, None, DeadLatents(None, 0)
+        if self.has_dense_hooks:
+            acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
+            sae_out = self.decode(acts)
+        else:
+            assignment = self._route(inputs_BD)
+            dead = self._dead_latents(step_input.dead_neuron_mask)
+            row_grads = None if options is None else options.row_grads
+            result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
+            sae_out, aux_out_BD = self._finish_decoding(result.out_BD + self.b_dec), result.aux_out_BD
+            codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae)
 
-def pre_bias(sae: Any) -> Tensor | None:
-    """What the encoder takes off its input."""
-    return sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+        losses = {"mse_loss": self._reconstruction_error(sae_out, x_BD)}
+        routing, metrics = self._add_routing(losses, step_input, x_BD, assignment)
+        if self._reports_aux_loss:
+            losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
+        if dead.indices_N is not None and aux_out_BD is not None:
+            n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
+            losses["auxiliary_reconstruction_loss"] = self._aux_loss(x_BD, sae_out, aux_out_BD, n_dead)
+        loss = sum(losses.values(), start=sae_out.new_zeros(()))
+        if options is None or options.refuse_non_finite:
+            self._check_loss(loss, x_BD, step_input.n_training_steps)
 
+        lead = given.shape[:-1]
+        fields = {
+            "sae_in": given,
+            "sae_out": sae_out.view(given.shape),
+            "hidden_pre": hidden_pre.detach().view(*lead, hidden_pre.shape[-1]),
+            "loss": loss,
+            "losses": losses,
+            "metrics": metrics,
+        }
+        if codes is not None:
+            return SparseStepOutput(codes=codes.view(*lead), routing=routing, **fields)
+        assert acts is not None
+        return TrainStepOutput(feature_acts=acts.detach().view(*lead, self.cfg.d_sae), **fields)
 
-def has_hooks(hook: nn.Module) -> bool:
-    return bool(hook._forward_hooks or hook._backward_hooks or hook._backward_pre_hooks or hook._forward_pre_hooks)
+    def _before_forward(self, x_BD: Tensor) -> None:
+        pass
 
+    def _encode_dense(self, inputs_BD: Tensor) -> tuple[Tensor, Tensor, Assignment | None]:
+        """Dense latents [B, F], what was selected [B, K], and the routing, for hooks on the dense latents."""
+        raise NotImplementedError
 
-def reconstruction_error(sae: Any, sae_out: Tensor, x: Tensor) -> Tensor:
-    """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes.
+    def _route(self, inputs_BD: Tensor) -> Assignment | None:  # noqa: ARG002, there is one expert
+        return None
 
-    Which is what torch does with two dtypes; but not all its versions can differentiate that.
-    """
-    dtype = torch.promote_types(sae_out.dtype, x.dtype)
-    return sae.mse_loss_fn(sae_out.to(dtype), x.to(dtype)).sum(dim=-1).mean()
+    @abstractmethod
+    def _autoencode(
+        self, inputs_BD: Tensor, assignment: Assignment | None, dead: DeadLatents, row_grads: RowGrads | None
+    ) -> tuple[Reconstruction, Tensor]:
+        """The fused encoder and decoder, without b_dec; and the latents as seen from outside, [B, K], detached."""
 
+    def _reconstruction_error(self, sae_out: Tensor, x_BD: Tensor) -> Tensor:
+        """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes.
 
-def finish_decoding(sae: Any, out: Tensor) -> Tensor:
-    """What follows ``f @ W_dec + b_dec`` in every SAE of SAELens."""
-    return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(sae.hook_sae_recons(out)), sae.d_head)
+        So does torch, where it can: not all its versions differentiate a loss of two dtypes.
+        """
+        dtype = torch.promote_types(sae_out.dtype, x_BD.dtype)
+        return self.mse_loss_fn(sae_out.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()
+
+    def _add_routing(
+        self,
+        losses: dict[str, Tensor],  # noqa: ARG002
+        step_input: TrainStepInput,  # noqa: ARG002
+        x_BD: Tensor,  # noqa: ARG002
+        assignment: Assignment | None,  # noqa: ARG002
+    ) -> tuple[RoutingStatistics | None, dict[str, Any]]:
+        """Add the router's losses; returns statistics of the routing, and metrics to log."""
+        return None, {}
+
+    def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
+        """May raise ValueError for a non-finite loss."""
+
+    # Dead latents (AuxK, Gao et al. 2024, A.2)
+
+    @property
+    def aux_k(self) -> int:
+        """How many dead latents reconstruct a token's residual: half of d_in, as in SAELens."""
+        return self.cfg.d_in // 2
+
+    @property
+    def _reports_aux_loss(self) -> bool:
+        return True
+
+    def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:  # noqa: ARG002, there is one expert
+        """The number of dead latents of the expert that has most."""
+        return n_dead
+
+    def _n_dead(
+        self,
+        dead_N: Tensor,
+        dead_F: Tensor | None,  # noqa: ARG002
+        assignment: Assignment | None,  # noqa: ARG002
+    ) -> Tensor | int:
+        """How many dead latents there are for a token: a number, or [B]."""
+        return len(dead_N)
+
+    def _dead_latents(self, dead_F: Tensor | None) -> DeadLatents:
+        """Waits for the device, where there is an auxiliary loss."""
+        if dead_F is None or self.cfg.aux_loss_coefficient == 0:
+            return DeadLatents(None, 0)
+        dead_N = dead_F.nonzero().flatten()
+        aux_k = min(self.aux_k, self._most_dead(dead_F, len(dead_N)))
+        if aux_k == 0:
+            return DeadLatents(None, 0)
+        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise ValueError(
+                "aux_loss_coefficient must be 0 with normalize_activations="
+                f"{self.cfg.normalize_activations!r}: dead latents would reconstruct a normalised residual"
+            )
+        return DeadLatents(dead_N, aux_k)
+
+    def _aux_loss(self, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_dead: Tensor | int) -> Tensor:
+        """coefficient * min(1, n_dead / aux_k) * mean_B ||aux_out - (x - sae_out)||^2; n_dead in all, or per token."""
+        residual = (x_BD - sae_out_BD).detach()
+        error_B = (self.reshape_fn_out(aux_out_BD, self.d_head) - residual).pow(2).sum(dim=-1)
+        # The number is filled in on the device: a copy from the host would wait for it.
+        dead = n_dead.to(error_B.dtype) if isinstance(n_dead, Tensor) else error_B.new_full((), n_dead)
+        return self.cfg.aux_loss_coefficient * ((dead / self.aux_k).clamp(max=1) * error_B).mean()
+
+    # Files
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        return replace_files(path, super().save_inference_model)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lens_switch.saes.router import RoutingStatistics
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.sparse_sae import SparseStepOutput
+from sae_lens_switch.saes.step import SparseStepOutput
 
 
 def release(output: TrainStepOutput) -> None:

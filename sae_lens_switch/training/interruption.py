@@ -10,7 +10,7 @@ from sae_lens.training._interruption import InterruptedException
 
 INTERRUPTIONS = (KeyboardInterrupt, InterruptedException)
 # A closed terminal sends SIGHUP; Windows has none.
-_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGHUP") if (s := vars(signal).get(name)) is not None]
 
 
 class SignalledError(InterruptedException):

@@ -17,16 +17,16 @@ from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.types import MultiHookDataProvider
 from typing_extensions import override
 
-from sae_lens_switch.common import validation
 from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import Bar, Sentences, progress, track
 from sae_lens_switch.common.substitution import constructing
-from sae_lens_switch.training import checkpoints
-from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, check_run
+from sae_lens_switch.training import checkpoints, field_rules
+from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions
 from sae_lens_switch.training.hooks import check_hook, check_hook_name
 from sae_lens_switch.training.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.training.runner_config import check_language_model_run
 from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
 
 
@@ -41,7 +41,9 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
     def __init__(
         self, cfg: Any, override_dataset: Any = None, override_model: Any = None, override_sae: Any = None
     ) -> None:
-        check_run(cfg, validation.RUNNER, cfg.sae)  # before the model is loaded; fields may have been set since
+        check_language_model_run(
+            cfg, field_rules.RUNNER, cfg.sae
+        )  # before the model is loaded; fields may have been set since
         check_run_fits(cfg, cfg.sae)
         _check_dataset(cfg, override_dataset)
         if (
@@ -86,7 +88,7 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
     """As SAELens's ``MultiSAETrainingRunner``: many SAEs on one stream of activations, each on ``SparseSAETrainer``."""
 
     def __init__(self, cfg: Any, *args: Any, options: TrainerOptions | None = None, **kwargs: Any) -> None:
-        check_run(cfg, validation.MULTI_RUNNER, *cfg.saes.values())
+        check_language_model_run(cfg, field_rules.MULTI_RUNNER, *cfg.saes.values())
         check_run_fits(cfg, *cfg.saes.values())
         _check_dataset(cfg, args[0] if args else kwargs.get("override_dataset"))
         super().__init__(cfg, *args, **kwargs)

@@ -6,10 +6,10 @@ from typing import Any
 from sae_lens.synthetic import synthetic_sae_runner as synthetic_module
 from typing_extensions import override
 
-from sae_lens_switch.common import validation
 from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.substitution import constructing
-from sae_lens_switch.training.config import TrainerOptions, check_run
+from sae_lens_switch.training.config import TrainerOptions
+from sae_lens_switch.training.runner_config import check_synthetic_run
 from sae_lens_switch.training.runners import with_options
 from sae_lens_switch.training.trainer import SparseSAETrainer
 
@@ -18,7 +18,7 @@ class SyntheticSAERunner(synthetic_module.SyntheticSAERunner):
     """As SAELens's ``SyntheticSAERunner``, on ``SparseSAETrainer``."""
 
     def __init__(self, cfg: Any, *args: Any, options: TrainerOptions | None = None, **kwargs: Any) -> None:
-        check_run(cfg, validation.SYNTHETIC_RUNNER, cfg.sae, total="training_samples", batch="batch_size")
+        check_synthetic_run(cfg)
         check_run_fits(cfg, cfg.sae)
         super().__init__(cfg, *args, **kwargs)
         self.options = options or TrainerOptions()

@@ -2,61 +2,14 @@
 read a number back raises, and every copy from the host is seen."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
-from sae_lens.saes.sae import TrainStepOutput
+from helpers.pretended_gpu import on_device
 from sae_lens_switch_kernels import RowGrads, operators
 from sae_lens_switch_kernels.indexing import one_group
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.sparse_sae import SparseStepOutput, aux_loss
-from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
-from sae_lens_switch.training.trainer import SparseSAETrainer, _firings
 
 B, D, F, K = 40, 16, 96, 3
-
-
-class Copies(TorchDispatchMode):
-    """Operators that bring a host's tensor to the device; the host waits for each, and none can be captured."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
-        result = func(*args, **(kwargs or {}))
-        name, tensors = func.overloadpacket.__name__, [a for a in args if isinstance(a, torch.Tensor)]
-        if name in ("_to_copy", "copy_") and result.is_meta and not all(t.is_meta for t in tensors):
-            self.found.append(name)
-        return result
-
-
-class Constructions(TorchFunctionMode):
-    """Tensors made of the host's numbers, which on a GPU are such copies too, and on the meta device are none."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[0], torch.Tensor):
-            self.found.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def copies():
-    found: list[str] = []
-    with torch.no_grad(), Copies(found), Constructions(found):
-        yield found
-
-
-def on_device(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def test_a_copy_from_the_host_is_seen(copies):
@@ -107,37 +60,3 @@ def test_one_group_is_all_tokens(n_tokens):
     assert order is None
     assert offsets.dtype == torch.int64
     assert offsets.tolist() == [0, n_tokens]
-
-
-def test_the_weight_of_aux_k_is_made_on_the_device(copies):
-    sae = SimpleNamespace(
-        cfg=SimpleNamespace(d_in=D, aux_k=8, aux_loss_coefficient=0.5), reshape_fn_out=lambda x, _: x, d_head=None
-    )
-    assert aux_loss(sae, on_device(B, D), on_device(B, D), on_device(B, D), 5).device.type == "meta"
-    assert copies == []
-
-
-def test_firing_is_counted_on_the_device(copies):
-    trainer = SimpleNamespace(
-        _pass=on_device(dtype=torch.int32),
-        _last_fired_F=on_device(F, dtype=torch.int32),
-        act_freq_scores=on_device(F),
-    )
-    x = on_device(B, D)
-    fields = dict.fromkeys(TrainStepOutput.__annotations__) | {"sae_in": x}
-    fields.pop("feature_acts")
-    output = SparseStepOutput(codes=SparseCodes(on_device(B, K), on_device(B, K, dtype=torch.int64), F), **fields)
-    SparseSAETrainer._count_fired(trainer, [_firings(output)], on_device(dtype=torch.bool))  # type: ignore[arg-type]
-    assert copies == []
-
-
-def test_row_sparse_adam_steps_a_parameter_that_is_no_matrix(copies):
-    sae = torch.nn.Module()
-    for name, shape in {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,)}.items():
-        setattr(sae, name, torch.nn.Parameter(on_device(*shape)))
-    sae.cfg, sae.row_grads = SimpleNamespace(normalize_decoder=True, project_decoder_grad=True), None
-    optimizer = RowSparseAdam(sae, lr=0.1)
-    sae.b_dec.grad = on_device(D)
-    optimizer.step()
-    assert copies == []
-    assert optimizer.state[sae.b_dec]["moments"].device.type == "meta"

@@ -16,9 +16,10 @@ from sae_lens_switch import (
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
 )
-from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam, step_in_memory_order
+from sae_lens_switch.training.collapse_response import reseed
+from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
+from sae_lens_switch.training.optim.master_weights import MasterWeights
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
-from sae_lens_switch.training.routing_monitor import reseed
 
 LR, BETAS, EPS, MAX_NORM = 0.02, (0.8, 0.95), 1e-8, 0.7
 SWITCH = {
@@ -207,7 +208,7 @@ def test_freezing_and_melting_between_steps(tmp_path, optimizer):
 def test_a_tied_bias_follows_b_dec_also_where_the_optimiser_was_given_no_frozen_decoder(tmp_path):
     sae = make(tmp_path, "switch", ("W_dec",), tie=True)
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=0.1)
-    step_in_memory_order(optimizer)
+    MasterWeights(optimizer, masters=False)
     before = sae.W_dec.detach().clone()
     for i in range(2):
         x = activations(1)[0].double()

@@ -7,7 +7,8 @@ from sae_lens_switch_kernels.huge_pages import zeros_large
 from torch import nn
 
 from sae_lens_switch.training.optim import constrained_adam as optim
-from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam, step_in_memory_order
+from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
+from sae_lens_switch.training.optim.master_weights import MasterWeights
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
@@ -20,7 +21,7 @@ def test_stepping_in_memory_order_changes_no_number_and_no_shape(options):
         transposed, straight = nn.Parameter(start.T.contiguous().T), nn.Parameter(start.clone())
         optimizer = torch.optim.Adam([transposed, straight], lr=0.1, **options)
         if in_memory_order:
-            step_in_memory_order(optimizer)
+            MasterWeights(optimizer, masters=False)
         for gradient in gradients:
             transposed.grad, straight.grad = gradient.T.contiguous().T, gradient.clone()
             optimizer.step()
@@ -37,7 +38,7 @@ def test_a_transposed_parameter_without_a_gradient_is_left_alone():
     p = nn.Parameter(torch.randn(3, 4).T)
     before = p.detach().clone()
     optimizer = torch.optim.Adam([p])
-    step_in_memory_order(optimizer)
+    MasterWeights(optimizer, masters=False)
     optimizer.step()
     assert p.grad is None
     assert p.stride() == (1, 4)
@@ -93,7 +94,7 @@ def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout, mo
     ours, plain = (nn.Parameter(start.T.contiguous().T if layout == "transposed" else start.clone()) for _ in range(2))
     in_memory = start.T.shape if layout == "transposed" else start.shape
     optimizers = [ConstrainedAdam([ours], 1e-2), torch.optim.Adam([plain], lr=1e-2, fused=True)]
-    step_in_memory_order(optimizers[1])
+    MasterWeights(optimizers[1], masters=False)
     for again in range(2):
         for _ in range(3):
             grad = torch.randn_like(start)

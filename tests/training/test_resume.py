@@ -64,7 +64,7 @@ def test_a_run_is_extended_under_the_schedule_of_its_new_length(options, optimiz
     assert len(rates) == 30
     assert rates == pytest.approx(planned[20:], rel=1e-6)
     assert longer.n_training_samples == 50 * BATCH
-    assert f"planned for {20 * BATCH} samples and goes on to {50 * BATCH}" in caplog.text
+    assert f"planned for {20 * BATCH} samples and now continues to {50 * BATCH}" in caplog.text
 
 
 def test_a_run_in_the_middle_is_shortened(tmp_path, caplog):
@@ -74,7 +74,7 @@ def test_a_run_in_the_middle_is_shortened(tmp_path, caplog):
     done = int(checkpoint.name) // BATCH
     rates = learning_rates(make_trainer(make_sae(), steps=20, resume=str(checkpoint)))
     assert rates == pytest.approx(learning_rates(make_trainer(make_sae(), steps=20))[done:])
-    assert "goes on to" in caplog.text
+    assert "now continues to" in caplog.text
     over = make_trainer(make_sae(), steps=3, resume=str(checkpoint))
     assert learning_rates(over) == []
 
@@ -87,7 +87,7 @@ def test_a_run_of_the_same_length_goes_on_to_the_bit_and_says_nothing(tmp_path, 
     resumed.fit()
     for p, q in zip(resumed.sae.parameters(), whole.sae.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert "goes on to" not in caplog.text
+    assert "now continues to" not in caplog.text
 
 
 def test_a_language_model_run_is_extended(tmp_path, model, dataset, caplog):
@@ -101,7 +101,7 @@ def test_a_language_model_run_is_extended(tmp_path, model, dataset, caplog):
 
     run(6 * 64, None)
     run(12 * 64, "latest")
-    assert f"planned for {6 * 64} samples and goes on to {12 * 64}" in caplog.text
+    assert f"planned for {6 * 64} samples and now continues to {12 * 64}" in caplog.text
 
 
 def several(folder, model, dataset, options: TrainerOptions, **fields):
@@ -122,7 +122,7 @@ def test_several_saes_on_one_stream_are_extended(tmp_path, model, dataset, caplo
     fields = {"n_checkpoints": 2, "n_batches_for_norm_estimate": 2}
     several(tmp_path, model, dataset, TrainerOptions(), training_tokens=6 * 64, **fields).run()
     several(tmp_path, model, dataset, TrainerOptions(resume="latest"), training_tokens=12 * 64, **fields).run()
-    assert f"planned for {6 * 64} samples and goes on to {12 * 64}" in caplog.text
+    assert f"planned for {6 * 64} samples and now continues to {12 * 64}" in caplog.text
 
 
 def test_several_saes_go_on_from_weights_for_scaled_activations(tmp_path, model, dataset, monkeypatch):

@@ -8,7 +8,8 @@ from helpers import M, activations, training_sae
 from helpers.trainers import our_trainer, run
 
 from sae_lens_switch import SwitchTrainingSAE
-from sae_lens_switch.training.routing_monitor import RoutingMonitor, reseed
+from sae_lens_switch.training.collapse_response import reseed
+from sae_lens_switch.training.routing_monitor import RoutingMonitor
 
 
 def collapsed_sae(**options) -> SwitchTrainingSAE:

@@ -38,9 +38,9 @@ from sae_lens_switch import (
     TrainingDivergedError,
 )
 from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.saes.decoder_constraint import constrain_optimizer_steps
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.history import FILENAME, read_history
-from sae_lens_switch.training.optim.constrained_adam import constrain_optimizer_steps
 from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
 
 pytestmark = small_run_warnings

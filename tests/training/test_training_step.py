@@ -22,8 +22,10 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
+from sae_lens_switch.saes.decoder_constraint import project_out_rows, project_out_rows_
 from sae_lens_switch.training import trainer as trainer_module
-from sae_lens_switch.training.optim.constrained_adam import remove_parallel_, total_norm, without_parallel
+from sae_lens_switch.training.optim import constrained_adam
+from sae_lens_switch.training.optim.gradients import total_norm
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 
 # The step: clip, project, step, renormalise
@@ -93,11 +95,11 @@ def test_projection_and_norm_written_out():
     W /= W.norm(dim=1, keepdim=True)
     expected = g - torch.einsum("fd,fd->f", g, W)[:, None] * W
     projected = g.clone()
-    remove_parallel_(projected, W)
+    project_out_rows_(projected, W)
     torch.testing.assert_close(projected, expected)
     along_R = (g * W).sum(1)
     for known in (None, along_R):
-        torch.testing.assert_close(without_parallel(g, W, torch.empty_like(g), known), expected)
+        torch.testing.assert_close(project_out_rows(g, W, torch.empty_like(g), known), expected)
     others = [g.T, torch.randn(5), torch.tensor(3.0)]
     expected = sum(t.double().square().sum() for t in others).sqrt()
     torch.testing.assert_close(total_norm(others).double(), expected, rtol=1e-6, atol=0)
@@ -254,6 +256,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(architecture, cuda_graph, monkeypatch):
     # As on a GPU, where a range is checked by an assertion on the device.
     monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})
+    monkeypatch.setattr(constrained_adam, "_READ_AT_ONCE", set())
     monkeypatch.setattr(operators, "_check_range", lambda *_: None)
     batches = activations(4)
     sae = (

@@ -25,27 +25,29 @@ from sae_lens_switch import (
     SwitchTrainingSAEConfig,
     TrainerOptions,
 )
-from sae_lens_switch.common import validation
+from sae_lens_switch.common import rules
+from sae_lens_switch.saes import field_rules as sae_rules
+from sae_lens_switch.training import field_rules
 
 NAN, INF = math.nan, math.inf
-TABLES: dict[type, dict[str, validation.Rule]] = {
-    SwitchSAEConfig: validation.SWITCH,
-    SwitchTrainingSAEConfig: validation.SWITCH,
-    SparseTopKTrainingSAEConfig: validation.SPARSE_TOPK,
-    TrainerOptions: validation.OPTIONS,
-    SAETrainerConfig: validation.STOCK_TRAINER,
-    SparseSAETrainerConfig: validation.TRAINER,
-    LoggingConfig: validation.LOGGING,
-    LanguageModelSAERunnerConfig: validation.RUNNER,
-    MultiSAETrainingRunnerConfig: validation.MULTI_RUNNER,
-    SyntheticSAERunnerConfig: validation.SYNTHETIC_RUNNER,
+TABLES: dict[type, dict[str, rules.Rule]] = {
+    SwitchSAEConfig: sae_rules.SWITCH,
+    SwitchTrainingSAEConfig: sae_rules.SWITCH,
+    SparseTopKTrainingSAEConfig: sae_rules.SPARSE_TOPK,
+    TrainerOptions: field_rules.OPTIONS,
+    SAETrainerConfig: field_rules.STOCK_TRAINER,
+    SparseSAETrainerConfig: field_rules.TRAINER,
+    LoggingConfig: field_rules.LOGGING,
+    LanguageModelSAERunnerConfig: field_rules.RUNNER,
+    MultiSAETrainingRunnerConfig: field_rules.MULTI_RUNNER,
+    SyntheticSAERunnerConfig: field_rules.SYNTHETIC_RUNNER,
 }
 
 
 @pytest.mark.parametrize("config", TABLES, ids=lambda config: config.__name__)
 def test_every_field_of_every_config_has_a_rule(config):
     without = {f.name for f in fields(config)} - TABLES[config].keys()
-    assert not without, f"add them to the table of {config.__name__} in validation.py"
+    assert not without, f"add them to the table of {config.__name__} in field_rules.py"
 
 
 @pytest.mark.parametrize("config", TABLES, ids=lambda config: config.__name__)
@@ -54,11 +56,11 @@ def test_the_rules_take_every_default_and_follow_the_annotations(config):
     for field in fields(config):
         rule = TABLES[config][field.name]
         if isinstance(field.default, str | bool | int | float | None | tuple):
-            validation.check_value(field.name, field.default, rule)
+            rules.check_value(field.name, field.default, rule)
         if hints[field.name] in (int, bool, str):
             with pytest.raises(ValueError, match=rf"{field.name} must be .*; got None"):
-                validation.check_value(field.name, None, rule)
-        if isinstance(rule, validation.Choice) and all(isinstance(name, str) for name in get_args(hints[field.name])):
+                rules.check_value(field.name, None, rule)
+        if isinstance(rule, rules.Choice) and all(isinstance(name, str) for name in get_args(hints[field.name])):
             assert set(get_args(hints[field.name])) <= set(rule.names)
 
 
@@ -94,7 +96,7 @@ WRONG: dict[str, tuple[str, list[Any]]] = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, values) in WRONG.items() for value in values])
 def test_a_trainers_settings_are_refused_when_made_and_when_changed(name, value):
-    message = f"{name} must be {re.escape(WRONG[name][0])}.*; got {re.escape(validation.shown(value))}"
+    message = f"{name} must be {re.escape(WRONG[name][0])}.*; got {re.escape(rules.shown(value))}"
     with pytest.raises(ValueError, match=message):
         trainer_config(**{name: value})
     for cfg in (trainer_config(), SAETrainerConfig(**LENGTH)):

@@ -3,57 +3,77 @@
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens_switch_kernels import RowGrads
 from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sae_lens_switch.training.optim.constrained_adam import (
-    gradients,
-    normalize_rows_,
-    parameters_of,
-    trained,
-    without_parallel,
-)
+from sae_lens_switch.saes.decoder_constraint import AppliesConstraint, normalize_rows_, project_out_rows
+from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
+from sae_lens_switch.training.optim.gradients import clipping, gradients, parameters_of, total_norm, trained
 
-# Rows are stepped in blocks that stay in cache, so that several operations on a block read memory once; how many rows,
-# is measured on a CPU.
+# Tuned on a CPU: a block of rows stays in cache while it is gathered, stepped and scattered.
 _ROWS_STEPPED = 1024
 
 
-class RowSparseAdam(Optimizer):
-    """Lazy Adam: of W_enc, W_dec and b_enc only the rows of latents that were active in the step are touched.
+class RowSparseAdam(AppliesConstraint, Optimizer):
+    """Lazy Adam: of W_enc, W_dec and b_enc only the rows of latents active in the step are touched.
 
     The gradient of all other rows is zero, and the SAE makes no dense one (``RowGrads``): a step touches at most k
-    rows a token, however wide the dictionary. It is not Adam: there the moments of every row decay in every step,
-    and momentum moves a row after its latent was last active. Here a row has its own count of steps for the bias
-    correction, and rests when its latent does. Other parameters take plain Adam steps.
+    rows per token, however wide the dictionary. It is not Adam, in which the moments of every row decay in every step
+    and momentum moves a row after its latent was last active. Here each row has its own step count for the bias
+    correction, and rests while its latent does. Other parameters take plain Adam steps.
 
-    Moments, and weights of less than float32, are kept in float32. The decoder's constraint, where the SAE has one,
-    is kept for the rows that are touched. A frozen parameter (``requires_grad=False``) stays as it is, to the bit.
+    Moments, and weights of less than float32, are kept in float32. The SAE's decoder constraint, if any, holds for the
+    rows that are touched. Frozen parameters (``requires_grad=False``) stay bit-identical.
+
+    Raises:
+        ValueError: If the SAE has no sparse gradients.
     """
 
-    applies_constraint = True
-
-    def __init__(self, sae: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        if not hasattr(sae, "row_grads"):
+    def __init__(
+        self, sae: TrainingSAE[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        if not isinstance(sae, SparseTrainingSAE):
             raise ValueError(
                 "optimizer='row_sparse_adam' needs an SAE with sparse gradients, switch or sparse_topk; "
                 f"got {sae.cfg.architecture()}"
             )
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.sae = sae
-        sae.row_grads = self.row_grads = RowGrads()
+        self.row_grads = RowGrads()
 
-    def grads(self) -> list[Tensor]:
-        """All that a step uses, the compact ones among them."""
+    @torch.no_grad()
+    def clipped_step(self, loss: Tensor, max_norm: float | None, lr: Tensor | None = None) -> Tensor:
+        """Clip, project, step, renormalise; skips a step whose loss or gradients are non-finite.
+
+        Args:
+            loss: What was differentiated.
+            max_norm: Gradients are scaled down to this total norm; None: they are not.
+            lr: Must be None: which rows were active has been waited for, so that nothing is left to hide from the host.
+
+        Returns:
+            Whether there was a step.
+        """
+        assert lr is None
+        is_finite, scale = clipping(loss, total_norm(self._gradients()), max_norm)
+        if is_finite:
+            self.step(grad_scale=scale)
+            self.sae.after_own_step()
+        self.row_grads.clear()
+        return is_finite
+
+    def _gradients(self) -> list[Tensor]:
+        """All that a step uses, the compact ones first."""
         compact = [g for p, g in self._by_row().items() if g is not None and p.requires_grad]
         return compact + gradients(parameters_of(self))
 
     def _by_row(self) -> dict[nn.Parameter, Tensor | None]:
-        sae, r = self.sae, self.row_grads
-        by_row = {sae.W_enc: r.dW_enc_RD, sae.W_dec: r.dW_dec_RD}
-        return by_row | {sae.b_enc: r.d_bias_R} if hasattr(sae, "b_enc") else by_row
+        W_enc, W_dec, b_enc = self.sae.latent_parameters()
+        r = self.row_grads
+        by_row = {W_enc: r.dW_enc_RD, W_dec: r.dW_dec_RD}
+        return by_row if b_enc is None else by_row | {b_enc: r.d_bias_R}
 
     @torch.no_grad()
     def step(self, _closure: None = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
@@ -82,11 +102,10 @@ class RowSparseAdam(Optimizer):
         """Step rows [R] of the parameter, seen as ``data`` [rows, columns]."""
         state = self._state(p, data)
         weights, moments = state.get("master", data), state["moments"]
-        unit = p is self.sae.W_dec and getattr(self.sae.cfg, "normalize_decoder", False)
-        project, along_R = unit and self.sae.cfg.project_decoder_grad, self.row_grads.along_R
+        constraint = self.sae.decoder_constraint if p is self.sae.W_dec else None
+        project, along_R = constraint is not None and constraint.project, self.row_grads.along_R
         step_R = state["step"][rows_R] + 1
         state["step"][rows_R] = step_R
-        # On a CPU in blocks that stay in cache, all through the same buffers.
         block = min(_ROWS_STEPPED if data.device.type == "cpu" else len(rows_R), len(rows_R))
         w_buffer, moments_buffer = (t.new_empty(block, *t.shape[1:]) for t in (weights, moments))
         buffers = [torch.empty_like(w_buffer) for _ in range(2)]
@@ -99,12 +118,12 @@ class RowSparseAdam(Optimizer):
             torch.div(grad_part, scale, out=g)
             if project:
                 along = None if along_R is None else along_R[i * block : (i + 1) * block] / scale
-                g, scratch = without_parallel(g, w, scratch, along), g
+                g, scratch = project_out_rows(g, w, scratch, along), g
             _adam_update(w, g, both[:, 0], both[:, 1], step, group, scratch)
-            if unit:
+            if constraint is not None:
                 normalize_rows_(w)
-            _put_rows(moments, rows, both)
-            _put_rows(weights, rows, w)
+            _scatter_rows_(moments, rows, both)
+            _scatter_rows_(weights, rows, w)
             if weights is not data:
                 data[rows] = w.to(data.dtype)
 
@@ -146,7 +165,7 @@ def _adam_update(
     w.sub_(scratch)
 
 
-def _put_rows(target: Tensor, rows_R: Tensor, source: Tensor) -> None:
+def _scatter_rows_(target: Tensor, rows_R: Tensor, source: Tensor) -> None:
     """target[rows] = source, both contiguous; as elements of the largest size, since torch moves them one by one."""
     target, source = target.flatten(1), source.flatten(1)
     if target.shape[1] * target.element_size() % 16 == 0:

@@ -1,0 +1,44 @@
+"""Every private name of torch that this package uses, with its reason; checked on torch 2.13.
+
+A test says which one a new version has broken. Two more are overridden where needed, since only a subclass can:
+``nn.Module._apply`` and ``nn.Module._load_from_state_dict`` (in saes/).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def fused_adam(tensor_lr: bool) -> Callable[..., None]:
+    """The fused Adam step of one list of tensors.
+
+    ``torch.optim.Adam(fused=True)`` steps whole parameters; called by block of rows, it leaves a block in cache for the
+    decoder's constraint. The overload is named, since torch would otherwise read ``lr`` from the device to find out
+    whether it can be a float.
+    """
+    return torch.ops.aten._fused_adam_.tensor_lr if tensor_lr else torch.ops.aten._fused_adam_.default
+
+
+class OpenAdam(torch.optim.Adam):
+    """torch's Adam with the place where a step collects its tensors made public."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.collect(group, *lists)
+
+    def collect(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Append a group's parameters, gradients, moments, maximal moments and steps to ``lists``, creating state."""
+        return super()._init_group(group, *lists)  # type: ignore[arg-type]
+
+
+def version_of(p: Tensor) -> tuple[int, int]:
+    """Changes whenever the tensor is replaced or written to in place, except through ``.data``."""
+    return p.data_ptr(), p._version
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether any hook is registered: dense latents are only laid out for someone who looks at them."""
+    return bool(
+        module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or module._forward_pre_hooks
+    )

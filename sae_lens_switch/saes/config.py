@@ -1,0 +1,159 @@
+"""The configs of the SAEs: Switch for inference and training, and TopK trained on sparse kernels."""
+
+from dataclasses import dataclass
+
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
+from typing_extensions import override
+
+from sae_lens_switch.common import rules
+from sae_lens_switch.saes import field_rules
+from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale
+
+# 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
+_DEFAULT_COEFFICIENT = {"d_in": 3.0, "variance": 0.3}
+
+
+@dataclass
+class SwitchSAEConfig(SAEConfig):
+    """
+    Config of a Switch SAE for inference (arXiv 2410.08201).
+
+    Args:
+        n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
+        k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
+        gate (str): "probability": latents are weighted by the router's probability of their expert, as in the paper. "one": they are not.
+    """
+
+    n_experts: int = 16
+    k: int = 32
+    gate: Gate = "probability"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "switch"
+
+    @override
+    def __post_init__(self) -> None:
+        check_sae(self)
+        super().__post_init__()
+
+
+@dataclass
+class SwitchTrainingSAEConfig(TrainingSAEConfig):
+    """
+    Config of a Switch SAE for training (arXiv 2410.08201). The defaults are the paper's recipe, except for the scale of the load-balance loss.
+
+    Args:
+        n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
+        k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
+        gate (str): "probability": latents are weighted by the router's probability of their expert, as in the paper. "one": they are not, and the router learns from the load balance alone.
+        load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in".
+        load_balance_scale (str): "variance": the batch's E||x - mean||^2, so that the loss means the same for activations of any size. "d_in": the authors' constant.
+        load_balance_warm_up_steps (int): Steps over which the coefficient rises linearly from 0.
+        normalize_decoder (bool): Scale decoder rows to unit norm after every optimiser step.
+        project_decoder_grad (bool): Before every optimiser step, after clipping, remove from each decoder row's gradient the part parallel to the row. Only with normalize_decoder.
+        decoder_init_norm (float | None): Norm of the decoder rows at the start; the encoder starts as the decoder's transpose.
+        bias_start (str): Where b_dec and b_router start, taken from the first batch: its "geometric_median" (the paper), its "mean", or "zeros".
+        router_start_std (float | None): Standard deviation that the router's logits are scaled to on the first batch, so that routing starts equally sharp for activations of any size. None: as initialised, uniform in +-1/sqrt(d_in), as the authors do.
+        aux_loss_coefficient (float): Weight of AuxK, by which the dead latents of a token's own expert learn from what the others leave. The paper has none.
+        aux_k (int | None): How many of them, for a token. None: k.
+        tie_router_bias (bool): The router subtracts b_dec, and b_router follows it: the authors' checkpoints have one vector for both.
+    """
+
+    n_experts: int = 16
+    k: int = 32
+    gate: Gate = "probability"
+    load_balance_coefficient: float | None = None
+    load_balance_scale: LoadBalanceScale = "variance"
+    load_balance_warm_up_steps: int = 0
+    normalize_decoder: bool = True
+    project_decoder_grad: bool = True
+    decoder_init_norm: float | None = 1.0
+    bias_start: BiasStart = "geometric_median"
+    router_start_std: float | None = 1.0
+    aux_loss_coefficient: float = 0.0
+    aux_k: int | None = None
+    tie_router_bias: bool = False
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "switch"
+
+    @override
+    def __post_init__(self) -> None:
+        check_sae(self)
+        if self.load_balance_coefficient is None:
+            self.load_balance_coefficient = _DEFAULT_COEFFICIENT[self.load_balance_scale]
+        if self.aux_k is None:
+            self.aux_k = self.k
+        super().__post_init__()
+
+
+@dataclass
+class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+    """
+    Config of a TopK SAE trained on sparse kernels: SAELens's TopKTrainingSAEConfig, field by field. use_sparse_activations changes nothing: latents are sparse.
+
+    The trained SAE is saved as a plain "topk", and whoever loads it does not need this package.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_topk"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+    @override
+    def __post_init__(self) -> None:
+        check_sae(self)
+        super().__post_init__()
+
+
+def check_sae(cfg: SAEConfig) -> None:
+    """Every field of an SAE's config by its rule, and what they must be together. Raises ValueError."""
+    if isinstance(cfg, SwitchSAEConfig | SwitchTrainingSAEConfig):
+        rules.check(cfg, field_rules.SWITCH)
+        _check_experts(cfg)
+    elif isinstance(cfg, SparseTopKTrainingSAEConfig):
+        rules.check(cfg, field_rules.SPARSE_TOPK)
+        if cfg.k > cfg.d_sae:
+            raise ValueError(f"k must be at most d_sae={cfg.d_sae}; got k={cfg.k}")
+    else:
+        rules.check(cfg, field_rules.SAE)
+
+
+def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
+    if cfg.d_sae % cfg.n_experts:
+        raise ValueError(f"d_sae must be a multiple of n_experts={cfg.n_experts}; got d_sae={cfg.d_sae}")
+    width = cfg.d_sae // cfg.n_experts
+    if cfg.k > width:
+        raise ValueError(
+            f"k must be at most d_sae / n_experts = {cfg.d_sae} / {cfg.n_experts} = {width}, the latents of one "
+            f"expert; got k={cfg.k}"
+        )
+    if cfg.normalize_activations == "covariance_whitening" and not cfg.apply_b_dec_to_input:
+        raise ValueError(
+            "apply_b_dec_to_input must be True with normalize_activations='covariance_whitening': "
+            "a Switch SAE has no encoder bias that could absorb the mean"
+        )
+    if isinstance(cfg, SwitchTrainingSAEConfig) and cfg.normalize_decoder and cfg.decoder_init_norm not in (None, 1.0):
+        raise ValueError(
+            f"decoder_init_norm must be 1.0 or None when normalize_decoder is on; got {cfg.decoder_init_norm!r}"
+        )
+
+
+def check_trainable(cfg: SAEConfig) -> None:
+    """As ``check_sae``, and what a training run would only stop at when a first latent is dead. Raises ValueError."""
+    check_sae(cfg)
+    ours = isinstance(cfg, SwitchTrainingSAEConfig | SparseTopKTrainingSAEConfig)
+    if ours and cfg.aux_loss_coefficient != 0 and cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+        raise ValueError(
+            f"aux_loss_coefficient must be 0 with normalize_activations={cfg.normalize_activations!r}: dead latents "
+            f"would reconstruct a normalised residual; got {cfg.aux_loss_coefficient}"
+        )

@@ -1,0 +1,46 @@
+"""The rules for every field of the SAEs' configs."""
+
+from typing import Literal, get_args
+
+from sae_lens.saes.sae import SAEMetadata
+
+from sae_lens_switch.common.rules import Choice, Device, Dtype, Flag, Kind, Number, Rule, Whole
+
+Gate = Literal["probability", "one"]
+LoadBalanceScale = Literal["variance", "d_in"]
+BiasStart = Literal["geometric_median", "mean", "zeros"]
+
+_count, _size, _flag = Whole(), Whole(at_least=1), Flag()
+_coefficient = Number(at_least=0)
+
+SAE: dict[str, Rule] = {
+    **dict.fromkeys(("d_in", "d_sae"), _size),
+    "dtype": Dtype(),
+    "device": Device(),
+    "apply_b_dec_to_input": _flag,
+    "normalize_activations": Choice(
+        ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening")
+    ),
+    "reshape_activations": Choice(("none", "hook_z")),
+    "metadata": Kind((SAEMetadata, dict)),  # a dict, in a config that is being read from a file
+    "decoder_init_norm": Number(above=0, optional=True),
+}
+SWITCH: dict[str, Rule] = {
+    **SAE,
+    **dict.fromkeys(("n_experts", "k"), _size),
+    "gate": Choice(get_args(Gate)),
+    "load_balance_coefficient": Number(at_least=0, optional=True),
+    "load_balance_scale": Choice(get_args(LoadBalanceScale)),
+    "load_balance_warm_up_steps": _count,
+    **dict.fromkeys(("normalize_decoder", "project_decoder_grad", "tie_router_bias"), _flag),
+    "bias_start": Choice(get_args(BiasStart)),
+    "router_start_std": Number(above=0, optional=True),
+    "aux_loss_coefficient": _coefficient,
+    "aux_k": Whole(at_least=1, optional=True),
+}
+SPARSE_TOPK: dict[str, Rule] = {
+    **SAE,
+    "k": _size,
+    **dict.fromkeys(("use_sparse_activations", "rescale_acts_by_decoder_norm"), _flag),
+    "aux_loss_coefficient": _coefficient,
+}

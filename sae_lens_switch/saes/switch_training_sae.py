@@ -1,0 +1,230 @@
+"""The Switch SAE in training: its loss, its first batch, and the decoder's constraint."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+from sae_lens_switch_kernels import Reconstruction, RowGrads, sparse_autoencode
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
+from sae_lens_switch.saes.data_dependent_init import FirstBatchStart, start_from_batch
+from sae_lens_switch.saes.decoder_constraint import (
+    DecoderConstraint,
+    constrain_optimizer_steps,
+    normalize_rows_,
+    project_out_rows_,
+)
+from sae_lens_switch.saes.router import Assignment, RoutingStatistics, expert_load, load_balance_loss, router_dtype
+from sae_lens_switch.saes.serialization import FRESH
+from sae_lens_switch.saes.sparse_sae import DeadLatents, LatentParameters, SparseTrainingSAE
+from sae_lens_switch.saes.step import activation_rows, why_not_finite
+from sae_lens_switch.saes.switch_sae import SwitchBase
+
+
+class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
+    """A Switch SAE in training: reconstruction plus load balance, under SAELens's trainer or any loop.
+
+    Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; and AuxK
+    (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead latents of a token's own expert, weighted by its
+    gate, reconstruct the token's residual.
+    A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK is then left out.
+    """
+
+    def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self._start = FirstBatchStart(self.named_parameters() if self.device.type != "meta" else None)
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        coefficient = self.cfg.load_balance_coefficient
+        assert coefficient is not None  # the config resolves None
+        return {"load_balance": TrainCoefficientConfig(coefficient, self.cfg.load_balance_warm_up_steps)}
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense latents [..., F], and the [..., K] pre-activations that were selected."""
+        acts, pre, _ = self._encode_dense(self.normalized_input(x))
+        return acts, pre
+
+    @property
+    @override
+    def effective_router_bias(self) -> Tensor:
+        return self.b_dec.to(self.W_router.dtype) if self._is_tied else self.b_router
+
+    @property
+    def _is_tied(self) -> bool:
+        """A frozen ``b_router`` does not follow b_dec, and is the one that routes."""
+        return self.cfg.tie_router_bias and self.b_router.requires_grad
+
+    # What the trainer asks
+
+    @property
+    @override
+    def n_experts(self) -> int:
+        return self.cfg.n_experts
+
+    @override
+    def latent_parameters(self) -> LatentParameters:
+        return LatentParameters(self.W_enc, self.W_dec, None)
+
+    @property
+    @override
+    def decoder_constraint(self) -> DecoderConstraint | None:
+        return DecoderConstraint(self.W_dec, self.cfg.project_decoder_grad) if self.cfg.normalize_decoder else None
+
+    @override
+    @torch.no_grad()
+    def after_own_step(self) -> None:
+        if self._is_tied:
+            self.b_router.copy_(self.b_dec)
+
+    @property
+    @override
+    def is_fresh(self) -> bool:
+        """Whether weights are as initialised; kept in files.
+
+        The biases and the router's sharpness are then taken from the first batch whose step is finite. False from then
+        on, and once weights are loaded or written to.
+        """
+        return self._start.is_due(self.named_parameters())
+
+    @is_fresh.setter
+    def is_fresh(self, value: bool) -> None:
+        self._start = FirstBatchStart(self.named_parameters() if value else None)
+
+    @override
+    def settle_start(self, is_finite: Tensor | bool) -> None:
+        self._start.settle(self.named_parameters(), is_finite)
+
+    @override
+    def _has_loaded(self, is_fresh: bool) -> None:
+        self.is_fresh = is_fresh
+
+    # The step
+
+    @override
+    @torch.no_grad()
+    def _before_forward(self, x_BD: Tensor) -> None:
+        if self.is_fresh:
+            batch_BD = self.run_time_activation_norm_fn_in(x_BD.to(self.dtype))
+            found = start_from_batch(batch_BD, self.W_router, self.cfg.bias_start, self.cfg.router_start_std)
+            if found is not None and self._start.begin(self.named_parameters(), found.values):
+                logger.log(found.level, found.description)
+        if self.cfg.normalize_decoder or self.cfg.tie_router_bias:
+            constrain_optimizer_steps(self)
+
+    @override
+    def _autoencode(
+        self, inputs_BD: Tensor, assignment: Assignment | None, dead: DeadLatents, row_grads: RowGrads | None
+    ) -> tuple[Reconstruction, Tensor]:
+        assert assignment is not None
+        result = sparse_autoencode(
+            inputs_BD,
+            self.W_enc.T,
+            self.W_dec,
+            self.cfg.k,
+            expert_B=assignment.experts_BA.flatten(),
+            n_experts=self.cfg.n_experts,
+            gates_B=assignment.gates_BA.flatten() if self.cfg.gate == "probability" else None,
+            pre_bias_D=self.pre_bias,
+            dead_N=dead.indices_N,
+            k_aux=dead.aux_k,
+            row_grads=row_grads,
+        )
+        return result, self._gated(result.values_BK.detach(), assignment).detach()
+
+    @override
+    def _add_routing(
+        self, losses: dict[str, Tensor], step_input: TrainStepInput, x_BD: Tensor, assignment: Assignment | None
+    ) -> tuple[RoutingStatistics, dict[str, Any]]:
+        assert assignment is not None
+        load_E = expert_load(assignment)
+        balance = load_balance_loss(assignment.probs_BE, load_E)
+        losses["load_balance_loss"] = step_input.coefficients["load_balance"] * self._load_balance_scale(x_BD) * balance
+        statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
+        return statistics, {"load_balance": balance.detach(), **statistics.metrics()}
+
+    @override
+    def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
+        is_finite = bool(torch.isfinite(loss))
+        self.settle_start(is_finite)
+        if not is_finite:
+            raise ValueError(why_not_finite(x_BD, step))
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
+        losses: dict[str, Tensor] = {}
+        x_BD = activation_rows(step_input.sae_in, self.cfg.d_in)
+        self._add_routing(losses, step_input, x_BD, self._route(self.normalized_input(x_BD)))
+        return losses
+
+    @torch.no_grad()
+    def _load_balance_scale(self, x_BD: Tensor) -> Tensor | float:
+        if self.cfg.load_balance_scale == "d_in":
+            return float(self.cfg.d_in)
+        x_BD = x_BD.to(router_dtype(x_BD.dtype))
+        return (x_BD - x_BD.mean(dim=0)).square().sum(dim=-1).mean()
+
+    # Dead latents: those of a token's own expert
+
+    @property
+    @override
+    def aux_k(self) -> int:
+        assert self.cfg.aux_k is not None  # the config resolves None
+        return self.cfg.aux_k
+
+    @property
+    @override
+    def _reports_aux_loss(self) -> bool:
+        return self.cfg.aux_loss_coefficient != 0
+
+    @override
+    def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:
+        return n_dead if self.cfg.n_experts == 1 else int(dead_F.view(self.cfg.n_experts, -1).sum(1).max())
+
+    @override
+    def _n_dead(self, dead_N: Tensor, dead_F: Tensor | None, assignment: Assignment | None) -> Tensor:
+        assert dead_F is not None
+        assert assignment is not None
+        return dead_F.view(self.cfg.n_experts, -1).sum(1)[assignment.experts_BA.flatten()]
+
+    # Around the step of an optimiser that knows nothing of the constraint
+
+    @torch.no_grad()
+    def before_optimizer_step(self) -> None:
+        """Called after clipping, before the step (see decoder_constraint.constrain_optimizer_steps)."""
+        if self.cfg.normalize_decoder and self.cfg.project_decoder_grad and self.W_dec.grad is not None:
+            project_out_rows_(self.W_dec.grad, self.W_dec)
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        if self.cfg.normalize_decoder and self.W_dec.requires_grad:
+            normalize_rows_(self.W_dec)
+        self.after_own_step()
+
+    # Files and logs
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        if self.is_fresh:
+            state_dict[FRESH] = torch.ones(1)
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        state_dict.pop(FRESH, None)
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        norms_E = self.W_router.detach().norm(dim=0).cpu().numpy()
+        histograms = {**super().log_histograms(), "weights/W_router_norms": norms_E}
+        # In float64: between float32 numbers as close as the norms of unit rows numpy finds no room for bins.
+        return {name: values.astype("float64") for name, values in histograms.items()}

@@ -1,0 +1,149 @@
+"""The training loop: interrupted safely, ended where activations end, and saved whatever happens."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import wandb
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
+from sae_lens.training import activation_scaler as activation_scaler_module
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.progress import Bar, Sentences, progress, track
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.saes.serialization import fold_activation_scaler
+from sae_lens_switch.saes.step import activation_rows
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.training.resumable_trainer import ResumableData, ResumableTrainer
+from sae_lens_switch.training.skipped_steps import TrainingDivergedError, non_finite_parameters
+
+
+class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """What of SparseSAETrainer concerns the loop around its steps."""
+
+    _interruption: Interruption
+
+    @property
+    @abstractmethod
+    def n_skipped_steps(self) -> int: ...
+
+    @abstractmethod
+    def _describe(self, output: TrainStepOutput) -> dict[str, Any]:
+        """What a look at the progress shows. Waits for the device."""
+
+    @override
+    def fit(self) -> T_TRAINING_SAE:
+        """Train until ``total_training_samples``, or until the activations end."""
+        self.sae.to(self.cfg.device)
+        if self.cfg.resume is not None and self.n_training_steps == 0:
+            self.resume(self.cfg.resume)
+        self.restore_training_weights()
+        if bad := non_finite_parameters(self.sae):
+            raise ValueError(f"weights of the SAE must be finite to train it; those of {', '.join(bad)} are not")
+        with self._interruption, self._progress() as progress:
+            try:
+                self._estimate_normalization()
+                while self.n_training_samples < self.cfg.total_training_samples:
+                    self._log(self.maybe_reset_sparsity())
+                    batch = self._next_batch()
+                    if batch is None:
+                        break
+                    self._step_and_log(batch, progress)
+                self._interruption.check()
+            except INTERRUPTIONS:
+                self._save_because_interrupted()
+                raise
+            self._finish()
+        return self.sae
+
+    def _step_and_log(self, batch: Tensor, progress: Bar | Sentences) -> None:
+        """A function, so that nothing of a step is left when the next begins."""
+        output = self.step(batch)
+        if self.cfg.logger.log_to_wandb:
+            self._log_train_step(output)
+            self._run_and_log_evals()
+        self.n_training_steps += 1
+        self._checkpoint_if_needed()
+        progress.update(batch[..., 0].numel(), lambda: self._describe(output))
+
+    def _next_batch(self) -> Tensor | None:
+        self._interruption.check()
+        # What saves its place must not be interrupted when it has moved on and not yet given its batch.
+        resumable = isinstance(self.data_provider, ResumableData)
+        interruptible: AbstractContextManager[None] = nullcontext() if resumable else self._interruption.waiting()
+        with interruptible, torch.enable_grad():  # a generator may yield inside no_grad
+            batch = next(self.data_provider, None)
+        if batch is None:
+            logger.warning(
+                f"activations ended after {self.n_training_samples} of {self.cfg.total_training_samples} samples: "
+                "training ends here"
+            )
+        return batch
+
+    def _progress(self) -> Bar | Sentences:
+        return progress(self.cfg.total_training_samples, self.n_training_samples, "Training SAE", "trained on")
+
+    def _estimate_normalization(self) -> None:
+        """As SAELens; statistics that came with a checkpoint are kept."""
+        scaler, how = self.activation_scaler, self.sae.cfg.normalize_activations
+        options: dict[str, Any] = {
+            "d_in": self.sae.cfg.d_in,
+            "data_provider": self._batches_for_estimate(),
+            "n_batches_for_norm_estimate": self.cfg.n_batches_for_norm_estimate,
+        }
+        if how == "expected_average_only_in" and scaler.scaling_factor is None:
+            estimate = scaler.estimate_scaling_factor
+        elif how == "covariance_whitening" and scaler.whitening is None:
+            estimate = scaler.estimate_whitening
+        else:
+            return
+        with self._interruption.waiting(), constructing(activation_scaler_module, "tqdm", track):
+            estimate(**options)
+        self.n_batches_drawn += self.cfg.n_batches_for_norm_estimate
+
+    def _batches_for_estimate(self) -> Iterator[Tensor]:
+        n = self.cfg.n_batches_for_norm_estimate
+        for i in range(n):
+            with torch.enable_grad():
+                batch = next(self.data_provider, None)
+            if batch is None:
+                raise ValueError(f"activations ended after {i} batches, before n_batches_for_norm_estimate={n}")
+            yield activation_rows(batch.detach(), self.sae.cfg.d_in)
+
+    def _finish(self) -> None:
+        if 0 < self.n_training_steps <= self.n_skipped_steps:
+            raise TrainingDivergedError(
+                f"all {self.n_training_steps} steps were skipped because loss or gradient were not finite: the SAE is "
+                "as it was"
+            )
+        self._log(self.full_sparsity_window_log())
+        fold_activation_scaler(self.sae, self.activation_scaler)
+        self.set_final_sae_metadata()
+        if self.cfg.save_final_checkpoint:
+            with checkpoints.failure_is_logged("the final checkpoint"):  # what was trained is still to be written
+                self.save_checkpoint(f"final_{self.n_training_samples}")
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if metrics and self.cfg.logger.log_to_wandb:
+            wandb.log(metrics, step=self.n_training_steps)
+
+    @override
+    @torch.no_grad()
+    def _checkpoint_if_needed(self) -> None:
+        """Scheduled checkpoints: one that cannot be written is reported, and training goes on."""
+        try:
+            super()._checkpoint_if_needed()
+        except OSError as error:
+            self.checkpoint_thresholds.pop(0)
+            logger.error(f"checkpoint at {self.n_training_samples} samples could not be saved: {error}")
+
+    def _save_because_interrupted(self) -> None:
+        if self.cfg.checkpoint_path is not None and self.n_training_steps > 0:
+            logger.warning(f"interrupted at {self.n_training_samples} samples, saving")
+            self.save_checkpoint(str(self.n_training_samples))
+            logger.warning(f"saved {self.cfg.checkpoint_path}/{self.n_training_samples}")

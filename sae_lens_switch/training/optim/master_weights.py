@@ -1,0 +1,98 @@
+"""What an optimiser steps in place of the parameters: float32 masters of low-precision weights, in memory order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from sae_lens_switch.common.torch_private import version_of
+from sae_lens_switch.training.optim.gradients import parameters_of, trained
+
+
+class MasterWeights:
+    """Swaps an optimiser's parameters while it steps or loads its state, and swaps them back afterwards.
+
+    Transposed matrices, such as W_enc, are shown as memory holds them: elementwise nothing changes, but torch's fused
+    steps copy a whole matrix whose rows are not contiguous. With ``masters``, parameters of less than float32 are
+    stepped in float32, kept here and saved with the optimiser's state: updates smaller than a weight's rounding then
+    add up instead of being lost.
+
+    Args:
+        optimizer: From now on, every one of its steps is preceded by ``swap_in`` and followed by ``swap_out``.
+        masters: Whether low-precision parameters have float32 masters.
+        after_step: Called at the end of a step, before the parameters are swapped back.
+    """
+
+    def __init__(self, optimizer: Optimizer, masters: bool, after_step: Callable[[], None] | None = None) -> None:
+        self.optimizer, self.has_masters, self.after_step = optimizer, masters, after_step
+        self.masters: dict[nn.Parameter, Tensor] = {}
+        self.versions: dict[nn.Parameter, tuple[int, int]] = {}
+        self.low_precision: dict[nn.Parameter, Tensor] = {}
+        self.transposed: list[nn.Parameter] = []
+        optimizer.register_step_pre_hook(lambda *_: self.swap_in())
+        optimizer.register_step_post_hook(lambda *_: self.swap_out())
+        if masters:
+            optimizer.register_state_dict_post_hook(lambda _, state: state | {"masters": self.saved_masters()})
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: self.before_loading(state))
+            optimizer.register_load_state_dict_post_hook(lambda *_: self.after_loading())
+
+    def swap_in(self) -> None:
+        if self.has_masters:
+            self._swap_in_masters()
+        self.transposed = [p for p in parameters_of(self.optimizer) if p.ndim == 2 and not p.is_contiguous()]
+        self._transpose()
+
+    def swap_out(self) -> None:
+        if self.after_step is not None:
+            self.after_step()
+        self._transpose()
+        self.transposed = []
+        self._swap_out_masters()
+
+    def _transpose(self) -> None:
+        for p in self.transposed:
+            _transpose(p, self.optimizer.state.get(p, {}))
+
+    def _swap_in_masters(self) -> None:
+        for p in trained(parameters_of(self.optimizer)):
+            if p.dtype in (torch.bfloat16, torch.float16):
+                grad, p.grad, self.low_precision[p] = p.grad, None, p.data
+                changed = p in self.versions and self.versions[p] != version_of(p)  # by others than this optimiser
+                if p not in self.masters or changed:
+                    self.masters[p] = p.data.float()
+                p.data = self.masters[p]
+                p.grad = None if grad is None else grad.float()
+
+    def _swap_out_masters(self) -> None:
+        for p, low in self.low_precision.items():
+            p.grad = None
+            p.data = low.copy_(p.data)
+            self.versions[p] = version_of(p)
+        self.low_precision = {}
+
+    def saved_masters(self) -> dict[int, Tensor]:
+        return {i: self.masters[p] for i, p in enumerate(parameters_of(self.optimizer)) if p in self.masters}
+
+    def before_loading(self, state: dict[str, Any]) -> None:
+        parameters = parameters_of(self.optimizer)
+        self.masters = {parameters[i]: t.to(parameters[i].device) for i, t in state.get("masters", {}).items()}
+        self.versions = {}
+        self.low_precision = {p: p.data for p in self.masters}
+        for p, master in self.masters.items():  # torch casts a parameter's state to the parameter's dtype
+            p.data = master
+
+    def after_loading(self) -> None:
+        for p, data in self.low_precision.items():
+            p.data = data
+        self.low_precision = {}
+
+
+def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
+    grad, p.grad = p.grad, None
+    p.data = p.data.T
+    p.grad = None if grad is None else grad.T
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.ndim == 2:
+            state[name] = value.T
