@@ -14,6 +14,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from sae_lens_switch.common.printable import say
     from sae_lens_switch.report.write import write_report
+    from sae_lens_switch.saes.registration import register
+
+    register()
 
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
