@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.machine import check_device, check_writable
+from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_trainable
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput, activation_rows
@@ -174,7 +175,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.n_frac_active_samples = 0
 
     @override
-    def full_sparsity_window_log(self) -> dict[str, Any]:
+    def full_sparsity_window_log(self) -> Metrics:
         # A run interrupted right after a window was logged resumes where there is nothing to log yet.
         return super().full_sparsity_window_log() if self.n_frac_active_samples else {}
 
@@ -282,9 +283,9 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     # What is logged and shown
 
     @override
-    def _describe(self, output: TrainStepOutput) -> dict[str, Any]:
+    def _describe(self, output: TrainStepOutput) -> Metrics:
         """What a look at the progress shows. Waits for the device."""
-        facts: dict[str, Any] = {"step": self.n_training_steps}
+        facts: Metrics = {"step": self.n_training_steps}
         facts |= {name: torch.as_tensor(value).item() for name, value in output.losses.items()}
         if self.routing is not None:
             E = len(self.routing.load_E)
@@ -295,7 +296,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     @torch.no_grad()
-    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> Metrics:
         """SAELens's names; what concerns the router under ``routing/``."""
         log = super().build_train_step_log_dict(output, n_training_samples)
         log["details/skipped_steps"] = self.n_skipped_steps
@@ -328,8 +329,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     # Checkpoints
 
     @override
-    def _own_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
+    def _own_state(self) -> StateDict:
+        state: StateDict = {
             "skipped": self.skipped.counts,
             "n_interventions": self.collapse.n_interventions,
             "_reported_skips": self.skipped.n_reported,
@@ -339,7 +340,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return state if self.routing is None else state | {"routing": self.routing.state_dict()}
 
     @override
-    def _restore_own_state(self, state: dict[str, Any]) -> None:
+    def _restore_own_state(self, state: StateDict) -> None:
         self.skipped.restore(state["skipped"], state["_reported_skips"])
         self.collapse.n_interventions = state["n_interventions"]
         self.collapse.has_reported = state["_reported_collapse"]
@@ -348,7 +349,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.routing.load_state_dict(state["routing"])
 
     @override
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: Path) -> StateDict:
         if self._graph is not None:
             self._graph.forget()
         return super()._load(path)
