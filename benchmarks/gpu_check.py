@@ -1,12 +1,12 @@
-"""The kernels on a GPU, for the first time perhaps: are they right, how fast are they, and what is training worth.
+"""The kernels on a GPU: are they correct, how fast are they, and how much faster is training.
 
     python benchmarks/gpu_check.py --output runs/gpu                   # everything; make gpu-check
     python benchmarks/gpu_check.py --stage primitives --seconds 60 --output runs/gpu
     python benchmarks/gpu_check.py --device cpu --tiny --output runs/rehearsal
 
-Four stages, each a process of its own: `correctness`, `primitives`, `steps`, `training`. Each writes one JSON file to
---output, whole after every case, and goes on where an earlier call stopped. A case that fails, crashes or hangs is
-recorded, and the others run. Nothing is needed but Python, torch, Triton and the packages that SAELens imports.
+Four stages, each in a separate process: `correctness`, `primitives`, `steps`, `training`. Each writes one JSON file to
+--output, atomically after every case, and resumes where an earlier call stopped. A case that fails, crashes or hangs is
+recorded, and the others still run. Requires only Python, torch, Triton and the packages that SAELens imports.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import torch
-from gpu.record import Record, run_cases
-from gpu.supervise import environment, finish_tests, kernel_tests, supervise, supervise_shares
-from gpu.table import table
-
 STAGES = ("correctness", "primitives", "steps", "training")
-# A case that takes longer has hung. The first call of a kernel compiles it.
+# A case that takes longer is considered hung. The first call of a kernel compiles it.
 CASE_SECONDS = {"correctness": 60.0, "primitives": 60.0, "steps": 90.0, "training": 150.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    import torch
+    from gpu.record import Record
+    from gpu.supervise import environment, finish_tests, kernel_tests, supervise, supervise_shares
+    from gpu.table import table
+
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check needs a GPU that torch can see; torch.cuda.is_available() says there is none (--device cpu)")
         return 2
@@ -78,21 +78,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--seconds", type=float, default=180.0, help="of each stage; no case begins later")
+    parser.add_argument("--seconds", type=float, default=180.0, help="time limit per stage; no case starts later")
     parser.add_argument("--minutes", type=float, help="the same in minutes")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="smallest shapes: a rehearsal")
-    parser.add_argument("--retry", action="store_true", help="also what failed, crashed or hung in an earlier call")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases with one of these in their names")
-    parser.add_argument("--case-seconds", type=float, help="a case that takes longer has hung")
-    parser.add_argument("--train-seconds", type=float, default=30.0, help="of training, for each SAE")
+    parser.add_argument("--tiny", action="store_true", help="smallest shapes, for a rehearsal")
+    parser.add_argument(
+        "--retry", action="store_true", help="repeat cases that failed, crashed or hung in an earlier call"
+    )
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only cases whose names contain one of these")
+    parser.add_argument("--case-seconds", type=float, help="a case that takes longer is considered hung")
+    parser.add_argument("--train-seconds", type=float, default=30.0, help="training time per SAE")
     parser.add_argument("--model", type=Path, help="packed first layers of a language model (make wheelhouse)")
     parser.add_argument("--tokens", type=Path, help="its tokens, uint16")
     parser.add_argument("--no-graph", action="store_true", help="train without CUDA graphs")
-    parser.add_argument("--tests", action="store_true", help="also the kernels' tests, beside correctness (pytest)")
-    parser.add_argument("--test-seconds", type=float, default=240.0, help="until those are stopped")
-    parser.add_argument("--jobs", type=int, help="processes of correctness; by default six on a GPU, else one")
+    parser.add_argument(
+        "--tests", action="store_true", help="also run the kernels' tests, in parallel with correctness"
+    )
+    parser.add_argument("--test-seconds", type=float, default=240.0, help="time limit of those tests")
+    parser.add_argument("--jobs", type=int, help="processes for correctness; by default six on a GPU, else one")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, default=0, help=argparse.SUPPRESS)
@@ -120,6 +124,8 @@ def command_of(args: argparse.Namespace, stage: str) -> list[str]:
 
 
 def run_stage(args: argparse.Namespace) -> None:
+    from gpu.record import Record, run_cases
+
     (stage,) = args.stage
     cases = import_module(f"gpu.{stage}").cases(args)
     if args.only:
@@ -129,7 +135,9 @@ def run_stage(args: argparse.Namespace) -> None:
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    """What a reader of the numbers wants to know."""
+    """The circumstances of the measurement."""
+    import torch
+
     on_gpu = args.device == "cuda"
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit", "--format=csv"]
     return {

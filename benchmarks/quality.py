@@ -1,9 +1,10 @@
-"""What a way to train costs or brings in quality, on a real language model's activations.
+"""The effect of single training options on quality, on the activations of a real language model.
 
     python benchmarks/quality.py        # about ten minutes on two CPU cores, no network
 
-The same Switch SAE, the same activations in the same order, one setting changed at a time: lazy Adam for dense Adam,
-low precision for float32, AuxK for none. Fraction of variance unexplained on held-out tokens, and dead latents.
+The same Switch SAE on the same activations in the same order, with one option changed at a time: lazy instead of dense
+Adam, low precision instead of float32, AuxK instead of none. Reports the fraction of variance unexplained on held-out
+tokens, and dead latents.
 """
 
 from __future__ import annotations
@@ -14,17 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
+if TYPE_CHECKING:
+    from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from offline import cached_activations, language_model_folder, text_datasets, token_contexts
 
-# Each group: what is compared, and its settings. The first is what the others stand beside.
+# Per group: the variants compared, with their settings; the first is the baseline.
 AUX = {"k": 8, "d_sae": 16384}
 AUX_OF_SAELENS = AUX | {"aux_k": 576 // 2}  # half of SmolLM2's d_in
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -50,6 +48,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    from offline import cached_activations, language_model_folder, text_datasets, token_contexts
+
     model_folder = language_model_folder(args.models)
     contexts = token_contexts(text_datasets(seed=0)[0], model_folder).shuffle(seed=0)
     x = cached_activations(args.activations, model_folder, contexts, args.tokens + args.held_out)
@@ -97,6 +97,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def train_one(
     args: argparse.Namespace, train: Tensor, held_out: Tensor, options: dict[str, Any], seed: int
 ) -> dict[str, float]:
+    import torch
+
+    from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
+
     torch.manual_seed(seed)
     of_trainer = {n: v for n, v in options.items() if n in ("optimizer", "autocast")}
     of_sae = {"d_sae": args.d_sae, "k": args.k} | {n: v for n, v in options.items() if n not in of_trainer}

@@ -1,10 +1,10 @@
-"""A training step of a Switch SAE against the width of its dictionary: torch's fused Adam, and row-sparse Adam.
+"""Time of a Switch SAE's training step against the width of its dictionary, with fused Adam and with row-sparse Adam.
 
     python benchmarks/row_sparse.py        # part of `make bench`
 
-Batch, d_in, k and the width of an expert stay; the number of experts grows with the dictionary. Whole steps of
-SparseSAETrainer: router, forward, backward, clipping, optimiser, decoder constraint, statistics. The widths of one
-optimiser take turns, so that what disturbs the machine disturbs them all; medians, and ratios to the narrowest.
+Batch, d_in, k and expert width are fixed; the number of experts grows with the dictionary. Whole steps of
+SparseSAETrainer: router, forward, backward, clipping, optimiser, decoder constraint, statistics. Each round times all
+widths of an optimiser in turn, so that disturbances of the machine affect them all. Medians; ratios to the narrowest.
 """
 
 import argparse
@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    import torch
+
     print(
         f"B {args.batch:,}, D {args.d_in}, k {args.k}, experts of {args.expert_width:,} latents, "
         f"{torch.get_num_threads()} threads, {args.device}"
@@ -43,19 +41,28 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--widths", type=int, nargs="+", default=[24_576, 98_304, 393_216, 999_424])
-    parser.add_argument("--batch", type=int, default=8192)
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[24_576, 98_304, 393_216, 999_424], help="numbers of latents"
+    )
+    parser.add_argument("--batch", type=int, default=8192, help="tokens per step")
     parser.add_argument("--d-in", type=int, default=256)
     parser.add_argument("--k", type=int, default=4)
-    parser.add_argument("--expert-width", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--expert-width", type=int, default=8192, help="latents per expert")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps per width")
+    parser.add_argument("--device", default="auto", help="auto: cuda if available, else cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/row_sparse.json"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
 
 
 def measure(args: argparse.Namespace, optimizer: str) -> list[dict[str, float]]:
-    """One row a width: median milliseconds, median of the rounds' ratios to the narrowest, rows touched in a step."""
+    """Per width: median milliseconds, median ratio to the narrowest, rows touched in a step."""
+    import torch
+
     torch.manual_seed(0)
     batches = [torch.randn(args.batch, args.d_in, device=args.device) for _ in range(args.rounds + 2)]
     trainers = [make_trainer(args, optimizer, d_sae) for d_sae in args.widths]
@@ -71,7 +78,7 @@ def measure(args: argparse.Namespace, optimizer: str) -> list[dict[str, float]]:
             times.append(1e3 * (time.perf_counter() - start))
             trainer.rows = output.codes.indices.unique().numel()
         rounds.append(times)
-    rounds = rounds[2:]  # the first make the optimiser's state and warm up
+    rounds = rounds[2:]  # the first allocate the optimiser state and warm up
     return [
         {
             "d_sae": d_sae,
@@ -84,6 +91,8 @@ def measure(args: argparse.Namespace, optimizer: str) -> list[dict[str, float]]:
 
 
 def make_trainer(args: argparse.Namespace, optimizer: str, d_sae: int) -> Any:
+    from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
+
     if d_sae % args.expert_width:
         raise SystemExit(f"--widths must be multiples of --expert-width {args.expert_width}; got {d_sae}")
     sae = SwitchTrainingSAE(

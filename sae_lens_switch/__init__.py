@@ -3,46 +3,36 @@
 Importing this package registers its architectures with SAELens and changes nothing else.
 """
 
-from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
-from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
-from sae_lens_switch.saes.registration import override_topk, register
-from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
-from sae_lens_switch.saes.switch_sae import SwitchSAE
-from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
-from sae_lens_switch.training.activations import activation_batches
-from sae_lens_switch.training.checkpoints import CheckpointError
-from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, scaling_law_lr
-from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig
-from sae_lens_switch.training.runners import (
-    LanguageModelSAETrainingRunner,
-    MultiSAETrainingRunner,
-)
-from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-register()
+_COMMANDS = {"train", "cost", "report", "dashboard"}
 
-__all__ = [
-    "CheckpointError",
-    "LanguageModelSAERunnerConfig",
-    "LanguageModelSAETrainingRunner",
-    "MultiSAETrainingRunner",
-    "SparseCodes",
-    "SparseSAETrainer",
-    "SparseSAETrainerConfig",
-    "SparseTopKTrainingSAE",
-    "SparseTopKTrainingSAEConfig",
-    "SwitchSAE",
-    "SwitchSAEConfig",
-    "SwitchTrainingSAE",
-    "SwitchTrainingSAEConfig",
-    "TrainerOptions",
-    "TrainingDivergedError",
-    "activation_batches",
-    "override_topk",
-    "scaling_law_lr",
-    "upload_saes_to_huggingface",
-    "verified_loader",
-]
+
+def _is_starting_a_command() -> bool:
+    """Whether this import is the first step of ``python -m sae_lens_switch.<command>``.
+
+    Such a process imports SAELens when it needs it, after ``--help``: that takes seconds. Until Python has located the
+    module of ``-m``, ``sys.argv[0]`` is "-m"; the module's name is the item of ``sys.orig_argv`` in its place.
+    """
+    if sys.argv[:1] != ["-m"]:
+        return False
+    place = len(sys.orig_argv) - len(sys.argv)
+    return any(sys.orig_argv[place : place + 1] == [f"{__name__}.{command}"] for command in _COMMANDS)
+
+
+if TYPE_CHECKING or not _is_starting_a_command():
+    from sae_lens_switch._public import *  # noqa: F403
+    from sae_lens_switch._public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module("sae_lens_switch._public"), name)
+
+    def __dir__() -> list[str]:
+        return [*globals(), *import_module("sae_lens_switch._public").__all__]

@@ -1,107 +1,49 @@
-"""What an SAE costs before it is trained: parameters, FLOPs, memory, bytes moved, and the time of a training step.
+"""Predict what an SAE costs to train: parameters, FLOPs, memory, bytes moved, and the time of a training step.
 
     python -m sae_lens_switch.cost --architecture switch --d-in 768 --d-sae 24576 --n-experts 32 --k 32
 
-FLOPs count a multiply and an add as two. ``paper_flops`` is the count of arXiv 2410.08201: the encoder of one expert,
-2MD, and the router, 2ED. The rest of the table is the whole truth: backward pass, clipping, optimiser.
+A multiply-add counts as two FLOPs. ``paper_flops`` is the count of arXiv 2410.08201: the encoder of one expert, 2MD,
+and the router, 2ED. The table has all of it: backward pass, clipping and optimiser too.
 """
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from sae_lens_switch_kernels import matmul_at_indices, sparse_decode
-from sae_lens_switch_kernels.torch_backend import select_topk
+from sae_lens_switch.common.speed import Machine
 
-from sae_lens_switch.training.field_rules import OptimizerName
+__all__ = ["Cost", "Machine", "describe", "main"]
 
 Architecture = Literal["switch", "sparse_topk", "topk"]
+OptimizerName = Literal["adam", "row_sparse_adam"]
 
-# Passes over a [B, D] tensor in a step: centring, sorting, bias, error, its square, their gradients, and what torch
-# copies between them. Measured.
+# Passes over a [B, D] tensor in a step: centring, sorting, bias, error, its square, their gradients, and torch's copies
+# in between. Measured.
 _TOKEN_PASSES = 80
-# Passes over the weights of both matrices: norms; for `switch` also projection and renormalisation. Measured.
+# Passes over both weight matrices: norms; for `switch` also projection and renormalisation. Measured.
 _CONSTRAINT_PASSES = {"switch": 7.5, "sparse_topk": 1.2, "topk": 3.0}
-# Tensors of B x F that SAELens makes in a step, each new memory, and how often each is read.
+# Tensors of B x F that SAELens allocates in a step, and how often each is read.
 _DENSE_TENSORS, _DENSE_READS = 14, 2
 
 
 @dataclass(frozen=True)
-class Machine:
-    """How fast a machine does the six things that a training step is made of.
-
-    flops:   of a float32 (or whatever is trained in) matrix product, per second
-    gather:  bytes per second of rows of a matrix that does not fit into cache, read at random
-    regather: the same of a batch of activations, which may
-    stream:  bytes per second read or written in order
-    select:  pre-activations per second that top-k looks through, at the width and k in question
-    fresh:   bytes per second of memory that is written for the first time
-    """
-
-    flops: float
-    gather: float
-    regather: float
-    stream: float
-    select: float
-    fresh: float
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} must be positive; got {getattr(self, field.name)!r}")
-
-    @classmethod
-    def this_one(cls, d_in: int = 768, k: int = 32, expert_width: int = 24576, device: str = "cpu") -> "Machine":
-        """Measured here, in a few seconds, at these sizes."""
-        generator = torch.Generator().manual_seed(0)
-        B, F, block = 4096, max(4096, (1 << 24) // d_in), 1024
-        x = torch.randn(B, d_in, generator=generator).to(device)
-        W = torch.randn(F, d_in, generator=generator).to(device)
-        out = torch.empty(512, block, device=device)
-        indices = torch.randint(0, F, (B, k), generator=generator).to(device)
-        tokens = torch.randint(0, B, (B, k), generator=generator).to(device)
-        values = torch.randn(B, k, generator=generator).to(device)
-        pre = torch.randn(512, max(k, min(expert_width, 1 << 15)), generator=generator).to(device)
-        weights = torch.nn.Parameter(W.clone())
-        weights.grad = torch.ones_like(W)
-        adam = torch.optim.Adam([weights], lr=1e-9, fused=True)
-        product = _seconds(lambda: [torch.mm(r, W[:block].T, out=out) for r in x.split(512)], device)
-        gather = _seconds(lambda: (sparse_decode(values, indices, W), matmul_at_indices(x, W, indices)), device)
-        regather = _seconds(lambda: sparse_decode(values, tokens, x), device)
-        stream = _seconds(adam.step, device)
-        fresh = _seconds(lambda: torch.empty(1 << 26, device=device).fill_(1), device)
-        select = _seconds(lambda: select_topk(pre, k), device)
-        bytes_gathered = 4 * B * k * d_in
-        return cls(
-            flops=2 * B * d_in * block / product,
-            gather=2 * bytes_gathered / gather,
-            regather=bytes_gathered / regather,
-            stream=7 * 4 * W.numel() / stream,
-            select=pre.numel() / select,
-            fresh=4 * (1 << 26) / fresh,
-        )
-
-
-def _seconds(call: Callable[[], Any], device: str) -> float:
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[2]
-
-
-@dataclass(frozen=True)
 class Cost:
-    """The cost of an SAE of a given shape and of one of its training steps, by formula.
+    """The cost of an SAE of a given shape, and of one of its training steps, by formula.
 
-    ``topk`` is SAELens's own, dense; ``sparse_topk`` and ``switch`` are ours.
+    Args:
+        architecture: "switch" or "sparse_topk" of this package, or SAELens's dense "topk".
+        d_in: Width of the activations.
+        d_sae: Number of latents, over all experts.
+        k: Active latents per token.
+        n_experts: Number of experts; 1 unless the architecture is "switch".
+        batch: Activations per training step.
+        optimizer: "adam" or "row_sparse_adam".
+        bytes_per_weight: 4 for float32, 2 for bfloat16.
+
+    Raises:
+        ValueError: If there is no SAE of this shape.
     """
 
     architecture: Architecture
@@ -117,7 +59,7 @@ class Cost:
         if self.architecture not in ("switch", "sparse_topk", "topk"):
             raise ValueError(f"architecture must be switch, sparse_topk or topk; got {self.architecture!r}")
         for name in ("d_in", "d_sae", "k", "n_experts", "batch", "bytes_per_weight"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
         if self.architecture != "switch" and self.n_experts != 1:
@@ -129,15 +71,17 @@ class Cost:
 
     @property
     def expert_width(self) -> int:
+        """Latents per expert."""
         return self.d_sae // self.n_experts
 
     @property
     def rows(self) -> int:
-        """Latents whose weights an optimiser step touches: all, or at most those that can be active in a batch."""
+        """Latents whose weights an optimiser step updates: all, or at most those that can be active in a batch."""
         return self.d_sae if self.optimizer == "adam" else min(self.d_sae, self.batch * self.k)
 
     @property
     def parameters(self) -> dict[str, int]:
+        """Number of parameters, by tensor."""
         D, F = self.d_in, self.d_sae
         counts = {"W_enc": D * F, "W_dec": F * D, "b_dec": D}
         if self.architecture == "switch":
@@ -146,13 +90,13 @@ class Cost:
 
     @property
     def paper_flops(self) -> int:
-        """Per activation, as arXiv 2410.08201 counts them: 2MD, and the router's 2ED."""
+        """FLOPs per activation as arXiv 2410.08201 counts them: 2MD, and the router's 2ED."""
         router = 2 * self.n_experts * self.d_in if self.architecture == "switch" else 0
         return 2 * self.expert_width * self.d_in + router
 
     @property
     def flops(self) -> dict[str, float]:
-        """Per activation, by part."""
+        """FLOPs per activation, by part."""
         D, F, K, M, B = self.d_in, self.d_sae, self.k, self.expert_width, self.batch
         router = 2 * D * self.n_experts if self.architecture == "switch" else 0
         dense = self.architecture == "topk"
@@ -171,12 +115,12 @@ class Cost:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that a training step holds at its fullest."""
+        """Peak memory of a training step in bytes, by part."""
         B, D, K, n = self.batch, self.d_in, self.k, sum(self.parameters.values())
         masters = 4 * n if self.bytes_per_weight < 4 else 0
-        if self.architecture == "topk":  # from the second step on SAELens holds seven tensors of B x F
+        if self.architecture == "topk":  # from the second step on, SAELens holds seven tensors of B x F
             latents = 7 * 4 * B * self.d_sae
-        else:  # codes, their gradients and index, and the tile in which pre-activations are searched
+        else:  # codes, their gradients and index, and the tile of pre-activations that top-k searches
             latents = B * K * (4 * 4 + 4 * 8) + 4 * 512 * min(self.expert_width, 1 << 15)
         return {
             "weights": self.bytes_per_weight * n,
@@ -188,9 +132,9 @@ class Cost:
 
     @property
     def bytes_moved(self) -> dict[str, float]:
-        """Between memory and processor in a step, by part."""
+        """Bytes moved between memory and processor in a step, by part."""
         w, B, D, F, K = self.bytes_per_weight, self.batch, self.d_in, self.d_sae, self.k
-        reached = min(self.n_experts, B) * self.expert_width  # latents of experts that have a token
+        reached = min(self.n_experts, B) * self.expert_width  # latents of experts with at least one token
         touched = 2 * w * self.rows * D
         if self.architecture == "topk":
             return {
@@ -212,7 +156,7 @@ class Cost:
         }
 
     def seconds(self, machine: Machine) -> dict[str, float]:
-        """Of one training step, by part; their sum is the prediction."""
+        """Predicted seconds of a training step, by part."""
         B, D, M, K = self.batch, self.d_in, self.expert_width, self.k
         moved, flops = self.bytes_moved, self.flops
         if self.architecture == "topk":
@@ -237,6 +181,7 @@ class Cost:
         }
 
     def step_seconds(self, machine: Machine) -> float:
+        """Predicted seconds of a training step."""
         return sum(self.seconds(machine).values())
 
 
@@ -247,6 +192,7 @@ _MATRIX_PRODUCTS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command: print the table, or exit with an error message."""
     args = vars(_parser().parse_args(argv))
     described = {f.name: args.pop(f.name) for f in fields(Machine)}
     measure = args.pop("measure")
@@ -275,18 +221,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--d-sae", type=int, required=True)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--n-experts", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=4096, help="activations in a training step")
+    parser.add_argument("--batch", type=int, default=4096, help="activations per training step")
     parser.add_argument("--optimizer", default="adam", choices=["adam", "row_sparse_adam"])
     parser.add_argument("--bytes-per-weight", type=int, default=4)
     machine = parser.add_argument_group("the machine", "all six numbers, or --measure")
-    machine.add_argument("--measure", action="store_true", help="predict for this machine, measured for a few seconds")
+    machine.add_argument("--measure", action="store_true", help="measure this machine, in a few seconds")
     for name, unit in (
-        ("flops", "of matrix products, per second"),
-        ("gather", "bytes per second of rows read at random from memory"),
-        ("regather", "bytes per second of rows read at random from a batch of activations"),
-        ("stream", "bytes per second in order"),
-        ("select", "numbers per second that top-k looks through"),
-        ("fresh", "bytes per second of memory written for the first time"),
+        ("flops", "FLOPs per second of matrix products"),
+        ("gather", "bytes per second, rows read at random from memory"),
+        ("regather", "bytes per second, rows read at random from a batch of activations"),
+        ("stream", "bytes per second, sequential"),
+        ("select", "pre-activations per second that top-k searches"),
+        ("fresh", "bytes per second, memory written for the first time"),
     ):
         machine.add_argument(f"--{name}", type=float, help=unit)
     return parser
@@ -297,14 +243,14 @@ def describe(cost: Cost, machine: Machine | None = None) -> str:
     lines = [", ".join(f"{name} {value}" for name, value in asdict(cost).items())]
     lines += ["", f"parameters {sum(cost.parameters.values()):,}"]
     lines += [f"  {name:26}{value:18,}" for name, value in cost.parameters.items()]
-    lines += ["", f"FLOPs an activation: {sum(cost.flops.values()):,.0f}; {cost.paper_flops:,} as the paper counts"]
+    lines += ["", f"FLOPs per activation: {sum(cost.flops.values()):,.0f}; {cost.paper_flops:,} as the paper counts"]
     lines += [f"  {name:26}{value:18,.0f}" for name, value in cost.flops.items()]
-    lines += ["", f"memory of a training step: {sum(cost.memory.values()) / 1e9:.3f} GB"]
+    lines += ["", f"peak memory of a training step: {sum(cost.memory.values()) / 1e9:.3f} GB"]
     lines += [f"  {name:26}{value / 1e9:15.3f} GB" for name, value in cost.memory.items()]
-    lines += ["", f"bytes moved in a step: {sum(cost.bytes_moved.values()) / 1e9:.3f} GB"]
+    lines += ["", f"bytes moved per step: {sum(cost.bytes_moved.values()) / 1e9:.3f} GB"]
     lines += [f"  {name:26}{value / 1e9:15.3f} GB" for name, value in cost.bytes_moved.items()]
     if machine is not None:
-        lines += ["", f"a step takes {1e3 * cost.step_seconds(machine):.1f} ms, as predicted for this machine:"]
+        lines += ["", f"predicted time of a step on this machine: {1e3 * cost.step_seconds(machine):.1f} ms"]
         lines += [f"  {name:26}{value:18.4g}" for name, value in asdict(machine).items()]
         lines += ["  by part:", *(f"  {n:26}{1e3 * s:15.2f} ms" for n, s in cost.seconds(machine).items())]
     return "\n".join(lines)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from helpers import before_rooms
 from helpers.before_rooms import DATA, HUB_IDS, REPO, RUNNER, RUNS, digest, make_runner, make_trainer, outputs, weights
-from helpers.hub_server import Blob, HubServer, Repo
+from helpers.hub_repositories import Blob, Repo
+from helpers.hub_server import HubServer
 from sae_lens import SAE
 from safetensors.torch import load_file
 from torch import Tensor

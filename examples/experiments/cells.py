@@ -1,4 +1,4 @@
-"""What is trained: every cell of every experiment, in stages, since later cells use what earlier ones found."""
+"""The cells of every experiment, in stages: later cells use the results of earlier ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 Row = dict[str, Any]
 L1_ARCHITECTURES = ("standard", "gated")
-# Sweeps are trained with a seed of their own: what chose a setting is not what is compared afterwards.
+# Sweeps have a separate seed, so that the SAEs that chose a setting are not those compared afterwards.
 TUNING_SEED = 100
 _EXTENSIONS = 4  # of a sweep, beyond the values of the plan
 
@@ -22,7 +22,7 @@ class Cell:
 
     architecture: str  # standard, gated, topk (SAELens's own, dense), sparse_topk, switch
     d_sae: int
-    k: int = 16  # of those with an L1 coefficient: the L0 it was chosen for
+    k: int = 16  # with an L1 coefficient: the L0 that it was chosen for
     n_experts: int = 1
     lr: float = 2e-3
     l1_coefficient: float = 0.0
@@ -44,11 +44,11 @@ class Cell:
 
     @property
     def shape(self) -> tuple[str, int, int, int]:
-        """What the time of a step depends on."""
+        """The settings that the time of a step depends on."""
         return self.architecture, self.d_sae, self.n_experts, self.k
 
     def weight(self, d_in: int, batch: int = 256) -> float:
-        """How long it takes, in arbitrary units: for the estimate of the time left."""
+        """Duration in arbitrary units, to estimate the time left."""
         encoders = {"standard": 5.0, "topk": 5.0, "gated": 15.0}.get(self.architecture, 1.0)
         return (
             self.passes * d_in * (batch * (2 * encoders * self.d_sae / self.n_experts + 60 * self.k) + 400 * self.d_sae)
@@ -62,12 +62,12 @@ class Plan:
     d_sae: int
     ks: tuple[int, ...]
     experts: tuple[int, ...]
-    experts_all_ks: tuple[int, ...]  # these at every k, the others at the middle one
+    experts_all_ks: tuple[int, ...]  # trained at every k, the others at the middle one
     flop_matched: tuple[int, ...]
     seeds: tuple[int, ...]
     few_seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
-    wide: int  # learning rates are tuned here, too
+    wide: int  # learning rates are tuned at this width too
     coefficients: tuple[float, ...] = ()
     long_coefficients: tuple[float, ...] = ()  # with the most passes
     scale_coefficients: tuple[float, ...] = ()
@@ -139,8 +139,10 @@ PLANS = {
 
 
 def stages(plan: Plan, rows: Sequence[Row]) -> list[list[tuple[str, Cell]]]:
-    """(experiment, cell) of every stage. ``rows`` are the results so far: they decide the cells of later stages, and
-    whether the sweeps of the first ones go on."""
+    """The (experiment, cell) pairs of every stage.
+
+    ``rows`` are the results so far: they decide the cells of later stages, and whether earlier sweeps are extended.
+    """
     k, experts = plan.middle_k, sorted({plan.experts[0], plan.experts[len(plan.experts) // 2 - 1], plan.experts[-1]})
     sparse = [Cell("sparse_topk", F, k) for F in sorted({plan.d_sae, plan.wide})]
     sparse += [Cell("switch", plan.d_sae, k, E) for E in experts]
@@ -166,7 +168,7 @@ def _learning_rates(shapes: Sequence[Cell], plan: Plan, rows: Sequence[Row]) -> 
 
 
 def _extended(values: Sequence[float], found: dict[float, float]) -> list[float]:
-    """The values, and beyond their edge by their own ratio as long as the best one found is at the edge."""
+    """The values, extended beyond the edge by their own ratio while the best one found is at the edge."""
     values = list(values)
     for _ in range(_EXTENSIONS):
         if len(values) < 2 or not all(v in found for v in values):
@@ -182,7 +184,7 @@ def _extended(values: Sequence[float], found: dict[float, float]) -> list[float]
 
 
 def _l1_coefficients(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
-    """As many as it takes for their L0s to enclose every k."""
+    """Extended until their L0s enclose every k."""
     cells = []
     for a, values in plan.l1_coefficients.items():
         lr = best_lr(rows, a, plan.d_sae, 1)
@@ -271,11 +273,11 @@ def _baselines(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, Cell]]:
 
 
 def growing(d_sae: int) -> int:
-    """The number of experts that grows with the width: experts of 256 latents."""
+    """The number of experts with 256 latents each."""
     return max(2, d_sae // 256)
 
 
-# What earlier stages found
+# Results of earlier stages
 
 
 def _swept(rows: Sequence[Row], experiment: str, architecture: str, shape: Cell | None = None) -> list[Row]:
@@ -284,12 +286,12 @@ def _swept(rows: Sequence[Row], experiment: str, architecture: str, shape: Cell 
 
 
 def _criterion(row: Row) -> float:
-    """What a learning rate is chosen by. With an L1 coefficient the error alone would favour those of larger L0."""
+    """The criterion for a learning rate. With an L1 coefficient, the error alone would favour a larger L0."""
     return row["final_loss"] if row["architecture"] in L1_ARCHITECTURES else row["fvu"]
 
 
 def best_lr(rows: Sequence[Row], architecture: str, d_sae: int, n_experts: int) -> float:
-    """Of the learning-rate sweep; for a shape not swept, that of the nearest: width and experts by their logarithms."""
+    """The best learning rate of the sweep; for other shapes, that of the nearest, in log width and log experts."""
     swept = _swept(rows, "learning rate", architecture)
     if not swept:
         return Cell.lr
@@ -302,7 +304,7 @@ def best_lr(rows: Sequence[Row], architecture: str, d_sae: int, n_experts: int) 
 
 
 def l1_for_l0(rows: Sequence[Row], architecture: str, l0: float) -> float:
-    """The coefficient whose L0 should be ``l0``: a straight line through the two nearest, both axes logarithmic."""
+    """The coefficient expected to give ``l0``: log-log interpolation between the two nearest."""
     swept = sorted(
         (math.log(max(r["l0"], 1e-3)), math.log(r["l1_coefficient"]))
         for r in _swept(rows, "L1 coefficient", architecture)

@@ -1,40 +1,37 @@
-"""Draws the experiments from their CSVs alone: PNGs, the tables as CSV and Markdown, and one HTML page with all of it.
+"""Draw the experiments from their CSVs alone: PNGs, the tables as CSV and Markdown, and one HTML page with all of it.
 
     python examples/experiments/figures.py                                    # of runs/experiments
-    python examples/experiments/figures.py --output docs/experiments          # there, with the CSVs
+    python examples/experiments/figures.py --output docs/experiments          # into that folder, with the CSVs
     python examples/experiments/figures.py --input docs/experiments           # again, from the CSVs there
 
-Points are means over seeds, bars and bands the range from the least to the largest; one seed has none. Seconds are
-training steps times the time of one step in timing.csv; without that file, what needs seconds is left out.
+Points are means over seeds; bars and bands span minimum to maximum, and are missing for a single seed. Seconds are the
+number of training steps times the time of one in timing.csv; without that file, what needs seconds is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
-import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from tables import TABLES, Row, families, fit, grouped, label, mean, middle_k, of, read, values, with_seconds, write_csv
+from csv_rows import read, with_seconds, write_csv
+from pages import markdown, page
+from tables import TABLES
 
 CSVS = ("results.csv", "curves.csv", "timing.csv")
-_GREY = {"standard": "#999999", "gated": "#555555"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--input", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--output", type=Path, help="none: the input folder")
+    parser.add_argument("--input", type=Path, default=Path("runs/experiments"), help="folder with the CSVs")
+    parser.add_argument("--output", type=Path, help="folder to write into; by default the input folder")
     args = parser.parse_args(argv)
+    import matplotlib.pyplot as plt
+    from drawings import FIGURES
+
     output = args.output or args.input
     output.mkdir(parents=True, exist_ok=True)
     for name in (*CSVS, "run.json"):
@@ -60,265 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     (output / "tables.md").write_text(markdown(written))
     (output / "index.html").write_text(page(drawn, written, rows))
     print(f"{len(drawn)} pictures, {sum(bool(body) for *_, body in written)} tables and index.html in {output}")
-
-
-def colour(row: Row) -> Any:
-    """The same for the same SAE in every picture."""
-    if row["architecture"] == "switch":
-        return plt.get_cmap("viridis")(1.05 - min(math.log2(row["n_experts"]), 7) / 6.5)
-    return _GREY.get(row["architecture"], "#d1495b")
-
-
-def errorbars(axis: Any, points: dict[float, list[float]], name: str, **style: Any) -> None:
-    """A mean and a range at each x."""
-    xs = sorted(x for x in points if not math.isnan(x))
-    means = [mean(points[x]) for x in xs]
-    low = [m - min(points[x]) for x, m in zip(xs, means, strict=True)]
-    high = [max(points[x]) - m for x, m in zip(xs, means, strict=True)]
-    options: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2.5} | style
-    axis.errorbar(xs, means, yerr=[low, high], label=name, **options)
-
-
-def decorated(axis: Any, **settings: Any) -> None:
-    axis.set(**settings)
-    axis.grid(alpha=0.25, which="major")
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
-    """The x values themselves on a logarithmic axis."""
-    ticks = sorted(ticks)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axis.minorticks_off()
-
-
-def frontier(rows: list[Row]) -> Any:
-    """L0 against MSE, explained variance and CE recovered, a line an architecture."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    for axis, y, title in zip(
-        axes,
-        ("mse", "explained", "ce_recovered"),
-        ("MSE (model's units)", "explained variance", "CE loss recovered"),
-        strict=True,
-    ):
-        for _, mine in grouped(rows, "architecture", "n_experts").items():
-            points = {
-                mean(values(same, "l0")): [1 - r["fvu"] if y == "explained" else r[y] for r in same]
-                for same in grouped(mine, "k").values()
-            }
-            errorbars(axis, points, label(mine[0]), color=colour(mine[0]))
-        decorated(axis, xlabel="L0 (active latents per token)", ylabel=title)
-        plain_ticks(axis, {r["k"] for r in rows})
-    axes[0].legend(fontsize=8, frameon=False)
-    return figure
-
-
-def fixed_width(rows: list[Row], _curves: list[Row]) -> Any:
-    fixed = of(rows, "fixed width")
-    everywhere = {r["n_experts"] for r in fixed if r["k"] == max(values(fixed, "k"))}
-    # SAELens's topk has the digits of sparse_topk, and one k.
-    return frontier([r for r in fixed if r["n_experts"] in everywhere and r["architecture"] != "topk"])
-
-
-def matched_flops(rows: list[Row], _curves: list[Row]) -> Any:
-    matched = of(rows, "matched FLOPs")
-    return frontier(of(rows, "fixed width", architecture="sparse_topk") + matched) if matched else None
-
-
-def training_curves(_rows: list[Row], curves: list[Row]) -> Any:
-    """Error against steps, FLOPs and seconds, in both settings."""
-    settings = {name: of(curves, name) for name in ("fixed width", "matched FLOPs") if of(curves, name)}
-    if not settings:
-        return None
-    plain = [r for r in settings["fixed width"] if r["architecture"] == "sparse_topk"]
-    if "matched FLOPs" in settings:
-        settings["matched FLOPs"] = plain + settings["matched FLOPs"]
-    figure, axes = plt.subplots(len(settings), 3, figsize=(11, 3.4 * len(settings)), squeeze=False)
-    for row_of_axes, (setting, mine) in zip(axes, settings.items(), strict=True):
-        mine = [r for r in mine if r["k"] == middle_k(mine) and r["architecture"] != "topk"]
-        for axis, x in zip(row_of_axes, ("step", "flops", "seconds"), strict=True):
-            for (_, _, F), same in grouped(mine, "architecture", "n_experts", "d_sae").items():
-                points = grouped(same, "step").values()
-                xs = [mean(values(at, x)) for at in points]
-                errors = [values(at, "fvu") for at in points]
-                name = label(same[0]) + (f", F {F:.0f}" if setting != "fixed width" else "")
-                dashes = "--" if math.log2(same[0]["n_experts"]) % 2 else "-"  # neighbours differ in more than colour
-                axis.plot(xs, list(map(mean, errors)), label=name, lw=1.3, ls=dashes, color=colour(same[0]))
-                axis.fill_between(
-                    xs, list(map(min, errors)), list(map(max, errors)), alpha=0.2, color=colour(same[0]), lw=0
-                )
-            named = {"step": "training steps", "flops": "FLOPs of training, as the paper counts"}.get(x, "seconds")
-            scale = "linear" if x == "step" else "log"
-            decorated(axis, xlabel=named, ylabel="variance unexplained", yscale="log", xscale=scale)
-            axis.set_yticks([0.2, 0.3, 0.4, 0.6], ["0.2", "0.3", "0.4", "0.6"])
-            axis.minorticks_off()
-        row_of_axes[1].legend(fontsize=7, frameon=False, title=setting, title_fontsize=8, loc="lower left")
-    return figure
-
-
-def experts(rows: list[Row], _curves: list[Row]) -> Any:
-    """Error, dead latents and expert load against the number of experts."""
-    switch = of(rows, "fixed width", architecture="switch")
-    if len({r["n_experts"] for r in switch}) < 2:
-        return None
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    for i, ((k,), mine) in enumerate(grouped(switch, "k").items()):
-        by_E = {E: same for (E,), same in grouped(mine, "n_experts").items()}
-        name, shade = f"k {k:.0f}", f"C{i}"
-        topk = of(rows, "fixed width", architecture="sparse_topk", k=k)
-        errorbars(axes[0], {E: values(same, "fvu") for E, same in by_E.items()}, name, color=shade)
-        errorbars(
-            axes[1], {E: [r["dead_latents"] / r["d_sae"] for r in same] for E, same in by_E.items()}, name, color=shade
-        )
-        if topk:
-            at = {"color": shade, "ls": "--", "lw": 0.9, "label": f"TopK, k {k:.0f}"}
-            axes[0].axhline(mean(values(topk, "fvu")), **at)
-            axes[1].axhline(mean([r["dead_latents"] / r["d_sae"] for r in topk]), **at)
-        errorbars(axes[2], {E: values(same, "load_max") for E, same in by_E.items()}, f"{name}, busiest", color=shade)
-        errorbars(
-            axes[2],
-            {E: values(same, "load_min") for E, same in by_E.items()},
-            f"{name}, idlest",
-            **{"color": shade, "marker": "v", "linestyle": ":"},
-        )
-    for axis, y in zip(axes, ("variance unexplained", "share of dead latents", "load (1: an even share)"), strict=True):
-        decorated(axis, xlabel="experts", ylabel=y)
-        plain_ticks(axis, {r["n_experts"] for r in switch})
-        axis.legend(fontsize=7, frameon=False)
-    return figure
-
-
-def sweeps(rows: list[Row], _curves: list[Row]) -> Any:
-    """The coefficient of the load balance and its scale, the gate, the learning rate."""
-    coefficient, gate = of(rows, "coefficient"), of(rows, "gate")
-    scale, rate = of(rows, "coefficient's scale"), of(rows, "learning rate")
-    if not coefficient or not gate or not scale or not rate:
-        return None
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4))
-    least = min(c for c in values(coefficient, "load_balance_coefficient") if c > 0) / 10
-    longer = of(rows, "coefficient, more passes")
-    for axis, y, title in (
-        (axes[0, 0], "fvu", "variance unexplained"),
-        (axes[0, 1], "load_max", "load of the busiest expert"),
-    ):
-        for (n,), mine in grouped(coefficient + longer, "passes").items():
-            by_c = grouped(mine, "load_balance_coefficient").items()
-            name = f"{n:.0f} passes" if n > 1 else "one pass"
-            errorbars(axis, {max(c, least): values(same, y) for (c,), same in by_c}, name)
-        decorated(axis, xlabel=f"load-balance coefficient (0 drawn at {least:g})", ylabel=title, xscale="log")
-    for (name,), mine in grouped(scale, "load_balance_scale").items():
-        points = {c: values(same, "fvu") for (c,), same in grouped(mine, "load_balance_coefficient").items()}
-        errorbars(axes[0, 2], points, f"scale: {name}")
-    title = "coefficient, activations in the model's units"
-    decorated(axes[0, 2], xlabel=title, ylabel="variance unexplained", xscale="log")
-    for (name,), mine in grouped(gate, "gate").items():
-        points = {E: values(same, "fvu") for (E,), same in grouped(mine, "n_experts").items()}
-        errorbars(axes[1, 0], points, {"one": "gate: 1", "probability": "gate: the router's probability"}[name])
-    decorated(axes[1, 0], xlabel="experts", ylabel="variance unexplained")
-    plain_ticks(axes[1, 0], set(values(gate, "n_experts")))
-    narrow = min(values(rate, "d_sae"))
-    for (a, width, _), mine in grouped(rate, "architecture", "d_sae", "n_experts").items():
-        judged = "final_loss" if a in _GREY else "fvu"
-        best = min(values(mine, judged))
-        style = {"color": colour(mine[0]), "linestyle": "-" if width == narrow else "--"}
-        points = {r["lr"]: [r[judged] / best] for r in mine}
-        errorbars(axes[1, 1], points, f"{label(mine[0])}, F {width:.0f}", **style)
-    decorated(axes[1, 1], xlabel="learning rate", ylabel="error (L1: loss) over the best")
-    plain_ticks(axes[1, 1], set(values(rate, "lr")))
-    for (_, _, width), mine in grouped(of(rows, "passes"), "architecture", "n_experts", "d_sae").items():
-        points = {n: values(same, "fvu") for (n,), same in grouped(mine, "passes").items()}
-        errorbars(axes[1, 2], points, f"{label(mine[0])}, F {width:.0f}", color=colour(mine[0]))
-    decorated(axes[1, 2], xlabel="passes over the same tokens", ylabel="variance unexplained")
-    plain_ticks(axes[1, 2], set(values(of(rows, "passes"), "passes")))
-    for axis in axes.flat:
-        axis.legend(fontsize=7, frameon=False)
-    return figure
-
-
-def scaling(rows: list[Row], _curves: list[Row]) -> Any:
-    """Error against width, FLOPs and seconds, with least-squares lines."""
-    found = families(rows)
-    if not found or max(len(grouped(mine, "d_sae")) for mine in found.values()) < 2:
-        return None
-    figure, axes = plt.subplots(1, 3, figsize=(13, 5))
-    shades = {"TopK": "#d1495b", "Switch, 8 experts": "#7ad151", "Switch, 64 experts": "#414487"}
-    named = {"d_sae": "latents", "flops_per_activation": "FLOPs per activation, as the paper counts"}
-    for axis, x in zip(axes, ("d_sae", "flops_per_activation", "seconds"), strict=True):
-        for name, mine in found.items():
-            shade = shades.get(name, "#2a9d8f")
-            points = {mean(values(same, x)): values(same, "fvu") for same in grouped(mine, "d_sae").values()}
-            xs = sorted(v for v in points if not math.isnan(v))
-            if len(xs) < 2:
-                continue
-            fitted = ""
-            if x != "d_sae":
-                slope, error, intercept = fit(xs, [mean(points[v]) for v in xs])
-                axis.plot(xs, [math.exp(intercept) * v**slope for v in xs], ls=":", lw=1, color=shade)
-                fitted = f": {slope:.3f} ± {error:.3f}"
-            errorbars(axis, points, name + fitted, color=shade, linestyle="-" if x == "d_sae" else "none")
-        label_x = named.get(x, "seconds of training")
-        decorated(axis, xlabel=label_x, ylabel="variance unexplained", xscale="log", yscale="log")
-        axis.xaxis.set_minor_formatter("")
-        axis.yaxis.set_major_formatter("{x:.2f}")
-        axis.yaxis.set_minor_formatter("{x:.2f}")
-        axis.tick_params(axis="y", which="both", labelsize=7)
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-        axis.legend(fontsize=7, frameon=False, title=None if x == "d_sae" else "slopes", title_fontsize=7, **below)
-    plain_ticks(axes[0], {r["d_sae"] for mine in found.values() for r in mine})
-    axes[0].tick_params(axis="x", labelsize=7)
-    return figure
-
-
-FIGURES: list[tuple[str, str, Callable[[list[Row], list[Row]], Any]]] = [
-    ("fixed_width", "Fixed width", fixed_width),
-    ("matched_flops", "Matched FLOPs per activation: experts as wide as the TopK SAE", matched_flops),
-    ("training", "Error while training", training_curves),
-    ("experts", "The number of experts at fixed width", experts),
-    ("sweeps", "Settings", sweeps),
-    ("scaling", "Widths", scaling),
-]
-
-
-# The page
-
-
-def markdown(tables: Iterable[tuple[str, str, list[Row]]]) -> str:
-    parts = ["# Tables of the experiments\n\nWritten by `figures.py` from the CSVs of this folder.\n"]
-    for name, title, body in tables:
-        if body:
-            lines = [list(body[0]), ["---"] * len(body[0]), *(r.values() for r in body)]
-            table = "\n".join("| " + " | ".join(str(v).replace("|", "/") for v in line) + " |" for line in lines)
-            parts.append(f"\n## {title}\n\n[tables/{name}.csv](tables/{name}.csv)\n\n{table}\n")
-    return "".join(parts)
-
-
-def page(drawn: list[tuple[str, str]], tables: Iterable[tuple[str, str, list[Row]]], rows: list[Row]) -> str:
-    pictures = "".join(f"<h2>{html.escape(title)}</h2><img alt='{name}' src='{name}.png'>" for name, title in drawn)
-    written = "".join(
-        f"<h2>{html.escape(title)}</h2>{table(list(body[0]), [list(r.values()) for r in body])}"
-        for _, title, body in tables
-        if body
-    )
-    everything = table(
-        list(rows[0]),
-        [[v if isinstance(v, str) else "" if math.isnan(v) else f"{v:.5g}" for v in r.values()] for r in rows],
-    )
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<title>Switch SAE experiments</title><style>body{font:15px sans-serif;max-width:1300px;margin:auto;"
-        "padding:0 1em}img{max-width:100%}div{overflow-x:auto}table{border-collapse:collapse;font-size:12px}"
-        "td,th{border:1px solid #ccc;padding:2px 6px;text-align:left}</style>"
-        f"<h1>Switch SAE experiments</h1>{pictures}{written}<h2>Every SAE</h2>{everything}</html>\n"
-    )
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values) + "</tr>"
-
-    return f"<div><table>{cells('th', head)}{''.join(cells('td', row) for row in body)}</table></div>"
 
 
 if __name__ == "__main__":

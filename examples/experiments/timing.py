@@ -1,8 +1,8 @@
-"""How long a training step takes, for every shape that a figure draws against seconds.
+"""The duration of a training step, for every shape that a figure draws against seconds.
 
-All shapes in turn, round after round, in one process: what else the machine does then falls on all alike. A shape's
-time is the median over the rounds, its range the quartiles. A finished round is kept and not measured again; to measure
-anew, remove the folder `timing` of the output.
+Each round times all shapes in turn, in one process, so that disturbances of the machine affect them all. The time of a
+shape is the median over rounds, its range the quartiles. Finished rounds are kept and not repeated; to measure again,
+remove the folder `timing` of the output.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from cells import PLANS, Cell, Plan, stages
-from run import Data, make_sae, make_trainer, write
-from tables import write_csv
+from csv_rows import write_csv
 from tqdm.auto import tqdm
+from train_cells import Data, make_sae, make_trainer, write
 
 from sae_lens_switch import activation_batches
 
 TIMED = ("fixed width", "matched FLOPs", "scaling")
-_WARM_UP, _STEPS, _MOST_STEPS, _SECONDS = 2, 3, 20, 0.2  # of a shape in a round
+_WARM_UP, _STEPS, _MAX_STEPS, _SECONDS = 2, 3, 20, 0.2  # per shape and round
 
 
 def time_all(args: argparse.Namespace, data: Data) -> None:
@@ -62,18 +62,18 @@ def time_all(args: argparse.Namespace, data: Data) -> None:
 
 
 def timed_shapes(plan: Plan) -> list[tuple[str, int, int, int]]:
-    """Of the middle k."""
+    """The shapes with the middle k."""
     cells = {cell for stage in stages(plan, []) for experiment, cell in stage if experiment in TIMED}
     return sorted({cell.shape for cell in cells if cell.k == plan.middle_k})
 
 
 def seconds_per_step(cell: Cell, data: Data, batch: int) -> float:
-    """The median over a few steps, after the first ones."""
+    """The median over a few steps, after the warm-up."""
     trainer = make_trainer(
         cell, make_sae(cell, data.train.shape[1]), activation_batches(data.train, batch), 10**6, batch
     )
     times: list[float] = []
-    while len(times) < _WARM_UP + _STEPS or (sum(times[_WARM_UP:]) < _SECONDS and len(times) < _WARM_UP + _MOST_STEPS):
+    while len(times) < _WARM_UP + _STEPS or (sum(times[_WARM_UP:]) < _SECONDS and len(times) < _WARM_UP + _MAX_STEPS):
         x: Any = next(trainer.data_provider)
         start = time.perf_counter()
         trainer.step(x)

@@ -1,7 +1,7 @@
-"""Files that are whole after a kill at any moment: written aside, put on disk, then moved into place together.
+"""Atomic replacement of several files: written to a scratch folder, synced to disk, then moved into place together.
 
-What a process writes or deletes lies in folders named ``.saving-...`` and ``.deleting-...``. The name tells whose they
-are, so that a later process removes those of a dead one and leaves alone those of one that still writes.
+Scratch folders are named ``.saving-...`` and ``.deleting-...`` after the process that owns them, so that a later
+process removes those of a dead owner and leaves those of a live one alone.
 """
 
 import errno
@@ -31,18 +31,27 @@ _NAME = re.compile(
     r"\.(?:saving|deleting)-\w+-(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-\d+(?:-.*)?", re.ASCII | re.DOTALL
 )
 _NAME_BEFORE = re.compile(r"\.(?:saving|deleting)-(?P<pid>\d+)-.*", re.ASCII | re.DOTALL)
-_ABANDONED_AFTER = 24 * 60 * 60  # seconds without a change, for a process of which nothing else can be known
+_ABANDONED_AFTER = 24 * 60 * 60  # seconds without a change, if the owner is on another machine
 _numbers = itertools.count()
 _warned_of: set[bool] = set()
 
 
 def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -> tuple[Path, Path]:
-    """Let ``save`` write files elsewhere, then put all of them into ``path`` at once; other files there stay.
+    """Let ``save`` write files to a scratch folder, then move all of them into ``path`` atomically.
 
-    A process that is killed leaves all of the old files or all of the new ones, for every reader. Where symbolic links
-    are not supported there is a moment without ``cfg.json``: an SAE that does not load, and that the next save mends.
+    Other files in ``path`` stay. A process killed at any moment leaves all of the old files or all of the new ones, for
+    every reader. Where symbolic links are not supported there is a moment without ``cfg.json``, in which the SAE does
+    not load; the next save repairs it.
 
-    Raises OSError if that fails; the files are then as they were.
+    Args:
+        path: The folder of the files, created if necessary.
+        save: Writes the files into the folder it is given and returns two of them.
+
+    Returns:
+        The paths of the same two files in ``path``.
+
+    Raises:
+        OSError: If writing fails; the files are then unchanged.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -64,7 +73,7 @@ def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -
 
 
 def _exchange(aside: Path, path: Path, names: list[str]) -> None:
-    """Move ``names`` from ``aside/new`` to ``path``; ``cfg.json``, without which nothing loads, comes last."""
+    """Move ``names`` from ``aside/new`` to ``path``, ``cfg.json`` last: nothing loads without it."""
     (aside / "old").mkdir()
     if not os.path.lexists(path / SAE_CFG_FILENAME) or SAE_CFG_FILENAME not in names:
         _move(aside / "new", path, names)
@@ -86,7 +95,7 @@ def _exchange(aside: Path, path: Path, names: list[str]) -> None:
 
 
 def _move_links(aside: Path, path: Path, names: list[str]) -> None:
-    """In place of each file a link to the same content."""
+    """Replace each file by a link to the same content."""
     for name in names:
         os.replace(aside / f"link-{name}", path / name)
     sync(path)
@@ -98,7 +107,7 @@ def _move(folder: Path, path: Path, names: list[str]) -> None:
 
 
 def _settle(aside: Path, path: Path) -> None:
-    """Make ``path`` independent of ``aside``, wherever an exchange was broken off."""
+    """Make ``path`` independent of ``aside``, wherever an exchange was interrupted."""
     links = [file for file in path.iterdir() if file.is_symlink() and os.readlink(file).startswith(f"{aside.name}/")]
     for link in links:
         if link.exists():
@@ -134,10 +143,10 @@ def _copy(file: Path, to: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on disk. Where the file system cannot, there is one warning."""
+    """Sync a file, or the entries of a folder, to disk; warns once if the file system does not support it."""
     is_folder = path.is_dir()
     try:
-        # Windows wants a file open for writing, and opens no folder.
+        # Windows syncs only files opened for writing, and opens no folders.
         handle = os.open(path, os.O_RDWR if os.name == "nt" and not is_folder else os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -149,14 +158,14 @@ def sync(path: Path) -> None:
         if is_folder not in _warned_of:
             _warned_of.add(is_folder)
             logger.warning(
-                f"{path.parent}: the file system cannot put {'folders' if is_folder else 'files'} on disk ({error}). "
-                "What is saved there is whole if this process is killed, but may be lost if the machine fails"
+                f"{path.parent}: the file system cannot sync {'folders' if is_folder else 'files'} to disk ({error}). "
+                "What is saved there is intact if this process is killed, but may be lost if the machine fails"
             )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system can lock a folder. A process that ends gives the lock back."""
+    """Admit one process at a time, where the file system can lock a folder; the lock ends with the process."""
     handle = None
     with suppress(OSError):
         if fcntl is not None:
@@ -169,11 +178,11 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-# Scratch folders, and whose they are
+# Scratch folders and their owners
 
 
 def scratch(base: Path, kind: str, name: str = "") -> Path:
-    """A name in ``base`` that no other process uses, for a folder to write into ("saving") or delete ("deleting")."""
+    """A path in ``base`` that no other process uses, for a folder to write ("saving") or to delete ("deleting")."""
     host = re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:32] or "_"
     pid = os.getpid()
     owner = f"{host}-{_place()}-{pid}-{_started(pid) or 0}-{next(_numbers)}"
@@ -181,16 +190,20 @@ def scratch(base: Path, kind: str, name: str = "") -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that may be found by others: it is gone at once, and never seen half. Raises OSError."""
+    """Remove a folder atomically: other processes see it whole or not at all.
+
+    Raises:
+        OSError: If it cannot be moved out of the way.
+    """
     doomed = scratch(folder.parent, "deleting", folder.name)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_left_overs(base: Path) -> None:
-    """Of processes that were killed while they saved or deleted; what they had begun to put into place is finished."""
+    """Remove the scratch folders of dead processes, after finishing what they had begun to move into place."""
     for folder in [*base.glob(".saving-*"), *base.glob(".deleting-*")]:
-        with locked(base), suppress(FileNotFoundError):  # somebody else may remove it too
+        with locked(base), suppress(FileNotFoundError):  # another process may remove it too
             if _is_abandoned(folder):
                 _settle(folder, base)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -199,7 +212,7 @@ def remove_left_overs(base: Path) -> None:
 def _is_abandoned(folder: Path) -> bool:
     name = _NAME.fullmatch(folder.name)
     if name is None:
-        before = _NAME_BEFORE.fullmatch(folder.name)  # of an earlier version
+        before = _NAME_BEFORE.fullmatch(folder.name)  # named by an earlier version
         return before is None or int(before["pid"]) == os.getpid() or not _runs(int(before["pid"]))
     if name["place"] != _place():
         return _seconds_without_change(folder) > _ABANDONED_AFTER
@@ -209,7 +222,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 @cache
 def _place() -> str:
-    """Where a process number means the same process: this start of this machine, this container."""
+    """Identifies where a process id is valid: this boot of this machine, this container."""
     facts = [socket.gethostname()]
     with suppress(OSError):
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
@@ -219,7 +232,7 @@ def _place() -> str:
 
 
 def _seconds_without_change(folder: Path) -> float:
-    """By the file system's own clock: that of another machine may differ from ours."""
+    """By the file system's own clock, since that of another machine may differ."""
     probe = scratch(folder.parent, "saving", "clock")
     try:
         probe.mkdir()
@@ -231,7 +244,7 @@ def _seconds_without_change(folder: Path) -> float:
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in ticks since the machine did; None where that cannot be known."""
+    """When a process started, in ticks since boot; None if unknown."""
     fields = _stat(pid)
     return int(fields[19]) if fields else None
 
@@ -244,11 +257,11 @@ def _runs(pid: int) -> bool:
     except OSError:
         pass
     fields = _stat(pid)
-    return not fields or fields[0] not in "ZX"  # a zombie writes no more
+    return not fields or fields[0] not in "ZX"  # a zombie no longer writes
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat, from the third on; empty where there are none."""
+    """The fields of /proc/PID/stat from the third on; empty if there is no such file."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

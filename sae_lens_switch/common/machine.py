@@ -1,4 +1,4 @@
-"""What a run asks of the machine, checked before anything is made: devices that are there, memory for the weights."""
+"""Check that the machine can hold a run, before anything is allocated: its devices, its folders, its memory."""
 
 import math
 import os
@@ -7,23 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import SAEConfig
 from sae_lens.util import str_to_dtype
 
-# A tensor of more numbers than this is none in torch.
-_MOST_NUMBERS = 2**62
-_LONGEST_NAME = 255  # bytes, of a file or folder
+_MAX_NUMBERS = 2**62  # in a tensor, in torch
+_MAX_NAME_BYTES = 255  # of a file or folder
 
 
-def check_run_fits(cfg: Any, *saes: Any) -> None:
-    """A runner's devices and folders, memory for its SAEs and its buffer of activations. Raises ValueError."""
+def check_run_fits(cfg: Any, *saes: SAEConfig) -> None:
+    """Check a runner's devices and folders, and the memory for its SAEs and its activation buffer.
+
+    Args:
+        cfg: A runner's config, of this package or of SAELens.
+        *saes: The configs of the SAEs it trains.
+
+    Raises:
+        ValueError: If a device is missing, a folder is not writable, or memory does not suffice.
+    """
     for name in ("checkpoint_path", "output_path"):
-        check_writable(name, getattr(cfg, name))
+        check_writable(name, vars(cfg)[name])
     for name in ("device", "llm_device", "act_store_device"):
-        check_device(name, getattr(cfg, name, None))
+        check_device(name, vars(cfg).get(name))
     for sae in saes:
         check_device("device", sae.device)
         check_sae_fits(sae)
-    if hasattr(cfg, "n_batches_in_buffer"):
+    if "n_batches_in_buffer" in vars(cfg):
         device = cfg.act_store_device or cfg.device
         d_in = sum({id(sae): sae.d_in for sae in saes}.values())
         batches = int(cfg.prefetch_llm_batches) * cfg.train_batch_size_tokens
@@ -32,53 +40,64 @@ def check_run_fits(cfg: Any, *saes: Any) -> None:
             "store_batch_size_prompts": cfg.store_batch_size_prompts * cfg.context_size,
             "prefetch_llm_batches": batches,
         }.items():
-            what = f"{name}={getattr(cfg, name)}: its activations alone take"
+            what = f"{name}={vars(cfg)[name]}: its activations alone take"
             _refuse_if_too_much(what, 4 * d_in * rows, device)
 
 
 def check_writable(name: str, path: str | None) -> None:
-    """Raises ValueError where a folder cannot be made, or written in if it is there."""
+    """Check that a folder can be created, or is writable if it exists.
+
+    Raises:
+        ValueError: If not.
+    """
     if path is None:
         return
     place = Path(path).absolute()
-    good = all(len(os.fsencode(part)) <= _LONGEST_NAME for part in place.parts)
-    while good and not os.path.lexists(place):
+    is_valid = all(len(os.fsencode(part)) <= _MAX_NAME_BYTES for part in place.parts)
+    while is_valid and not os.path.lexists(place):
         place = place.parent
-    if not (good and place.is_dir() and os.access(place, os.W_OK)):
-        raise ValueError(f"{name} must be a folder that can be written in, or made; got {reprlib.repr(path)}")
+    if not (is_valid and place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{name} must be a writable folder, or one that can be created; got {reprlib.repr(path)}")
 
 
-def check_device(name: str, device: Any) -> None:
-    """Raises ValueError for a device that cannot be computed on."""
+def check_device(name: str, device: str | torch.device | None) -> None:
+    """Check that tensors can be computed on a device.
+
+    Raises:
+        ValueError: If not.
+    """
     if device is None:
         return
     place = torch.device(device)
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"{name} must be there; got {str(device)!r}, and torch finds {torch.cuda.device_count()} GPUs")
+        raise ValueError(f"{name} must exist; got {str(device)!r}, and torch finds {torch.cuda.device_count()} GPUs")
     try:
         found = place.type != "meta" and torch.zeros(1, device=place).item() == 0
     except (RuntimeError, AssertionError, ImportError, NotImplementedError):
         found = False
     if not found:
-        raise ValueError(f"{name} must be one that this machine computes on; got {str(device)!r}")
+        raise ValueError(f"{name} must be a device that this machine has; got {str(device)!r}")
 
 
-def check_sae_fits(cfg: Any) -> None:
-    """Raises ValueError for an SAE whose weights are more than its device has memory, before any is asked for.
+def check_sae_fits(cfg: SAEConfig) -> None:
+    """Check that an SAE's weights fit into the memory of its device, before they are allocated.
 
-    On torch's meta device, where SAELens makes SAEs that it loads, nothing is.
+    Nothing is allocated on torch's meta device, where SAELens constructs the SAEs that it loads.
+
+    Raises:
+        ValueError: If they do not fit.
     """
     device = torch.device(cfg.device)
     if device.type != "meta":
         check_device("device", device)
-        numbers = cfg.d_in * (2 * cfg.d_sae + getattr(cfg, "n_experts", 0))
+        numbers = cfg.d_in * (2 * cfg.d_sae + vars(cfg).get("n_experts", 0))
         what = f"d_in={cfg.d_in}, d_sae={cfg.d_sae}: the weights alone take"
         _refuse_if_too_much(what, numbers * str_to_dtype(cfg.dtype).itemsize, device)
 
 
-def _refuse_if_too_much(what: str, need: int, device: Any) -> None:
+def _refuse_if_too_much(what: str, need: int, device: str | torch.device) -> None:
     have = _memory(torch.device(device))
-    if need > min(have, _MOST_NUMBERS):
+    if need > min(have, _MAX_NUMBERS):
         has = "" if math.isinf(have) else f"; {device} has {have / 1e9:,.0f} GB"
         raise ValueError(f"{what} {need / 1e9:,.0f} GB{has}")
 

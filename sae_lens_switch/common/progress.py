@@ -1,10 +1,10 @@
-"""Progress of a long loop: a bar on a terminal or in a notebook, and a sentence now and then in a batch job's log."""
+"""Progress of a long loop: a bar on a terminal or in a notebook, an occasional line in the log of a batch job."""
 
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 from tqdm.autonotebook import tqdm as tqdm_of_notebooks
@@ -13,15 +13,15 @@ from tqdm.std import tqdm as tqdm_of_terminals
 from sae_lens_switch.common.printable import say
 
 T = TypeVar("T")
-Facts = Callable[[], Mapping[str, Any]]  # called only when they are shown: to read them waits for the device
+Facts = Callable[[], Mapping[str, object]]  # called only when shown: reading them synchronises with the device
 
-# Seconds before each of the first sentences; the last one stays.
+# Seconds before each of the first lines; the last gap repeats.
 _GAPS = (10.0, 30.0, 60.0)
-_DESCRIBED_EVERY = 100
+_DESCRIBED_EVERY = 100  # updates
 
 
 class Bar:
-    """tqdm, with facts in front."""
+    """tqdm's bar, described by the facts."""
 
     def __init__(self, total: int, initial: int, desc: str) -> None:
         self.bar = tqdm(total=total, initial=initial, desc=desc)
@@ -48,11 +48,14 @@ class Bar:
 
 
 class Sentences:
-    """A line when 10 seconds have gone by, then 30, then once a minute; and one at the end.
+    """A line on stderr after 10 seconds, after another 30, then every minute; and one at the end.
 
-    begins: what a line begins with, such as "trained on"
-    unit:   of what is counted
-    clock:  seconds that only grow
+    Args:
+        total: The count at the end of the loop.
+        initial: The count at its start.
+        begins: How each line begins, such as "trained on".
+        unit: What is counted.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Sentences:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(self, now: float, facts: Mapping[str, Any]) -> None:
+    def _write(self, now: float, facts: Mapping[str, object]) -> None:
         self.written = self.n
         elapsed, done, left = now - self.started, self.n - self.initial, self.total - self.n
         share = f" ({100 * self.n / self.total:.0f} %)" if self.total > 0 else ""
@@ -100,16 +103,23 @@ class Sentences:
 
 
 def progress(total: int, initial: int, desc: str, begins: str, unit: str = "samples") -> Bar | Sentences:
-    """What tells how far a loop is, which gives ``update(n, facts)`` the steps that it took; a context manager.
+    """A context manager whose ``update(n, facts)`` shows how far a loop is.
 
-    On a terminal and in a notebook tqdm's bar, with ``desc``; elsewhere, where each of its frames would be a line more,
-    sentences on stderr. Like tqdm it is silent with ``TQDM_DISABLE=1``.
+    On a terminal and in a notebook it is tqdm's bar; elsewhere, where every frame of a bar would be a new line, it is
+    lines on stderr. Like tqdm it is silent with ``TQDM_DISABLE=1``.
+
+    Args:
+        total: The count at the end of the loop.
+        initial: The count at its start.
+        desc: The label of the bar.
+        begins: How each line begins.
+        unit: What is counted.
     """
     return Bar(total, initial, desc) if has_bar() else Sentences(total, initial, begins, unit)
 
 
 def track(items: Iterable[T], desc: str = "", leave: bool = False, total: int | None = None) -> Iterator[T]:
-    """``tqdm(items, ...)`` as SAELens calls it, likewise."""
+    """Iterate like ``tqdm(items, ...)``, with the arguments SAELens gives it; progress is shown as by ``progress``."""
     if has_bar():
         yield from tqdm(items, desc=desc, leave=leave, total=total)
         return
@@ -121,12 +131,13 @@ def track(items: Iterable[T], desc: str = "", leave: bool = False, total: int | 
 
 
 def has_bar() -> bool:
+    """Whether progress is a bar, or nothing at all, rather than lines."""
     in_notebook = tqdm_of_notebooks is not tqdm_of_terminals
     silent = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     return in_notebook or silent or (sys.stderr is not None and sys.stderr.isatty())
 
 
-def _shown(value: Any, form: str) -> str:
+def _shown(value: object, form: str) -> str:
     return format(value, form) if isinstance(value, float) else str(value)
 
 

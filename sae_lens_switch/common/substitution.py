@@ -1,4 +1,4 @@
-"""Another class than SAELens's where SAELens names the one that it constructs, for the caller's thread alone."""
+"""Make SAELens construct another class than the one it names, in the calling thread alone."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,13 +9,13 @@ from typing import Any
 
 
 class _Name:
-    """A name in a module while it is substituted: what it stands for is asked at each call.
+    """A substituted name in a module; what it stands for is resolved at each call.
 
-    The module's own value is put back when the last of all blocks, in whatever thread, has ended.
+    The original is restored when the last block, in any thread, has ended.
     """
 
     def __init__(self, module: ModuleType, name: str) -> None:
-        self.module, self.name, self.stock = module, name, getattr(module, name)
+        self.module, self.name, self.stock = module, name, vars(module)[name]
         self.n_blocks = 0
 
         def construct(*args: Any, **kwargs: Any) -> Any:
@@ -25,8 +25,8 @@ class _Name:
         self.construct = construct
         setattr(module, name, construct)
 
-    def put_back(self) -> None:
-        if getattr(self.module, self.name) is self.construct:  # not if others have replaced it meanwhile
+    def restore(self) -> None:
+        if vars(self.module)[self.name] is self.construct:  # not if others have replaced it since
             setattr(self.module, self.name, self.stock)
 
 
@@ -42,10 +42,15 @@ _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("_blocks", default=())
 
 @contextmanager
 def constructing(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterator[None]:
-    """Within the block ``module.name(...)`` constructs ``ours``, in this thread or asyncio task.
+    """Within the block, ``module.name(...)`` constructs ``ours`` in this thread or asyncio task.
 
-    SAELens's runners name the trainer they construct, and have no other place to choose it. Blocks may overlap in any
-    order; other threads get what they have chosen themselves, or SAELens's own.
+    SAELens's runners hard-code the trainer that they construct. Blocks may overlap in any order; other threads get
+    what they have chosen themselves, or SAELens's own.
+
+    Args:
+        module: The module whose code does the constructing.
+        name: The name under which it does.
+        ours: The class to construct instead.
     """
     key = module.__name__, name
     with _lock:
@@ -58,10 +63,10 @@ def constructing(module: ModuleType, name: str, ours: Callable[..., Any]) -> Ite
     try:
         yield
     finally:
-        block.is_open = False  # also where the block is closed from another context, as a generator's may be
+        block.is_open = False  # even if the block is closed from another context, as a generator's may be
         _blocks.set(tuple(b for b in _blocks.get() if b.is_open))
         with _lock:
             of.n_blocks -= 1
             if of.n_blocks == 0:
                 del _names[key]
-                of.put_back()
+                of.restore()

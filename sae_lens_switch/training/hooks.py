@@ -1,4 +1,4 @@
-"""Whether a language model has the hook that an SAE is to be trained on, and activations of its width there."""
+"""Check that a language model has the hook an SAE is to be trained on, with activations of the SAE's width."""
 
 import difflib
 import re
@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.hook_points import HookedRootModule
 
-# A name as near as this to one that TransformerLens knows, and unknown to it, is a slip.
-_SLIP = 0.9
+# An unknown name this similar to one of TransformerLens's is a typo.
+_TYPO = 0.9
 
 
 def check_hook_name(hook_name: str) -> None:
-    """What can be said without the model, of TransformerLens's: raises ValueError for a name with a slip in it."""
+    """Check the name of a TransformerLens hook as far as possible without the model.
+
+    Raises:
+        ValueError: If the name is unknown and looks like a typo of a known one.
+    """
     name = re.sub(r"^blocks\.\d+\.", "blocks.0.", hook_name)
     if name not in _names_of_transformer_lens():
-        close = difflib.get_close_matches(name, _names_of_transformer_lens(), n=3, cutoff=_SLIP)
+        close = difflib.get_close_matches(name, _names_of_transformer_lens(), n=3, cutoff=_TYPO)
         if close:
             layer = hook_name.removesuffix(name.removeprefix("blocks.0."))
             close = [other.replace("blocks.0.", layer, 1) for other in close]
@@ -27,17 +32,8 @@ def check_hook_name(hook_name: str) -> None:
 
 @cache
 def _names_of_transformer_lens() -> frozenset[str]:
-    """Of models with one block, one of each kind."""
-    sizes: dict[str, Any] = {
-        "n_layers": 1,
-        "d_model": 2,
-        "n_ctx": 2,
-        "d_head": 2,
-        "n_heads": 1,
-        "d_vocab": 2,
-        "d_mlp": 2,
-    }
-    sizes |= {"act_fn": "gelu", "device": "cpu"}
+    """The hooks of five models with one block, which between them have every kind."""
+    sizes = {"n_layers": 1, "d_model": 2, "n_ctx": 2, "d_head": 2, "n_heads": 1, "d_vocab": 2, "d_mlp": 2}
     kinds: list[dict[str, Any]] = [
         {},
         {"positional_embedding_type": "rotary", "rotary_dim": 2, "gated_mlp": True, "normalization_type": "RMS"},
@@ -48,21 +44,32 @@ def _names_of_transformer_lens() -> frozenset[str]:
     names: set[str] = set()
     with torch.random.fork_rng(devices=[]):
         for kind in kinds:
-            cfg = HookedTransformerConfig(**sizes, **kind)
+            cfg = HookedTransformerConfig(**sizes, **kind, act_fn="gelu", device="cpu")
             names |= HookedTransformer(cfg).hook_dict.keys()
     return frozenset(names)
 
 
 @torch.no_grad()
-def check_hook(model: Any, cfg: Any, hook_name: str, head_index: int | None, d_in: int) -> None:
-    """Whether the model has the hook, and the SAE its width; on two tokens. Raises ValueError."""
+def check_hook(model: HookedRootModule, cfg: Any, hook_name: str, head_index: int | None, d_in: int) -> None:
+    """Check that the model has the hook and the SAE its width, by running two tokens.
+
+    Args:
+        model: The language model: TransformerLens's, or any other with ``hook_dict`` and ``run_with_cache``.
+        cfg: The runner's config.
+        hook_name: The hook.
+        head_index: The attention head, if the SAE is trained on a single one.
+        d_in: The width of the SAE.
+
+    Raises:
+        ValueError: If the hook does not exist or is never reached, or contexts, head or width do not fit.
+    """
     if hook_name not in model.hook_dict:
         close = difflib.get_close_matches(hook_name, list(model.hook_dict), n=3)
         raise ValueError(f"hook_name must be a hook of {cfg.model_name}; got {hook_name!r}{_did_you_mean(close)}")
     longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
     if isinstance(longest, int) and cfg.context_size > longest:
         raise ValueError(
-            f"context_size must be at most {longest}, the longest of {cfg.model_name}; got {cfg.context_size}"
+            f"context_size must be at most {longest}, the longest context of {cfg.model_name}; got {cfg.context_size}"
         )
     _, cache = model.run_with_cache(
         torch.zeros(1, 2, dtype=torch.long, device=cfg.llm_device),
@@ -73,7 +80,7 @@ def check_hook(model: Any, cfg: Any, hook_name: str, head_index: int | None, d_i
     )
     if hook_name not in cache:
         raise ValueError(
-            f"hook_name must be a hook that {cfg.model_name} comes by as it is configured; got {hook_name!r}"
+            f"hook_name must be a hook that {cfg.model_name} reaches as it is configured; got {hook_name!r}"
         )
     activations = cache[hook_name]
     if head_index is not None and not (activations.ndim == 4 and head_index < activations.shape[2]):

@@ -1,21 +1,20 @@
-"""SIGINT, SIGTERM and SIGHUP, at a moment when what training holds is consistent."""
+"""SIGINT, SIGTERM and SIGHUP, deferred to a moment when the state of training is consistent."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from sae_lens.training._interruption import InterruptedException
 
 INTERRUPTIONS = (KeyboardInterrupt, InterruptedException)
-# A terminal's end is SIGHUP; Windows has none.
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# A closed terminal sends SIGHUP; Windows has none.
+_SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGHUP") if (s := vars(signal).get(name)) is not None]
 
 
 class SignalledError(InterruptedException):
-    """SAELens's exception, with the signal that it is for."""
+    """SAELens's exception, with the number of the signal."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"training was interrupted by {signal.Signals(signum).name}")
@@ -23,25 +22,25 @@ class SignalledError(InterruptedException):
 
 
 def exit_code(interruption: BaseException) -> int:
-    """What a shell gives a process that the signal ended: 130, 143 or 129."""
+    """The exit code that a shell reports for a process killed by the signal: 130, 143 or 129."""
     if isinstance(interruption, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    return 128 + getattr(interruption, "signum", signal.SIGTERM)
+    return 128 + (interruption.signum if isinstance(interruption, SignalledError) else signal.SIGTERM)
 
 
 class Interruption:
-    """Within ``with``, a signal raises where training only ``waiting()``s, and waits for such a place elsewhere.
+    """Inside the context, signals raise immediately within ``waiting()``, and otherwise at the next ``check()``.
 
-    SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP SAELens's InterruptedException. A signal that is ignored, as
-    under nohup, stays ignored, and one that was not set up from Python is left to who did. Further signals change
-    nothing while a checkpoint is saved because of the first. Signals reach the main thread alone: in any other nothing
-    changes.
+    SIGINT raises KeyboardInterrupt; SIGTERM and SIGHUP raise SAELens's InterruptedException. A signal that is ignored,
+    as SIGHUP is under nohup, stays ignored; a handler that was not installed from Python is left alone. Until the
+    first signal has been raised, later ones are ignored. Only the main thread receives signals; in any other thread
+    the context does nothing.
     """
 
     def __init__(self) -> None:
         self._waiting = False
         self._pending: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "Interruption":
         self._pending = None
@@ -59,13 +58,13 @@ class Interruption:
             self.check()
 
     def check(self) -> None:
-        """Raise what has come and not been raised yet."""
+        """Raise a signal that has arrived and not been raised yet."""
         if self._pending is not None:
             self._raise(self._pending)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A stretch that may be broken off anywhere: nothing that a checkpoint holds changes in it."""
+        """A stretch that may be interrupted anywhere, since it changes nothing that a checkpoint holds."""
         self._waiting = True
         try:
             self.check()

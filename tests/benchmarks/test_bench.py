@@ -31,38 +31,42 @@ def test_a_small_benchmark_measures_every_contestant(tmp_path):
 def test_a_contestant_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench
+    import contestants
+    import measurements
 
     args = bench.parse_args([*SMALL, "--device", "cpu"])
     names = ["SAELens topk", "ours: sparse_topk"]
-    bench.check_closeness(args, names)
-    right = bench.sparse_topk
+    measurements.check_closeness(args, names)
+    right = contestants.sparse_topk
 
     def wrong(args):
         sae = right(args)
         sae.W_dec.data *= 1.1
         return sae
 
-    monkeypatch.setattr(bench, "sparse_topk", wrong)
+    monkeypatch.setattr(contestants, "sparse_topk", wrong)
     with pytest.raises(SystemExit, match="ours: sparse_topk: .* is off from SAELens topk's by a ratio of"):
-        bench.check_closeness(args, names)
+        measurements.check_closeness(args, names)
 
 
 def test_near_ties_of_half_precision_are_no_reason_to_stop(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench
+    import measurements
 
     shape = ["--batch", "512", "--d-in", "128", "--d-sae", "4096", "--k", "16", "--experts", "4"]
     args = bench.parse_args([*shape, "--dtype", "bfloat16", "--device", "cpu"])
-    assert bench.precision(args) == "bfloat16"
-    bench.check_closeness(args, ["all experts, masked, 4 experts", "ours: switch, 4 experts"])
+    assert measurements.precision(args) == "bfloat16"
+    measurements.check_closeness(args, ["all experts, masked, 4 experts", "ours: switch, 4 experts"])
 
 
 def test_latents_that_fired_are_counted_without_reading_how_many(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench
+    import contestants
 
     args = bench.parse_args([*SMALL, "--device", "cpu"])
-    ours = bench.Ours(args, bench.switch_sae(args, 4))
+    ours = contestants.Ours(args, contestants.switch_sae(args, 4))
     expected = torch.zeros(args.d_sae)
     for _ in range(2):
         ours.step()

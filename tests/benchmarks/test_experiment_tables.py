@@ -1,11 +1,14 @@
 """What decides between the cells of the experiments, and what their tables say."""
 
 import math
+from collections import defaultdict
 
 import cells
-import figures
+import csv_rows
+import drawings
 import numpy as np
 import pytest
+import scaling
 import tables
 import timing
 from helpers.experiments import RESULTS
@@ -96,7 +99,7 @@ def test_every_planned_cell_can_be_built(name):
         assert cell.d_sae % cell.n_experts == 0
         assert cell.d_sae // cell.n_experts >= cell.k
         assert cell.weight(576) > 0
-    seeds = tables.defaultdict(set)
+    seeds = defaultdict(set)
     for experiment, cell in planned:
         if experiment in ("fixed width", "matched FLOPs") and cell.architecture in ("sparse_topk", "switch"):
             seeds[experiment, cell.shape].add(cell.seed)
@@ -114,7 +117,7 @@ def test_every_planned_cell_can_be_built(name):
 def test_seconds_are_steps_times_the_time_of_one():
     timed = [{"architecture": "switch", "d_sae": 2048, "n_experts": 8, "k": 16, "seconds_per_step": 0.5}]
     shape = {"architecture": "switch", "d_sae": 2048, "n_experts": 8, "k": 16}
-    point, row, untimed = tables.with_seconds([shape | {"step": 3}, shape | {"steps": 10}, shape | {"k": 8}], timed)
+    point, row, untimed = csv_rows.with_seconds([shape | {"step": 3}, shape | {"steps": 10}, shape | {"k": 8}], timed)
     assert (point["seconds"], row["seconds"]) == (1.5, 5)
     assert math.isnan(untimed["seconds"])
 
@@ -122,7 +125,7 @@ def test_seconds_are_steps_times_the_time_of_one():
 def result(**fields) -> dict:
     """A row of results.csv."""
     plain = {
-        **dict.fromkeys(tables.SETTINGS, 0.0),
+        **dict.fromkeys(csv_rows.SETTINGS, 0.0),
         **dict.fromkeys(RESULTS, 1.0),
         **{"experiment": "fixed width", "architecture": "switch", "d_sae": 2048.0, "k": 16.0, "n_experts": 8.0},
         **{"gate": "probability", "load_balance_scale": "variance", "units": "unit variance", "seconds": 1.0},
@@ -131,13 +134,13 @@ def result(**fields) -> dict:
 
 
 def test_seeds_that_overlap_are_no_ordering():
-    assert tables.verdict([1.2, 1.3], [1.0, 1.1], 1) == "holds"
-    assert tables.verdict([1.2, 1.3], [1.0, 1.1], -1) == "does not hold"
-    assert tables.verdict([1.0, 1.2], [1.1, 1.15], 1) == "seeds overlap"
-    assert tables.verdict([1.2], [1.0, 1.1], 1) == "holds (one seed)"
-    assert tables.change([1.2, 1.3], [1.0, 1.1]) == "+19.0% (+9.1% to +30.0%)"
-    assert tables.span([1.0, 2.0, 3.0], 1) == "2.0 (1.0 to 3.0)"
-    assert tables.span([1.0], 2) == "1.00"
+    assert csv_rows.verdict([1.2, 1.3], [1.0, 1.1], 1) == "holds"
+    assert csv_rows.verdict([1.2, 1.3], [1.0, 1.1], -1) == "does not hold"
+    assert csv_rows.verdict([1.0, 1.2], [1.1, 1.15], 1) == "seeds overlap"
+    assert csv_rows.verdict([1.2], [1.0, 1.1], 1) == "holds (one seed)"
+    assert csv_rows.change([1.2, 1.3], [1.0, 1.1]) == "+19.0% (+9.1% to +30.0%)"
+    assert csv_rows.span([1.0, 2.0, 3.0], 1) == "2.0 (1.0 to 3.0)"
+    assert csv_rows.span([1.0], 2) == "1.00"
 
 
 def test_claims_are_set_beside_the_authors():
@@ -185,14 +188,14 @@ def test_claims_are_set_beside_the_authors():
 
 
 def test_the_fit_is_least_squares_of_logarithms():
-    slope, error, intercept = tables.fit([1, 10, 100], [2.0, 0.2, 0.02])
+    slope, error, intercept = scaling.fit([1, 10, 100], [2.0, 0.2, 0.02])
     assert (slope, error, math.exp(intercept)) == pytest.approx((-1, 0, 2), abs=1e-9)
     x, y = [1.0, 2.0, 4.0, 8.0, 16.0], [5.0, 4.1, 3.9, 2.8, 2.6]
-    slope, error, _ = tables.fit(x, y)
+    slope, error, _ = scaling.fit(x, y)
     (expected, _), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
     assert slope == pytest.approx(expected)
     assert error == pytest.approx(math.sqrt(covariance[0, 0]))
-    assert math.isnan(tables.fit([1, 2], [2, 1])[1])
+    assert math.isnan(scaling.fit([1, 2], [2, 1])[1])
 
 
 def scaling_rows() -> list[dict]:
@@ -219,7 +222,7 @@ def test_slopes_over_all_widths_and_up_to_the_best():
         up_to_best = found["TopK", x, "1024 to 4096"]
         assert (up_to_best["slope"], up_to_best["points"], up_to_best["least FVU at width"]) == ("-1", 3, "4096")
         everything = found["TopK", x, "1024 to 8192"]
-        slope, error, _ = tables.fit([1024, 2048, 4096, 8192], [0.8, 0.4, 0.2, 0.3])
+        slope, error, _ = scaling.fit([1024, 2048, 4096, 8192], [0.8, 0.4, 0.2, 0.3])
         assert (everything["slope"], everything["standard error"]) == (f"{slope:.3g}", f"{error:.3g}")
     untimed = tables.slopes([{**r, "seconds": math.nan} for r in scaling_rows()])
     assert {r["slope"] == "" for r in untimed if r["FVU against"] == "seconds"} == {True}
@@ -280,7 +283,7 @@ def test_what_is_drawn_is_the_mean_and_the_range_of_seeds():
         for E in (2, 4, 8)
         for s in (0.0, 3.0)
     ]
-    figure = figures.experts(rows, [])
+    figure = drawings.experts(rows, [])
     (line,) = (c for c in figure.axes[0].containers)
     points, _, (bars,) = line.lines
     np.testing.assert_allclose(points.get_xydata(), [[2, 0.0215], [4, 0.0415], [8, 0.0815]])

@@ -8,15 +8,16 @@ import signal
 from pathlib import Path
 
 import cells
+import csv_rows
 import figures
 import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
 import run
-import tables
 import timing
 import torch
+import train_cells
 from helpers import ROOT, tiny_tokenizer
 from helpers.experiments import RESULTS
 
@@ -58,7 +59,7 @@ def own_data(tmp_path_factory):
     model = ["--model", str(folder / "model"), "--hook-name", "transformer.h.0", "--dataset", str(folder / "text")]
     size = ["--plan", "tiny", "--tokens", "3000", "--batch", "64", "--held-out", "512", "--eval-contexts", "2"]
     args = run.parse_args([*model, *size, "--rounds", "3", "--output", str(folder / "output")])
-    return args, run.Data.load(args)
+    return args, train_cells.Data.load(args)
 
 
 # The run
@@ -66,13 +67,13 @@ def own_data(tmp_path_factory):
 
 def test_the_csv_holds_every_cell_with_what_was_measured(results):
     with open(results / "results.csv", newline="") as handle:
-        assert next(csv.reader(handle)) == tables.SETTINGS + RESULTS
-    rows = tables.read(results / "results.csv")
-    fixed = tables.of(rows, "fixed width")
+        assert next(csv.reader(handle)) == csv_rows.SETTINGS + RESULTS
+    rows = csv_rows.read(results / "results.csv")
+    fixed = csv_rows.of(rows, "fixed width")
     assert {(r["architecture"], r["seed"]) for r in fixed} == {
         *((a, s) for a in ("topk", "sparse_topk", "switch") for s in (0, 1))
     }
-    assert {r["seed"] for r in tables.of(rows, "learning rate")} == {cells.TUNING_SEED}
+    assert {r["seed"] for r in csv_rows.of(rows, "learning rate")} == {cells.TUNING_SEED}
     variance = json.loads((results / "run.json").read_text())["variance_in_model_units"]
     for r in fixed:
         assert r["l0"] == pytest.approx(r["k"], rel=0.01)
@@ -90,9 +91,9 @@ def test_the_csv_holds_every_cell_with_what_was_measured(results):
 
 
 def test_curves_go_down_and_end_at_the_last_step(results):
-    curves = tables.read(results / "curves.csv")
+    curves = csv_rows.read(results / "curves.csv")
     assert {r["experiment"] for r in curves} == {"fixed width"}
-    for mine in tables.grouped(curves, "architecture", "seed").values():
+    for mine in csv_rows.grouped(curves, "architecture", "seed").values():
         assert [r["step"] for r in mine] == sorted(r["step"] for r in mine)
         assert mine[-1]["step"] == 46
         assert mine[-1]["fvu"] < mine[0]["fvu"]
@@ -102,13 +103,13 @@ def test_curves_go_down_and_end_at_the_last_step(results):
 def test_every_shape_drawn_against_seconds_is_timed(results):
     with open(results / "timing.csv", newline="") as handle:
         assert next(csv.reader(handle)) == TIMING
-    timed = tables.read(results / "timing.csv")
+    timed = csv_rows.read(results / "timing.csv")
     assert {(t["architecture"], t["n_experts"]) for t in timed} == {("sparse_topk", 1), ("switch", 4), ("topk", 1)}
     for t in timed:
         assert 0 < t["low"] <= t["seconds_per_step"] <= t["high"]
         assert (t["rounds"], t["batch"], t["threads"]) == (2, 128, torch.get_num_threads())
-    rows = tables.with_seconds(tables.read(results / "results.csv"), timed)
-    for r in tables.of(rows, "fixed width"):
+    rows = csv_rows.with_seconds(csv_rows.read(results / "results.csv"), timed)
+    for r in csv_rows.of(rows, "fixed width"):
         (t,) = (t for t in timed if [t[n] for n in SHAPE] == [r[n] for n in SHAPE])
         assert r["seconds"] == 46 * t["seconds_per_step"]
 
@@ -137,7 +138,7 @@ def test_model_hook_and_dataset_can_be_given(own_data):
     args, data = own_data
     assert data.train.shape == (3000, 24)
     assert data.train.square().sum(1).mean() == pytest.approx(24, rel=1e-4)
-    x = (data.hidden[:, run.SKIPPED :].flatten(0, 1) - data.centre) * data.scale
+    x = (data.hidden[:, train_cells.SKIPPED :].flatten(0, 1) - data.centre) * data.scale
     assert data.facts["ce_model"] == pytest.approx(
         data.model.model(data.tokens, labels=data.tokens).loss.item(), rel=1e-5
     )
@@ -150,7 +151,7 @@ def test_model_hook_and_dataset_can_be_given(own_data):
     assert ce_recovered(lambda y: y.where(y == x, y + 1)) == pytest.approx(1, abs=1e-4)  # it is given what it is for
     saved = args.output / "activations" / "train.pt"
     before = saved.stat().st_mtime_ns
-    again = run.Data.load(args)
+    again = train_cells.Data.load(args)
     assert saved.stat().st_mtime_ns == before
     assert torch.equal(again.train, data.train)
 
@@ -158,8 +159,10 @@ def test_model_hook_and_dataset_can_be_given(own_data):
 def test_a_model_unit_cell_sees_the_activations_as_they_are(own):
     args, data = own
     cell = cells.Cell("switch", 256, 8, 4, units="model", load_balance_coefficient=1.0)
-    row = run.train(cell, data, args, with_ce=False)["row"]
-    same = run.train(cells.Cell("switch", 256, 8, 4, load_balance_coefficient=1.0), data, args, with_ce=False)["row"]
+    row = train_cells.train(cell, data, args, with_ce=False)["row"]
+    same = train_cells.train(cells.Cell("switch", 256, 8, 4, load_balance_coefficient=1.0), data, args, with_ce=False)[
+        "row"
+    ]
     assert row["ce_recovered"] is None
     for r in (row, same):  # both errors are in the model's units
         held_out = data.held_out / data.scale
@@ -170,12 +173,12 @@ def test_a_model_unit_cell_sees_the_activations_as_they_are(own):
 def test_a_cell_takes_its_passes_and_its_seed(own):
     args, data = own
     once, twice = (
-        run.train(cells.Cell("sparse_topk", 256, 8, passes=n), data, args, with_ce=False)["row"] for n in (1, 2)
+        train_cells.train(cells.Cell("sparse_topk", 256, 8, passes=n), data, args, with_ce=False)["row"] for n in (1, 2)
     )
     assert (once["steps"], twice["steps"]) == (46, 92)
     assert twice["fvu"] < once["fvu"]
-    again = run.train(cells.Cell("sparse_topk", 256, 8), data, args, with_ce=False)["row"]
-    other = run.train(cells.Cell("sparse_topk", 256, 8, seed=1), data, args, with_ce=False)["row"]
+    again = train_cells.train(cells.Cell("sparse_topk", 256, 8), data, args, with_ce=False)["row"]
+    other = train_cells.train(cells.Cell("sparse_topk", 256, 8, seed=1), data, args, with_ce=False)["row"]
     assert again == once
     assert other["fvu"] != once["fvu"]
 
@@ -184,7 +187,7 @@ def test_interrupted_it_goes_on_where_it_was(own, monkeypatch):
     args, data = own
     folder = args.output / "cells"
 
-    error = run.error
+    error = train_cells.error
 
     def interrupted_in_the_third(sae, x):
         # A timer's signal may come anywhere, within tqdm's lock too, which then stays taken for every other thread.
@@ -192,7 +195,7 @@ def test_interrupted_it_goes_on_where_it_was(own, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return error(sae, x)
 
-    monkeypatch.setattr(run.Data, "load", lambda _args: data)
+    monkeypatch.setattr(train_cells.Data, "load", lambda _args: data)
     flags = [
         f"--{n.replace('_', '-')}={v}" for n, v in vars(args).items() if v and n not in ("no_timing", "timing_only")
     ]
@@ -212,7 +215,7 @@ def test_interrupted_it_goes_on_where_it_was(own, monkeypatch):
     gone, *others = sorted(folder.glob("*.json"))
     gone.unlink()
     kept = [f.stat().st_mtime_ns for f in others]
-    run.train_all(args, data)
+    train_cells.train_all(args, data)
     assert gone.exists()
     assert [f.stat().st_mtime_ns for f in others] == kept
     assert (args.output / "results.csv").read_text() == table
@@ -224,7 +227,7 @@ def test_finished_rounds_of_timing_are_kept(own):
     rounds = sorted((args.output / "timing").iterdir())
     assert len(rounds) == 3
     measured = [json.loads(f.read_text())["seconds"] for f in rounds]
-    for row, seconds in zip(tables.read(args.output / "timing.csv"), zip(*measured, strict=True), strict=True):
+    for row, seconds in zip(csv_rows.read(args.output / "timing.csv"), zip(*measured, strict=True), strict=True):
         assert row["seconds_per_step"] == pytest.approx(sorted(seconds)[1], rel=1e-5)
     rounds[1].unlink()
     kept = [rounds[0].read_bytes(), rounds[2].read_bytes()]
@@ -259,14 +262,14 @@ def test_the_committed_csvs_make_the_committed_tables_and_pictures(tmp_path):
 
 
 def test_the_committed_results_are_those_of_the_default_plan():
-    rows = tables.read(COMMITTED / "results.csv")
-    settings = {(r["experiment"], *(r[n] for n in tables.SETTINGS[1:])) for r in rows}
+    rows = csv_rows.read(COMMITTED / "results.csv")
+    settings = {(r["experiment"], *(r[n] for n in csv_rows.SETTINGS[1:])) for r in rows}
     assert len(settings) == len(rows)
     planned = [c for stage in cells.stages(cells.PLANS["default"], rows) for c in stage]
     for experiment, cell in planned:  # coefficients in the CSV have six digits
         key = [cell.architecture, cell.d_sae, cell.k, cell.n_experts, cell.seed, cell.gate, cell.passes, cell.units]
         names = ["architecture", "d_sae", "k", "n_experts", "seed", "gate", "passes", "units"]
         assert any(r["experiment"] == experiment and [r[n] for n in names] == key for r in rows), (experiment, cell)
-    assert {tuple(t[n] for n in SHAPE) for t in tables.read(COMMITTED / "timing.csv")} == set(
+    assert {tuple(t[n] for n in SHAPE) for t in csv_rows.read(COMMITTED / "timing.csv")} == set(
         timing.timed_shapes(cells.PLANS["default"])
     )

@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_synced_is_one_warning(number, no_fsync, tmp_pat
     for name in names(tmp_path / "saved"):
         checkpoints.verify(tmp_path / "saved" / name)
     (record,) = caplog.records
-    assert "cannot put folders on disk" in record.message
+    assert "cannot sync folders to disk" in record.message
 
 
 def test_a_folder_that_cannot_be_opened_is_one_warning(tmp_path, monkeypatch, caplog):

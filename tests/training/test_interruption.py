@@ -177,7 +177,7 @@ def test_a_terminal_that_is_closed_saves_and_ends_with_129_and_a_job_that_ignore
         second.terminate()
         out, err = second.communicate(timeout=600)
         assert second.returncode == 143, err
-        assert "go on with the same command and --resume latest" in out
+        assert "to resume, run the same command with --resume latest" in out
         assert checkpoints.latest(ignoring / "saved") is not None
     finally:
         for child in (first, second):

@@ -182,7 +182,7 @@ def test_a_place_in_other_activations_is_refused(other, tmp_path):
 
 def test_a_place_of_an_earlier_version_beyond_the_end_is_refused():
     batches = activation_batches(torch.cat(activations(5)), 64)
-    with pytest.raises(ValueError, match="batch must be one of an epoch's 5, to go on from there; got 7"):
+    with pytest.raises(ValueError, match="batch must be between 0 and 5, the batches per epoch; got 7"):
         batches.load_state_dict({"epoch": 0, "batch": 7})
     batches.load_state_dict({"epoch": 0, "batch": 5})
     assert len(next(batches)) == 64

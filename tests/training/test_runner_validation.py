@@ -68,7 +68,7 @@ def test_a_runs_settings_are_refused_when_made_and_before_a_model_is_loaded(tmp_
         ({"dataset_path": ""}, "dataset_path must name a dataset where none is passed in; got ''"),
         ({"from_pretrained_path": "no/such"}, "from_pretrained_path must be a folder with an SAE; got 'no/such'"),
         ({"hook_name": "blocks.7.hook_resid_pots"}, "did you mean 'blocks.7.hook_resid_post'"),
-        ({"llm_device": "cuda:99"}, "llm_device must be there; got 'cuda:99'"),
+        ({"llm_device": "cuda:99"}, "llm_device must exist; got 'cuda:99'"),
     ],
 )
 def test_what_a_run_does_not_find_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, given, message):
@@ -94,8 +94,8 @@ def test_what_a_run_does_not_find_is_refused_before_a_model_is_loaded(tmp_path, 
             ["--hook-name", "blocks.7.hook_resid_pots"],
             "hook_name must be a hook of TransformerLens; got 'blocks.7.hook",
         ),
-        (["--device", "meta"], "device must be one that this machine computes on; got 'meta'"),
-        (["--output-path", "a" * 300], "output_path must be a folder that can be written in, or made; got 'aaa"),
+        (["--device", "meta"], "device must be a device that this machine has; got 'meta'"),
+        (["--output-path", "a" * 300], "output_path must be a writable folder, or one that can be created; got 'aaa"),
         (["--output-path", f"{__file__}/sae"], "output_path must be a folder"),
     ],
 )
@@ -132,7 +132,7 @@ def test_a_slip_in_a_hook_name_is_refused_without_the_model():
     [
         ({"hook_name": "blocks.1.hook_resid_pree"}, "hook_name must be .*'blocks.1.hook_resid_pree'; did you mean .*"),
         ({"hook_name": "blocks.9.hook_resid_pre"}, "hook_name must be .*; did you mean 'blocks.[01].hook_resid_pre'"),
-        ({"hook_name": "blocks.0.hook_attn_in"}, "hook_name must be a hook that tiny comes by as it is configured"),
+        ({"hook_name": "blocks.0.hook_attn_in"}, "hook_name must be a hook that tiny reaches as it is configured"),
         ({"hook_head_index": 0}, "hook_head_index must be None or one of the heads"),
         ({"hook_name": "blocks.0.attn.hook_q", "hook_head_index": 2}, "hook_head_index must be .*; got 2"),
     ],
@@ -154,7 +154,7 @@ def test_a_hook_that_the_model_does_not_have_is_refused_before_training(tmp_path
 def test_contexts_longer_than_the_models_are_refused_before_training(tmp_path, model):
     rows = Dataset.from_dict({"tokens": [[0] + [3] * 31] * 50})
     cfg = run_config(tmp_path, context_size=17)
-    with pytest.raises(ValueError, match="context_size must be at most 16, the longest of tiny; got 17"):
+    with pytest.raises(ValueError, match="context_size must be at most 16, the longest context of tiny; got 17"):
         LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=rows).run()
 
 

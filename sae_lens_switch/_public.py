@@ -1,0 +1,43 @@
+"""The public names of ``sae_lens_switch``; importing them registers its architectures with SAELens."""
+
+from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
+from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_switch.saes.registration import override_topk, register
+from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.switch_sae import SwitchSAE
+from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.training.activations import activation_batches
+from sae_lens_switch.training.checkpoints import CheckpointError
+from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, scaling_law_lr
+from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig
+from sae_lens_switch.training.runners import (
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+)
+from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
+
+register()
+
+__all__ = [
+    "CheckpointError",
+    "LanguageModelSAERunnerConfig",
+    "LanguageModelSAETrainingRunner",
+    "MultiSAETrainingRunner",
+    "SparseCodes",
+    "SparseSAETrainer",
+    "SparseSAETrainerConfig",
+    "SparseTopKTrainingSAE",
+    "SparseTopKTrainingSAEConfig",
+    "SwitchSAE",
+    "SwitchSAEConfig",
+    "SwitchTrainingSAE",
+    "SwitchTrainingSAEConfig",
+    "TrainerOptions",
+    "TrainingDivergedError",
+    "activation_batches",
+    "override_topk",
+    "scaling_law_lr",
+    "upload_saes_to_huggingface",
+    "verified_loader",
+]
