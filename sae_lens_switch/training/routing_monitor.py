@@ -77,6 +77,11 @@ class RoutingMonitor:
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
+    def metrics(self) -> dict[str, float]:
+        """Of the running load, for logs. Waits for the device."""
+        loads = {f"routing/load_expert_{e}": load for e, load in enumerate(self.load_E.tolist())}
+        return {"routing/dead_experts": int(self.dead_experts.sum()), **loads}
+
     def histograms(
         self, dead_F: Tensor, density_F: Tensor | None, gates_B: Tensor | None
     ) -> dict[str, wandb.Histogram]:

@@ -77,8 +77,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     ) -> None:
         cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
         check_trainable(sae.cfg)
-        for device in (cfg.device, sae.cfg.device):
-            check_device("device", device)
+        check_device("device", cfg.device)
+        check_device("device", sae.cfg.device)
         check_writable("checkpoint_path", cfg.checkpoint_path)
         self.firing = FiringCounter(sae.cfg.d_sae, cfg.device)
         self._normalizes = sae.cfg.normalize_activations
@@ -92,8 +92,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.skipped = SkippedSteps(cfg.max_skipped_steps, cfg.device)
         self.collapse = CollapseResponse(cfg.on_collapse)
         self.routing: RoutingMonitor | None = None
-        if self._sparse_sae is not None and self._sparse_sae.n_experts is not None:
-            n_experts = self._sparse_sae.n_experts
+        if self._sparse_sae is not None and (n_experts := self._sparse_sae.n_experts) is not None:
             self.routing = RoutingMonitor(n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
         self._last_gates_B: Tensor | None = None
         self._interruption = Interruption()
@@ -200,8 +199,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         else:
             for name, value in self._numbers().items():
                 self._scalars[name].fill_(value)
-            is_fresh = self._sparse_sae is not None and self._sparse_sae.is_fresh
-            replays = dead_mask is None and not is_fresh
+            replays = dead_mask is None and not (self._sparse_sae is not None and self._sparse_sae.is_fresh)
             output = self._graph(sae_in) if replays else self._on_device(sae_in, dead_mask)
         self.n_frac_active_samples += len(sae_in)
         self.lr_scheduler.step()
@@ -301,12 +299,9 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         log = super().build_train_step_log_dict(output, n_training_samples)
         log["details/skipped_steps"] = self.n_skipped_steps
         if isinstance(output, SparseStepOutput) and output.routing is not None and self.routing is not None:
-            for name in output.routing.metrics():
+            for name in ("load_balance", *output.routing.metrics()):
                 log[f"routing/{name}"] = log.pop(f"metrics/{name}")
-            log["routing/load_balance"] = log.pop("metrics/load_balance")
-            log["routing/dead_experts"] = int(self.routing.dead_experts.sum())
-            log["routing/interventions"] = self.n_interventions
-            log |= {f"routing/load_expert_{e}": load for e, load in enumerate(self.routing.load_E.tolist())}
+            log |= {**self.routing.metrics(), "routing/interventions": self.n_interventions}
             self._last_gates_B = output.routing.gates_B.float().cpu()
         return log
 
