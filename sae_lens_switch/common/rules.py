@@ -1,6 +1,6 @@
 """What a field of a config must be: rules, and checking a config against a table of them, one rule per field.
 
-Configs are checked when they are made, and again by whoever trains with them, since fields can be set in between.
+Configs are checked when they are made, and again before training, since fields can be set in between.
 """
 
 import ctypes
@@ -131,7 +131,7 @@ class Choice(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Device(Rule):
-    """A name that torch can read; whether the machine has it is asked when something is put there."""
+    """A device name that torch can parse; whether the machine has it is checked when something is put there."""
 
     also: tuple[str, ...] = ()
 
@@ -210,7 +210,7 @@ class Kind(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Anything(Rule):
-    """What others have to judge."""
+    """Any value; checked elsewhere, if at all."""
 
     def plain(self, value: object) -> object:
         return value

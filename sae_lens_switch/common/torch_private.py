@@ -22,7 +22,7 @@ def fused_adam(tensor_lr: bool) -> Callable[..., None]:
 
 
 class OpenAdam(torch.optim.Adam):
-    """torch's Adam with the place where a step collects its tensors made public."""
+    """torch's Adam with the method that collects a step's tensors made public."""
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.collect(group, *lists)
@@ -38,7 +38,7 @@ def version_of(p: Tensor) -> tuple[int, int]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether any hook is registered: dense latents are only laid out for someone who looks at them."""
+    """Whether any hook is registered: dense latents are only materialised for hooks."""
     return bool(
         module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or module._forward_pre_hooks
     )

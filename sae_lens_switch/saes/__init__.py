@@ -1,1 +1,1 @@
-"""What is computed: the SAEs, their configs, and what SAELens is told of them."""
+"""What is computed: the SAEs, their configs and files, and their registration with SAELens."""

@@ -22,7 +22,7 @@ class SwitchSAEConfig(SAEConfig):
     Args:
         n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
         k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
-        gate (str): "probability": latents are weighted by the router's probability of their expert, as in the paper. "one": they are not.
+        gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "one": they are not.
     """
 
     n_experts: int = 16
@@ -48,18 +48,18 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     Args:
         n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
         k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
-        gate (str): "probability": latents are weighted by the router's probability of their expert, as in the paper. "one": they are not, and the router learns from the load balance alone.
+        gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "one": they are not, and the router learns from the load balance alone.
         load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in".
-        load_balance_scale (str): "variance": the batch's E||x - mean||^2, so that the loss means the same for activations of any size. "d_in": the authors' constant.
+        load_balance_scale (str): "variance": the batch's E||x - mean||^2, so that the coefficient means the same for activations of any scale. "d_in": the authors' constant.
         load_balance_warm_up_steps (int): Steps over which the coefficient rises linearly from 0.
         normalize_decoder (bool): Scale decoder rows to unit norm after every optimiser step.
         project_decoder_grad (bool): Before every optimiser step, after clipping, remove from each decoder row's gradient the part parallel to the row. Only with normalize_decoder.
         decoder_init_norm (float | None): Norm of the decoder rows at the start; the encoder starts as the decoder's transpose.
-        bias_start (str): Where b_dec and b_router start, taken from the first batch: its "geometric_median" (the paper), its "mean", or "zeros".
-        router_start_std (float | None): Standard deviation that the router's logits are scaled to on the first batch, so that routing starts equally sharp for activations of any size. None: as initialised, uniform in +-1/sqrt(d_in), as the authors do.
-        aux_loss_coefficient (float): Weight of AuxK, by which the dead latents of a token's own expert learn from what the others leave. The paper has none.
-        aux_k (int | None): How many of them, for a token. None: k.
-        tie_router_bias (bool): The router subtracts b_dec, and b_router follows it: the authors' checkpoints have one vector for both.
+        bias_start (str): Initial value of b_dec and b_router, from the first batch: its "geometric_median" (the paper), its "mean", or "zeros".
+        router_start_std (float | None): Standard deviation to which the router's logits are scaled on the first batch, so that routing starts equally sharp for activations of any scale. None: W_router stays as initialised, uniform in +-1/sqrt(d_in), as in the authors' code.
+        aux_loss_coefficient (float): Weight of AuxK, in which the dead latents of a token's own expert reconstruct its residual. The paper has none.
+        aux_k (int | None): Number of dead latents per token that do so. None: k.
+        tie_router_bias (bool): The router subtracts b_dec, and b_router is kept equal to it: the authors' checkpoints have one vector for both.
     """
 
     n_experts: int = 16
@@ -97,7 +97,7 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     """
     Config of a TopK SAE trained on sparse kernels: SAELens's TopKTrainingSAEConfig, field by field. use_sparse_activations changes nothing: latents are sparse.
 
-    The trained SAE is saved as a plain "topk", and whoever loads it does not need this package.
+    The trained SAE is saved as a plain "topk", which loads without this package.
     """
 
     @override
@@ -149,7 +149,7 @@ def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
 
 
 def check_trainable(cfg: SAEConfig) -> None:
-    """As ``check_sae``, and what a training run would only stop at when a first latent is dead. Raises ValueError."""
+    """As ``check_sae``, and what would only stop a run once a first latent is dead. Raises ValueError."""
     check_sae(cfg)
     ours = isinstance(cfg, SwitchTrainingSAEConfig | SparseTopKTrainingSAEConfig)
     if ours and cfg.aux_loss_coefficient != 0 and cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):

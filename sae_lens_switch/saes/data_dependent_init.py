@@ -107,7 +107,7 @@ _Named = Iterable[tuple[str, nn.Parameter]]
 
 
 class FirstBatchStart:
-    """Whether an SAE's parameters are still to be initialised from a batch, and how to take that back.
+    """Whether an SAE's parameters are still to be initialised from a batch, and how to revert that.
 
     Weights written to in place, past ``load_state_dict``, leave no trace in torch: a sample of them is compared.
 
@@ -141,7 +141,7 @@ class FirstBatchStart:
 
     @torch.no_grad()
     def settle(self, parameters: _Named, is_finite: Tensor | bool) -> None:
-        """Keep the start if the step that followed it was finite; otherwise take it back, and be due again."""
+        """Keep the start if the step that followed it was finite; otherwise revert it, and be due again."""
         if self._before and not is_finite:
             by_name = dict(parameters)
             for name, t in self._before.items():

@@ -1,4 +1,4 @@
-"""The router: which expert a token goes to, with what gate, and how evenly the tokens are spread."""
+"""The router: which expert each token is sent to, with what gate, and how balanced the load is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Assignment:
-    """logits_BE and probs_BE over all experts; experts_BA and gates_BA of the A chosen ones (A = 1)."""
+    """Router logits and probabilities of all experts; indices and gates of the A chosen ones (A = 1)."""
 
     logits_BE: Tensor
     probs_BE: Tensor
@@ -52,7 +52,7 @@ def load_balance_loss(probs_BE: Tensor, load_E: Tensor) -> Tensor:
 
 
 class RoutingStatistics:
-    """What a training step's routing looked like; every number is computed when asked for, not before."""
+    """Statistics of a training step's routing, each computed lazily."""
 
     def __init__(self, load_E: Tensor, gates_B: Tensor, dead_latents_F: Tensor | None = None) -> None:
         self.load_E, self.gates_B = load_E, gates_B
@@ -76,7 +76,7 @@ class RoutingStatistics:
         return self.gates_B.mean()
 
     def metrics(self) -> dict[str, Callable[[], Tensor]]:
-        """Zero-argument callables by name: SAELens evaluates them on logging steps only."""
+        """Callables without arguments, by name: SAELens evaluates them on logging steps only."""
         per_expert = {f"dead_latents_expert_{e}": (lambda e=e: self.dead_latents_E[e]) for e in range(len(self.load_E))}
         return {
             "expert_load_max": lambda: self.load_E.max(),

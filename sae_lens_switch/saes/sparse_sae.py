@@ -86,7 +86,7 @@ class SparseSAE(SAE[Any], ABC):
 
     @property
     def has_dense_hooks(self) -> bool:
-        """Whether someone looks at the dense latents, which must be laid out then."""
+        """Whether hooks observe the dense latents, which must then be materialised."""
         return has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post)
 
     # Copies and files
@@ -128,7 +128,7 @@ class LatentParameters(NamedTuple):
 
 
 class DeadLatents(NamedTuple):
-    """The indices of the dead latents [N], and how many of them reconstruct a token's residual (AuxK)."""
+    """Indices of the dead latents [N], and how many of them reconstruct each token's residual (AuxK)."""
 
     indices_N: Tensor | None
     aux_k: int
@@ -168,7 +168,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         """The parameters whose rows a row-sparse optimiser may step one by one."""
 
     def settle_start(self, is_finite: Tensor | bool) -> None:
-        """Called once the step's outcome is known: an initialisation from a non-finite step is taken back."""
+        """Called once the step's outcome is known: an initialisation from a non-finite step is reverted."""
 
     def after_own_step(self) -> None:
         """Called at the end of a step of an optimiser that applies the decoder's constraint itself."""
@@ -269,7 +269,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
 
     @property
     def aux_k(self) -> int:
-        """How many dead latents reconstruct a token's residual: half of d_in, as in SAELens."""
+        """Number of dead latents that reconstruct each token's residual: d_in / 2, as in SAELens."""
         return self.cfg.d_in // 2
 
     @property
@@ -286,7 +286,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         dead_F: Tensor | None,  # noqa: ARG002
         assignment: Assignment | None,  # noqa: ARG002
     ) -> Tensor | int:
-        """How many dead latents there are for a token: a number, or [B]."""
+        """Number of dead latents available to each token: one number, or [B]."""
         return len(dead_N)
 
     def _dead_latents(self, dead_F: Tensor | None) -> DeadLatents:

@@ -14,13 +14,13 @@ from sae_lens_switch.saes.step import SparseStepOutput
 
 
 def release(output: TrainStepOutput) -> None:
-    """What ``merged`` does not read of a part with dense latents, as wide as the dictionary, is not kept for it."""
+    """Drop the tensors of a part with dense latents, as wide as the dictionary, that ``merged`` does not read."""
     if not isinstance(output, SparseStepOutput):
         output.feature_acts = output.hidden_pre = output.sae_out = output.sae_in.new_empty(0)
 
 
 def without_graph(output: TrainStepOutput) -> TrainStepOutput:
-    """Cut off from autograd's graph, no part of which may outlive a step that is captured."""
+    """Detach from autograd's graph, no part of which may outlive a captured step."""
     output.loss, output.sae_out = output.loss.detach(), output.sae_out.detach()
     output.losses = {name: loss.detach() for name, loss in output.losses.items()}
     return output
@@ -71,7 +71,7 @@ def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
 
 
 class RowGradsSum:
-    """What several backward passes leave in one RowGrads, summed: autograd does so with the other gradients only."""
+    """The sum of what several backward passes leave in one RowGrads; autograd sums the other gradients itself."""
 
     def __init__(self, row_grads: RowGrads | None) -> None:
         self._row_grads = row_grads

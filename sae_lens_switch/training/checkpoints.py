@@ -31,7 +31,7 @@ from sae_lens_switch.training.manifest import (
     write_manifest,
 )
 
-# In a checkpoint of a run that scales its activations: what training goes on from.
+# In a checkpoint of a run that scales its activations: what training resumes from.
 TRAINING_FOLDER = "training"
 _FINAL, _DIVERGED = "final_", "diverged_"
 
@@ -170,8 +170,8 @@ def latest(base: Path | str, config: Json | None = None, n_samples: int = 0) -> 
         raise damage
     if diverged:
         raise CheckpointError(
-            f"below {base} there are only checkpoints of runs that diverged: {', '.join(map(str, diverged))}. To go on "
-            f"from one of them, name it: resume={str(diverged[0])!r}"
+            f"below {base} there are only checkpoints of runs that diverged: {', '.join(map(str, diverged))}. To "
+            f"resume from one of them, name it: resume={str(diverged[0])!r}"
         )
     _say_what_else_is_there(base)
     return None
@@ -261,7 +261,7 @@ def _say_what_else_is_there(base: Path) -> None:
         listed = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
         logger.warning(
             f"no checkpoint below {base} that resume='latest' means: starting from the beginning. There is {listed}; "
-            "to go on from one of them, name it"
+            "to resume from one of them, name it"
         )
     else:
         logger.info(f"no checkpoint below {base} yet: starting from the beginning")

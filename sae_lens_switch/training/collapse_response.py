@@ -1,4 +1,4 @@
-"""What is done when the router has collapsed: a warning, a higher coefficient, or a new start for idle experts."""
+"""The response to a collapsed router: a warning, a higher coefficient, or a new start for idle experts."""
 
 from collections.abc import Iterable, Mapping
 

@@ -16,16 +16,16 @@ class TrainerOptions:
     What SparseSAETrainer can do beyond SAELens's trainer.
 
     Args:
-        optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which touches only the latents that were active: at most k of every token, however wide the dictionary.
-        gradient_accumulation_steps (int): Parts that each batch is computed in, one after the other, in the memory of one part; their gradients are summed to the batch's. What is taken from a batch as a whole, such as the load balance, is taken from each part.
-        cuda_graph (bool): On a GPU, steps are captured as one CUDA graph and replayed: the host's part, most of a small step, is gone. Results are the same but for the learning rate's rounding to float32. With "adam", for switch and sparse_topk without auxiliary loss. On a CPU it changes nothing.
-        max_grad_norm (float | None): Gradients are scaled down to this norm. None: they are not.
-        resume (str | None): A checkpoint to go on from, or "latest": the newest whole one below checkpoint_path, if there is any.
-        keep_checkpoints (int | None): Older checkpoints than this many are removed. None: all stay. The final one always does.
-        max_skipped_steps (int): A step whose loss or gradient is not finite is skipped; after this many in a row training stops.
-        on_collapse (str): What happens when the router sends everything to few experts, besides the warning. "report": nothing. "raise_coefficient": the load-balance coefficient doubles. "reseed": experts without tokens start again as twins of the busiest.
-        collapse_share (float | None): An expert with more than this share of the tokens is too busy. None: half-way between an even share and all.
-        collapse_patience (int): For how many steps in a row, until it counts as collapse; likewise without tokens.
+        optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which only updates latents that were active in the step, at most k per token, however wide the dictionary.
+        gradient_accumulation_steps (int): Number of parts in which each batch is computed, one after the other, in the memory of one part; their gradients are summed. Batch statistics, such as the load balance, are computed per part.
+        cuda_graph (bool): Capture the training step as one CUDA graph and replay it, which removes the host's part, most of a small step. Results are the same but for the learning rate's rounding to float32. Requires "adam", and switch or sparse_topk without auxiliary loss. No effect on a CPU.
+        max_grad_norm (float | None): Gradients are clipped to this total norm. None: they are not.
+        resume (str | None): A checkpoint to resume from, or "latest": the newest intact one below checkpoint_path, if there is one.
+        keep_checkpoints (int | None): Number of checkpoints to keep; older ones are removed. None: keep all. The final one is always kept.
+        max_skipped_steps (int): Steps with a non-finite loss or gradient are skipped; after this many in a row training stops.
+        on_collapse (str): What to do when the router sends nearly everything to few experts, besides a warning. "report": nothing. "raise_coefficient": the load-balance coefficient doubles. "reseed": experts without tokens are re-initialised as copies of the busiest one.
+        collapse_share (float | None): Share of the tokens above which an expert counts as overloaded. None: half-way between an even share and 1.
+        collapse_patience (int): Consecutive steps above collapse_share, or with no tokens at all, before an expert counts as collapsed.
     """
 
     optimizer: OptimizerName = "adam"
@@ -50,7 +50,7 @@ class SparseSAETrainerConfig(TrainerOptions, SAETrainerConfig):
 
     Args:
         lr (float | None): None: 2e-4 / sqrt(d_sae / 2^14).
-        lr_decay_steps (int | None): Steps at the end over which the learning rate falls to 0. None: the last 20 %, of a constant schedule.
+        lr_decay_steps (int | None): Final steps over which the learning rate decays to 0. None: the last 20 % of a constant schedule.
     """
 
     lr: float | None = None  # type: ignore[assignment]
@@ -94,5 +94,5 @@ def scaling_law_lr(d_sae: int) -> float:
 
 
 def default_decay(steps: int, warm_up: int) -> int:
-    """The last 20 % of a run, or what the warm-up leaves of it."""
+    """The last 20 % of a run, or fewer steps if the warm-up is longer than the rest."""
     return max(0, min(steps // 5, steps - warm_up))

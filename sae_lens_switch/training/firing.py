@@ -1,4 +1,4 @@
-"""When each latent last fired, without a pass over all latents in a step of a sparse SAE."""
+"""When each latent last fired, counted without a pass over all latents in each step of a sparse SAE."""
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput

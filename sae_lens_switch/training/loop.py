@@ -62,7 +62,7 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return self.sae
 
     def _step_and_log(self, batch: Tensor, progress: Bar | Sentences) -> None:
-        """A function, so that nothing of a step is left when the next begins."""
+        """A function of its own, so that no reference to a step's tensors is alive when the next begins."""
         output = self.step(batch)
         if self.cfg.logger.log_to_wandb:
             self._log_train_step(output)

@@ -181,8 +181,8 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def resume(self, checkpoint: Path | str = "latest") -> Path | None:
         """Resume from a checkpoint: weights, everything the trainer keeps, and the place in the activations.
 
-        An iterator that is ``ResumableData`` is told its place; from any other, which must begin where it did the first
-        time, the batches that were used are drawn and dropped.
+        An iterator that is ``ResumableData`` restores its position; any other must start from its beginning, and
+        the batches already used are drawn and dropped.
 
         Args:
             checkpoint: A folder, or "latest": the newest whole one below ``checkpoint_path``.

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: the host replays with one call what otherwise are hundreds of launches."""
+"""A training step as one CUDA graph: one call of the host replays hundreds of launches."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar

@@ -52,7 +52,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             add files to it.
 
     Differences from SAELens: torch's fused Adam in one pass over the weights, or row-sparse Adam; clipping without a
-    pass of its own; statistics from codes; nothing of a step outlives it; no wait for the device except to log, and
+    pass of its own; statistics from codes; no tensor outlives its step; no wait for the device except to log, and
     once per step with AuxK (how many latents are dead) or row-sparse Adam (how many were active).
     A step whose loss or gradient is non-finite changes nothing and is counted. Checkpoints are atomic;
     SIGINT, SIGTERM and SIGHUP write one before they stop ``fit``.
@@ -170,7 +170,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def _reset_running_sparsity_stats(self) -> None:
-        cast(Tensor, self.act_freq_scores).zero_()  # in place: a captured step goes on writing there
+        cast(Tensor, self.act_freq_scores).zero_()  # in place: a captured step keeps writing there
         self.n_frac_active_samples = 0
 
     @override

@@ -28,7 +28,7 @@ def test_help_of_an_architecture_explains_every_flag(capsys):
     for expected in (
         "--n-experts int Experts E; must divide d_sae.",
         "--d-in int Width of the activations at hook_name. (required)",
-        "--resume str|none A checkpoint to go on from",
+        "--resume str|none A checkpoint to resume from",
         "--load-balance-scale variance|d_in",
         "(default: 2e-4 / sqrt(d_sae / 2^14))",
         "--streaming [true|false]",
