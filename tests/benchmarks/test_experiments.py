@@ -7,24 +7,22 @@ import json
 import math
 import shutil
 import signal
-import sys
 from pathlib import Path
 
+import cells
+import figures
 import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
+import run
+import tables
+import timing
 import torch
 from helpers import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "experiments"
-sys.path[:0] = [str(ROOT / "examples" / "experiments"), str(ROOT / "examples")]
-import cells  # noqa: E402
-import figures  # noqa: E402
-import run  # noqa: E402
-import tables  # noqa: E402
-import timing  # noqa: E402
 
 RESULTS = [
     *("l0", "mse", "fvu", "final_loss", "ce_recovered", "dead_latents", "load_max", "load_min"),

@@ -10,17 +10,15 @@ import time
 import zipfile
 from pathlib import Path
 
+import packed_model
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
-
-import packed_model
 from gpu import publish, shapes, supervise, wheelhouse
 from gpu.record import Record, run_cases
 from gpu.table import LINES, table
 from gpu.timing import normal
+
+ROOT = Path(__file__).parents[2]
 
 
 def check(output: Path, *options: str) -> subprocess.CompletedProcess:

@@ -82,6 +82,9 @@ def test_commands_are_there(command, capsys):
             assert train.main([*flags, "--dry-run"] if "--d-in" in flags else ["--help"]) == 0, capsys.readouterr().err
         elif module == "sae_lens_switch.cost":
             cost.main([f for f in flags if f != "--measure"])
+        if spec.submodule_search_locations is not None:  # a package's command is its __main__
+            spec = importlib.util.find_spec(f"{module}.__main__")
+            assert spec is not None
         assert 'if __name__ == "__main__":' in Path(str(spec.origin)).read_text()
     elif program == "python":
         script = ROOT / arguments[0]
