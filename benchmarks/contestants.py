@@ -23,7 +23,9 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
-from sae_lens_switch.training.optim.constrained_adam import step_in_memory_order
+from sae_lens_switch.saes.decoder_constraint import AppliesConstraint
+from sae_lens_switch.saes.step import SparseStepInput
+from sae_lens_switch.training.optim.master_weights import MasterWeights
 
 LR = 1e-4
 BASELINE = "SAELens topk"
@@ -68,18 +70,23 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
     return table
 
 
+class BareAdam(AppliesConstraint, torch.optim.Adam):
+    """Adam alone: no decoder constraint is applied around its steps."""
+
+
 class Contestant:
     """A training step: forward, backward, clipping, Adam. ``forward`` returns the loss."""
 
     module: nn.Module
     forward_backward_ms: float | None = None  # of the last step
+    _bare_optimizer: torch.optim.Optimizer | None = None
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.x = args, batch(args)
 
     def ready(self) -> None:
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=LR, fused=True)
-        step_in_memory_order(self.optimizer)
+        MasterWeights(self.optimizer, masters=False)
 
     def forward(self) -> Tensor:
         raise NotImplementedError
@@ -95,11 +102,11 @@ class Contestant:
 
     def bare_step(self) -> None:
         """Forward, backward and fused Adam, and nothing else."""
-        if not hasattr(self, "optimizer"):
-            self.ready()
-        self.optimizer.applies_constraint = True  # type: ignore[attr-defined], that is: none is applied
+        if self._bare_optimizer is None:
+            self._bare_optimizer = BareAdam(self.module.parameters(), lr=LR, fused=True)
+            MasterWeights(self._bare_optimizer, masters=False)
         self.forward().backward()
-        self.optimizer.step()
+        self._bare_optimizer.step()
         self.module.zero_grad()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -123,17 +130,17 @@ class Ours(Contestant):
         self.module = sae
         self.coefficients = {name: float(getattr(c, "value", c)) for name, c in sae.get_coefficients().items()}
         self.since_fired = torch.zeros(sae.cfg.d_sae, device=args.device)
-        sae.refuses_not_finite = args.device == "cpu"  # which waits for a GPU; our trainer turns it off as well
         self.ready()
 
     def forward(self) -> Tensor:
         output = self.module.training_forward_pass(
-            TrainStepInput(
+            SparseStepInput(
                 sae_in=self.x,
                 coefficients=self.coefficients,
                 dead_neuron_mask=None,
                 n_training_steps=1,
                 is_logging_step=False,
+                refuse_non_finite=self.args.device == "cpu",  # it waits for a GPU; our trainer turns it off as well
             )
         )
         self.codes = output.codes

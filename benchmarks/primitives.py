@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from sae_lens_switch_kernels import operators, sparse_autoencode, torch_backend
 
-from sae_lens_switch.training.optim.row_sparse_adam import _put_rows
+from sae_lens_switch.training.optim.row_sparse_adam import scatter_rows_
 
 B, D, N_LATENTS, K, ROUNDS = 4096, 768, 24576, 32, 7
 
@@ -96,7 +96,7 @@ def main() -> None:
         "30,000 rows of 2 KiB written back",
         {
             "index_copy_": lambda: table.index_copy_(0, rows, moved),
-            "as 16-byte elements": lambda: _put_rows(table, rows, moved),
+            "as 16-byte elements": lambda: scatter_rows_(table, rows, moved),
         },
     )
 

@@ -1,16 +1,10 @@
-"""Tables and a picture from the results in docs/gpu, for the pages that show them.
-
-python benchmarks/gpu/publish.py            # writes docs/gpu/README.md and the marked parts of other pages
-python benchmarks/gpu/publish.py --check    # exit code 1 if any of them is not what the results say
-"""
+"""Tables and a picture from the results in docs/gpu, which benchmarks/publish.py puts into the pages that show them."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +18,7 @@ _WIDTHS = {
     "B 8,192 D 2,304 F 65,536 k 64": "B 8,192, D 2,304, F 65,536, k 64",
     "B 8,192 D 4,096 F 262,144 k 64": "B 8,192, D 4,096, F 262,144, k 64",
 }
-_PRECISIONS = {"bf16": "bf16 autocast", "tf32": "TF32", "fp32": "float32"}
+PRECISIONS = {"bf16": "bf16 autocast", "tf32": "TF32", "fp32": "float32"}
 
 Cases = dict[str, dict[str, Any]]
 
@@ -44,11 +38,11 @@ def steps() -> str:
     parts = []
     for width, said in _WIDTHS.items():
         rows = []
-        for precision in _PRECISIONS:
+        for precision in PRECISIONS:
             stock = now.get(f"SAELens topk, {width}, {precision}")
             if stock is None:
                 continue
-            rows.append([_PRECISIONS[precision], "SAELens `topk`", "", f"{stock['ms']:.1f}", "", "1"])
+            rows.append([PRECISIONS[precision], "SAELens `topk`", "", f"{stock['ms']:.1f}", "", "1"])
             for name, case in now.items():
                 found = re.fullmatch(rf"(sparse_topk|switch), {width}(?: E (\d+))?, {precision}, graph", name)
                 if found is None:
@@ -65,8 +59,8 @@ def steps() -> str:
     return "\n\n".join(parts)
 
 
-def short_steps() -> str:
-    """One row an SAE, at the width of GPT-2's SAEs."""
+def short_cells() -> dict[str, list[str]]:
+    """By SAE, a cell per precision, at the width of GPT-2's SAEs."""
     now, width = cases(LAST, "steps"), "B 8,192 D 768 F 24,576 k 32"
     kinds = {
         "SAELens `topk`": f"SAELens topk, {width}, {{}}",
@@ -74,15 +68,18 @@ def short_steps() -> str:
         "`switch`, 32 experts": f"switch, {width} E 32, {{}}, graph",
         "`switch`, 128 experts": f"switch, {width} E 128, {{}}, graph",
     }
-    rows = []
+    rows: dict[str, list[str]] = {}
     for said, name in kinds.items():
-        row = [said]
-        for precision in _PRECISIONS:
+        rows[said] = []
+        for precision in PRECISIONS:
             ms = now[name.format(precision)]["ms"]
             ratio = now[f"SAELens topk, {width}, {precision}"]["ms"] / ms
-            row.append(f"{ms:.2f} ms" + (f", {ratio:.1f} x" if ratio != 1 else ""))
-        rows.append(row)
-    return table(["a training step", *_PRECISIONS.values()], rows)
+            rows[said].append(f"{ms:.2f} ms" + (f", {ratio:.1f} x" if ratio != 1 else ""))
+    return rows
+
+
+def short_steps() -> str:
+    return table(["a training step", *PRECISIONS.values()], [[said, *cells] for said, cells in short_cells().items()])
 
 
 def primitives() -> str:
@@ -97,7 +94,7 @@ def primitives() -> str:
             continue
         theirs = ", ".join(f"{n} {ms:.3f}" for n, ms in case["theirs_ms"].items() if isinstance(ms, float))
         rows.append([name, f"{case['ms']:.3f}", f"{case['floor_ms']:.3f}", f"{case['times_floor']:.1f}", theirs])
-    said = f"Ceilings measured first: {', '.join(ceilings)} (T bytes or FLOPs a second)."
+    said = f"Ceilings measured first: {', '.join(ceilings)} (T bytes or FLOPs per second)."
     return said + "\n\n" + table(["operation", "ms", "floor, ms", "x floor", "torch's own, ms"], rows)
 
 
@@ -168,31 +165,3 @@ BLOCKS = {
     "correctness": correctness,
     "training": training,
 }
-PAGES = [RESULTS / "README.md", *(ROOT / name for name in ("README.md", "kernels/README.md", "docs/faq.md"))]
-
-
-def filled(page: str) -> str:
-    """The page with what stands between ``<!-- gpu: name -->`` and ``<!-- end -->`` made anew."""
-
-    def block(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{BLOCKS[found[2]]()}\n{found[3]}"
-
-    return re.sub(r"(<!-- gpu: ([\w-]+) -->)\n.*?(<!-- end -->)", block, page, flags=re.DOTALL)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
-    for page in stale:
-        print(f"{'stale' if check else 'written'}: {page.relative_to(ROOT)}")
-        if not check:
-            page.write_text(filled(page.read_text()))
-    if not check:
-        picture()
-    return 1 if check and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

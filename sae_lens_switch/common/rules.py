@@ -9,7 +9,7 @@ import math
 import numbers
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -27,7 +27,7 @@ class Rule:
 
     optional: bool = False
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> object:
         raise NotImplementedError
 
     def expected(self) -> str:
@@ -41,7 +41,7 @@ class Whole(Rule):
     at_least: int = 0
     at_most: int = _INT64
 
-    def plain(self, value: Any) -> int:
+    def plain(self, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ValueError
         if not self.at_least <= value <= self.at_most:  # type: ignore[operator]
@@ -63,7 +63,7 @@ class Number(Rule):
     below: float | None = None
     at_most: float | None = None
 
-    def plain(self, value: Any) -> float:
+    def plain(self, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError
         number = float(value)
@@ -88,7 +88,7 @@ class Number(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Flag(Rule):
-    def plain(self, value: Any) -> bool:
+    def plain(self, value: object) -> bool:
         if not isinstance(value, bool | np.bool_):
             raise ValueError
         return bool(value)
@@ -104,7 +104,7 @@ class Text(Rule):
     path: bool = False
     may_be_empty: bool = False
 
-    def plain(self, value: Any) -> str:
+    def plain(self, value: object) -> str:
         if self.path and isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, str) or "\0" in value or not (value or self.may_be_empty):
@@ -120,7 +120,7 @@ class Choice(Rule):
     names: tuple[str, ...]
     any_case: bool = False
 
-    def plain(self, value: Any) -> str:
+    def plain(self, value: object) -> str:
         if not isinstance(value, str) or (value.lower() if self.any_case else value) not in self.names:
             raise ValueError
         return str(value)
@@ -135,10 +135,12 @@ class Device(Rule):
 
     also: tuple[str, ...] = ()
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> object:
+        if not isinstance(value, str | torch.device):
+            raise ValueError
         if value not in self.also:
             try:
-                torch.device(_refused_unless(isinstance(value, str | torch.device), value))
+                torch.device(value)
             except RuntimeError as error:
                 raise ValueError from error
         return str(value)
@@ -149,7 +151,7 @@ class Device(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Dtype(Rule):
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> object:
         if str(value) not in DTYPE_MAP or not isinstance(value, str | torch.dtype):
             raise ValueError
         return value if isinstance(value, str) else str(value).removeprefix("torch.")
@@ -165,8 +167,8 @@ class Each(Rule):
     member: Rule
     at_most: int = _INT64
 
-    def plain(self, value: Any) -> Any:
-        if type(value) not in (list, tuple) or len(value) > self.at_most:
+    def plain(self, value: object) -> object:
+        if not isinstance(value, list | tuple) or type(value) not in (list, tuple) or len(value) > self.at_most:
             raise ValueError
         return type(value)(_plain(self.member, item) for item in value)
 
@@ -178,7 +180,7 @@ class Each(Rule):
 class Either(Rule):
     rules: tuple[Rule, ...]
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> object:
         for rule in self.rules:
             try:
                 return _plain(rule, value)
@@ -197,7 +199,7 @@ class Kind(Rule):
     kinds: tuple[type, ...]
     table: Mapping[str, Rule] | None = None
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> object:
         if not isinstance(value, self.kinds):
             raise ValueError
         return value
@@ -210,20 +212,14 @@ class Kind(Rule):
 class Anything(Rule):
     """What others have to judge."""
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> object:
         return value
 
     def expected(self) -> str:
         return "anything"
 
 
-def _refused_unless(good: bool, value: Any) -> Any:
-    if not good:
-        raise ValueError
-    return value
-
-
-def _plain(rule: Rule, value: Any) -> Any:
+def _plain(rule: Rule, value: object) -> object:
     return None if value is None and rule.optional else rule.plain(value)
 
 
@@ -249,7 +245,7 @@ def check(cfg: Any, table: Mapping[str, Rule], prefix: str = "") -> None:
             setattr(cfg, field.name, plain)
 
 
-def check_value(name: str, value: Any, rule: Rule) -> Any:
+def check_value(name: str, value: object, rule: Rule) -> Any:
     """The value as it is kept. Raises ValueError."""
     try:
         plain = _plain(rule, value)
@@ -260,7 +256,7 @@ def check_value(name: str, value: Any, rule: Rule) -> Any:
     return plain
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message: short, whatever it is."""
     try:
         return reprlib.repr(value)
@@ -287,12 +283,12 @@ class UnknownFieldError(ValueError, TypeError):
     """An unknown keyword: a ValueError like all bad input here, a TypeError as Python's own."""
 
 
-def reject_unknown(given: Any, known: Any) -> None:
+def reject_unknown(given: Iterable[str], known: Collection[str]) -> None:
     for name in given:
         if name not in known:
             raise UnknownFieldError(f"unknown field {name!r}{nearest_name(name, known)}")
 
 
-def nearest_name(name: str, known: Any) -> str:
+def nearest_name(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

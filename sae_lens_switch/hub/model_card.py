@@ -1,12 +1,11 @@
-"""The model card of a Hub repository of SAEs: made from their configs, so that one upload can rewrite it for all.
+"""The model card of a Hub repository of SAEs, made from their configs so that any upload can rewrite it for all.
 
-Nothing in it is trusted: names are shown as code, with every character escaped that could be markup.
+No name is trusted: names are shown as code, with every character escaped that could be markup.
 """
 
 import glob
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 from urllib.parse import quote
 
 import yaml
@@ -16,6 +15,7 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 from sae_lens_switch.common.printable import printable
 
 PICTURE = "summary.png"
+Config = Mapping[str, object]
 _BEGIN = "<!-- sae-lens-switch: each upload rewrites from here ... -->"
 _END = "<!-- sae-lens-switch: ... to here -->"
 _PLAIN = re.compile(r"[\w./:=@+,' -]*", re.ASCII)
@@ -24,35 +24,40 @@ _ABOUT = {
     "switch": """\
 **Switch SAE** ([Mudide et al. 2024](https://arxiv.org/abs/2410.08201)): a router sends each activation to one of many
 experts, `e = argmax p`, `p = softmax((x - b_router) @ W_router)`, and only that expert's latents are computed. At most
-k are active, all of one expert; expert e of M latents owns `e*M` to `(e+1)*M`. With the gate "probability" they are
-multiplied by `p_e`; with "one" they are not. Decoding, `f @ W_dec + b_dec`, is linear in any latents, edited or mixed
-over experts.""",
+k latents are active per token, all in one expert; expert e of M latents owns `e*M` to `(e+1)*M`. With the gate
+"probability" they are multiplied by `p_e`; with "one" they are not. Decoding, `f @ W_dec + b_dec`, is linear in the
+latents, including latents that are edited or mixed over experts.""",
     "topk": """\
-**TopK SAE** ([Gao et al. 2024](https://arxiv.org/abs/2406.04093)): of all latents the k largest are kept.""",
+**TopK SAE** ([Gao et al. 2024](https://arxiv.org/abs/2406.04093)): the k largest latents per token are kept.""",
 }
 
 
 def model_card(
     repo_id: str,
-    configs: Mapping[str, Mapping[str, Any]],
+    configs: Mapping[str, Config],
     *,
-    front_matter: Mapping[str, Any],
+    front_matter: Mapping[str, object],
     derived: Mapping[str, list[str]],
     pictures: Collection[str] = (),
     revision: str = "main",
     previous: str | None = None,
 ) -> str:
-    """README.md of a repository that holds SAEs with these configs (``cfg.json``), by id.
+    """Write the README.md of a repository.
 
-    front_matter: what was said outright; wins over the rest
-    derived:      base_model and datasets as the SAEs name them; joined with what the card had
-    pictures:     files that are there to be shown
-    previous:     the card so far. What stands outside of our marks stays, in the text and in the front matter.
+    Args:
+        repo_id: The repository.
+        configs: The SAEs' configs (``cfg.json``) by id.
+        front_matter: Explicit front matter, which overrides the rest.
+        derived: ``base_model`` and ``datasets`` as the SAEs name them; merged with what the card had.
+        pictures: Files of the repository that may be shown.
+        revision: The branch.
+        previous: The current card. What is outside this package's markers is kept, in text and front matter.
 
-    Raises ValueError if ``previous`` has a front matter that is no YAML mapping, or one of our marks alone.
+    Raises:
+        ValueError: If the front matter of ``previous`` is no YAML mapping, or the end marker is missing.
     """
     previous = previous or f"# {repo_id.split('/')[-1]}\n"
-    # With a front matter, if only an empty one, or RepoCard warns that there is none.
+    # RepoCard warns if there is no front matter, so an empty one is added.
     content = previous if previous.startswith("---") else f"---\n\n---\n\n{previous}"
     try:
         card = RepoCard(content)
@@ -62,10 +67,10 @@ def model_card(
     evaluations = {sae_id: _evaluations(cfg) for sae_id, cfg in configs.items()}
     architectures = sorted({str(cfg.get("architecture")) for cfg in configs.values()})
     data["library_name"] = "saelens"
-    # The metrics that an earlier card of ours named may be gone.
     before = {key: _as_list(data.get(key)) for key in ("tags", "metrics", "base_model", "datasets")}
     joined = {
-        "tags": [*before["tags"], *_TAGS, *architectures, *front_matter.get("tags", ())],
+        "tags": [*before["tags"], *_TAGS, *architectures, *_as_list(front_matter.get("tags"))],
+        # Metrics named by an earlier card of this package may be outdated.
         "metrics": ([] if _BEGIN in previous else before["metrics"])
         + sorted({name for numbers in evaluations.values() for name in numbers}),
         **{key: [*before[key], *values] for key, values in derived.items()},
@@ -83,14 +88,14 @@ def model_card(
     head, begin, rest = card.text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if begin and not end:
-        raise ValueError(f"it has the mark {_BEGIN!r} and not the one that ends it, {_END!r}")
+        raise ValueError(f"it has the marker {_BEGIN!r} without its end marker, {_END!r}")
     card.text = head + body + after if begin else f"{head.rstrip()}\n\n{body}\n"
     return str(card)
 
 
 def _sections(
     repo_id: str,
-    configs: Mapping[str, Mapping[str, Any]],
+    configs: Mapping[str, Config],
     evaluations: Mapping[str, Mapping[str, float]],
     pictures: Collection[str],
     revision: str,
@@ -116,10 +121,10 @@ def _sections(
     routed = {sae_id: cfg for sae_id, cfg in configs.items() if isinstance(cfg.get("n_experts"), int)}
     if routed:
         rows = [
-            [sae_id, cfg["n_experts"], _experts_width(cfg), cfg.get("k"), cfg.get("gate"), *_load(cfg)]
+            [sae_id, cfg["n_experts"], _expert_width(cfg), cfg.get("k"), cfg.get("gate"), *_load(cfg)]
             for sae_id, cfg in routed.items()
         ]
-        header = ["SAE", "experts", "latents an expert", "k", "gate", "least load, %", "even", "most", "of all"]
+        header = ["SAE", "experts", "latents per expert", "k", "gate", "min load, %", "uniform", "max", "share of"]
         parts += ["## Routing", _table(header, rows)]
     dead = [
         [i, n, cfg.get("d_sae")] for i, cfg in configs.items() if (n := _measured(cfg).get("dead_latents")) is not None
@@ -135,14 +140,14 @@ def _sections(
         ]
         parts.append(_table(["SAE", "on", *map(_code, names)], rows))
     if dead:
-        parts.append("Latents that never fired in the tokens last counted:\n\n" + _table(["SAE", "dead", "of"], dead))
+        parts.append("Latents that never fired when last counted:\n\n" + _table(["SAE", "dead", "of"], dead))
     for sae_id in configs:
         if (picture := f"{sae_id}/{PICTURE}") in pictures:
             parts.append(f"{_code(sae_id)}\n\n![summary of the SAE]({quote(picture)})")
     return parts
 
 
-def _loading(repo_id: str, configs: Mapping[str, Mapping[str, Any]], revision: str) -> list[str]:
+def _loading(repo_id: str, configs: Mapping[str, Config], revision: str) -> list[str]:
     by_requirement: dict[str, dict[str, str]] = {}
     for sae_id, cfg in configs.items():
         requires = str(_mapping(cfg.get("metadata")).get("requires") or "")
@@ -153,18 +158,18 @@ def _loading(repo_id: str, configs: Mapping[str, Mapping[str, Any]], revision: s
         package, _, version = requires.partition(">=")
         imports = "from sae_lens import SAE\n"
         if re.fullmatch(r"[A-Za-z_]\w*", package, re.ASCII):
-            imports += f"import {package}  # announces its architectures to SAELens\n"
+            imports += f"import {package}  # registers its architectures with SAELens\n"
             needs = _code(package) + (f", {_code(version)} or later" if version else "")
             errors = ", ".join(_code(f"KeyError: '{name}'") for name in examples)
             parts.append(
-                f"Architecture {names}: with the package {needs}. Without its import SAELens does not know the "
-                f"architecture, and loading ends with {errors}."
+                f"Architecture {names}: needs the package {needs}. Unless it is imported, SAELens does not know the "
+                f"architecture, and loading fails with {errors}."
             )
         else:
-            parts.append(f"Architecture {names}: with SAELens alone, no plugin.")
+            parts.append(f"Architecture {names}: needs SAELens alone, no plugin.")
         sae_id = next(iter(examples.values()))
         call = f'sae = SAE.from_pretrained("{repo_id}", {_literal(sae_id)})'
-        if revision != "main":  # where from_pretrained does not look
+        if revision != "main":  # from_pretrained has no argument for it
             imports = f"from huggingface_hub import snapshot_download\n{imports}"
             where = f"revision={_literal(revision)}, allow_patterns={_literal(f'{glob.escape(sae_id)}/*')}"
             call = f"""folder = snapshot_download("{repo_id}", {where})
@@ -174,14 +179,14 @@ sae = SAE.load_from_disk(folder + {_literal(f"/{sae_id}")})"""
     if revision != "main":
         loader = f"functools.partial(verified_loader, revision={_literal(revision)})"
     parts.append(
-        f"With `SAE.from_pretrained(..., converter={loader})`, of `from sae_lens_switch.hub import verified_loader`, "
-        "the weights are compared with the SHA-256 in `cfg.json` before they are used."
+        "To compare the weights with the SHA-256 in `cfg.json` before they are used, load them with "
+        f"`SAE.from_pretrained(..., converter={loader})`, after `from sae_lens_switch.hub import verified_loader`."
     )
     return parts
 
 
-def _model_index(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
+def _model_index(configs: Mapping[str, Config]) -> list[dict[str, object]]:
+    entries: list[dict[str, object]] = []
     for sae_id, cfg in configs.items():
         dataset = _measured(cfg).get("eval_dataset")
         on = printable(dataset)
@@ -194,8 +199,8 @@ def _model_index(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     return entries
 
 
-def _load(cfg: Mapping[str, Any]) -> list[Any]:
-    """Least, even and largest share of an expert in percent, and of what."""
+def _load(cfg: Config) -> list[object]:
+    """Least, uniform and largest share per expert in percent, and of what."""
     measured = _measured(cfg)
     for key, of in (("expert_load", "tokens"), ("expert_firings", "firings of latents")):
         shares = measured.get(key)
@@ -204,25 +209,27 @@ def _load(cfg: Mapping[str, Any]) -> list[Any]:
     return [None] * 4
 
 
-def _experts_width(cfg: Mapping[str, Any]) -> int | None:
-    d_sae, n_experts = cfg.get("d_sae"), cfg["n_experts"]
-    return d_sae // n_experts if isinstance(d_sae, int) and n_experts > 0 else None
+def _expert_width(cfg: Config) -> int | None:
+    d_sae, n_experts = cfg.get("d_sae"), cfg.get("n_experts")
+    if isinstance(d_sae, int) and isinstance(n_experts, int) and n_experts > 0:
+        return d_sae // n_experts
+    return None
 
 
-def _measured(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+def _measured(cfg: Config) -> Config:
     return _mapping(_mapping(cfg.get("metadata")).get("measured"))
 
 
-def _evaluations(cfg: Mapping[str, Any]) -> dict[str, float]:
+def _evaluations(cfg: Config) -> dict[str, float]:
     numbers = _mapping(_measured(cfg).get("evaluations"))
     return {str(name): value for name, value in numbers.items() if isinstance(value, int | float)}
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: object) -> Config:
     return value if isinstance(value, Mapping) else {}
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
@@ -231,14 +238,14 @@ def _as_list(value: Any) -> list[Any]:
 # Escaping
 
 
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    """Without the columns that are empty."""
+def _table(header: list[str], rows: list[list[object]]) -> str:
+    """A table without its empty columns."""
     kept = [j for j in range(len(header)) if any(row[j] is not None for row in rows)]
     lines = [[header[j] for j in kept], ["---"] * len(kept), *([_cell(row[j]) for j in kept] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -246,8 +253,8 @@ def _cell(value: Any) -> str:
     return str(value) if isinstance(value, int) else _code(value)
 
 
-def _code(value: Any) -> str:
-    """A name as inline code. Entities cannot open or close anything in Markdown, nor in HTML."""
+def _code(value: object) -> str:
+    """A name as inline code. Entities cannot open or close anything in Markdown or HTML."""
     text = printable(value)
     text = text if len(text) <= 200 else text[:200] + "..."
     if text.strip() and _PLAIN.fullmatch(text):
@@ -257,5 +264,5 @@ def _code(value: Any) -> str:
 
 
 def _literal(text: str) -> str:
-    """A Python string that is the text, in characters that end neither it nor the block of code around it."""
+    """The text as a Python string literal, in characters that end neither it nor the code block around it."""
     return '"' + "".join(c if _PLAIN.fullmatch(c) else f"\\U{ord(c):08x}" for c in text) + '"'

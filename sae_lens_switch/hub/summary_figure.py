@@ -1,4 +1,4 @@
-"""The pictures. matplotlib is asked for only when one is drawn."""
+"""Summary figures of a training run and of an SAE. matplotlib is imported only when one is drawn."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+        raise ImportError("figures need matplotlib: pip install matplotlib") from error
     # Not pyplot: no global state, no window, and it works without a display.
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
@@ -31,12 +31,18 @@ def training_summary(
     variance: float | None = None,
     title: str = "",
 ) -> "Figure":
-    """How a training run went, in three panels: the loss, the load of each expert, the density of the latents.
+    """Draw a training run in three panels: loss, load per expert, density of the latents.
 
-    mse:            mean squared L2 error per token, one number per training step
-    expert_load:    share of the tokens that each expert received; sums to 1
-    latent_density: share of the tokens on which each latent fired, [F]
-    variance:       E||x - mean||^2, drawn as the level that the loss starts from when nothing is explained
+    Args:
+        mse: Squared L2 error per token, one number per training step.
+        expert_load: Share of the tokens routed to each expert; sums to 1.
+        latent_density: Share of the tokens on which each latent fired, [F].
+        tokens_per_step: Number of tokens per training step.
+        variance: E||x - mean||^2, drawn as the loss of an SAE that explains nothing.
+        title: Title of the figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
     """
     figure = _figure(13, 3.9)
     loss_axes, load_axes, density_axes = figure.subplots(1, 3)
@@ -69,13 +75,18 @@ def sae_summary(
     load_of: str = "tokens",
     title: str = "",
 ) -> "Figure":
-    """What a trained SAE looks like: a panel for each of what is known.
+    """Draw a trained SAE, with one panel for each quantity that is given.
 
-    expert_load:    share of the tokens (or of what ``load_of`` says) of each expert, [E]
-    latent_density: share of the tokens on which each latent fired, [F]
-    alignment:      cosine of each latent's encoder and decoder weights, [F]
+    Args:
+        expert_load: Share of the tokens, or of what ``load_of`` names, per expert, [E].
+        latent_density: Share of the tokens on which each latent fired, [F].
+        alignment: Cosine between the encoder and decoder weights of each latent, [F].
+        load_of: What the load is a share of.
+        title: Title of the figure.
 
-    Raises ValueError if nothing is known.
+    Raises:
+        ValueError: If nothing is given.
+        ImportError: If matplotlib is not installed.
     """
     known = [data is not None for data in (expert_load, latent_density, alignment)]
     if not any(known):
@@ -90,7 +101,7 @@ def sae_summary(
     if alignment is not None:
         axes = panels.pop(0)
         axes.hist(alignment.tolist(), bins=50, color=_BLUE)
-        axes.set(title="Encoder against decoder", xlabel="cosine of a latent's two directions", ylabel="latents")
+        axes.set(title="Encoder-decoder alignment", xlabel="cosine of encoder and decoder weights", ylabel="latents")
     if title:
         figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
     return figure
@@ -106,7 +117,7 @@ def _draw_load(axes: "Axes", expert_load: Sequence[float], load_of: str = "token
     uniform = 100 / len(expert_load)
     axes.bar(range(len(expert_load)), [100 * share for share in expert_load], color=_BLUE, width=0.75)
     axes.axhline(uniform, color=_ORANGE, linestyle="--", linewidth=1.2, label=f"uniform: {uniform:.3g} %")
-    axes.set(title="Load of the experts", xlabel="expert", ylabel=f"share of the {load_of} (%)")
+    axes.set(title="Load per expert", xlabel="expert", ylabel=f"share of the {load_of} (%)")
     axes.set_ylim(0, 1.25 * max(uniform, 100 * max(expert_load)))  # room for the legend above the bars
     axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[reportCallIssue]
     axes.legend(frameon=False, loc="upper right")
@@ -118,6 +129,6 @@ def _draw_density(axes: "Axes", latent_density: Tensor) -> None:
     axes.hist(fired.tolist(), bins=50, color=_BLUE)
     axes.set(
         title=f"Latent density ({n_dead:,} of {len(latent_density):,} dead)",
-        xlabel=r"$\log_{10}$ share of the tokens a latent fires on",
+        xlabel=r"$\log_{10}$ share of tokens on which a latent fires",
         ylabel="latents",
     )

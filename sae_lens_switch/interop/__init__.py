@@ -1,1 +1,1 @@
-"""Files and tools of others."""
+"""Files and tools of other projects: converters of their SAEs, and Switch SAEs in SAEDashboard."""

@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sae_lens_switch.report.__main__ import main
-    from sae_lens_switch.report.texts import (
-        Run,
-        Texts,
-        find_sae,
-        load_run,
-        open_model,
-        read_texts,
-        token_texts,
-        write_report,
-    )
+    from sae_lens_switch.report.language_model import open_model
+    from sae_lens_switch.report.run import Run, find_sae, load_run
+    from sae_lens_switch.report.texts import Texts, read_texts, token_texts
+    from sae_lens_switch.report.write import write_report
 
 __all__ = [
     "Run",
@@ -35,15 +29,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Run": "texts",
+    "Run": "run",
     "Texts": "texts",
-    "find_sae": "texts",
-    "load_run": "texts",
+    "find_sae": "run",
+    "load_run": "run",
     "main": "__main__",
-    "open_model": "texts",
+    "open_model": "language_model",
     "read_texts": "texts",
     "token_texts": "texts",
-    "write_report": "texts",
+    "write_report": "write",
 }
 
 

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from sae_lens_switch.common.printable import say
-    from sae_lens_switch.report.texts import write_report
+    from sae_lens_switch.report.write import write_report
     from sae_lens_switch.saes.registration import register
 
     register()

@@ -1,11 +1,9 @@
-"""Checkpoints that are whole or not there: written aside, put on disk, then moved into place; checked before use.
+"""Atomic checkpoints: written aside, flushed to disk, then moved into place; checked before use.
 
 A checkpoint is a folder of SAELens's files and ours, and ``checkpoint.json``: the size and SHA-256 of each file, how
 far training was, and the settings it depends on.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -13,31 +11,35 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sae_lens.constants import TRAINER_STATE_FILENAME
 from safetensors import SafetensorError
 
 from sae_lens_switch.common.atomic import discard, locked, remove_left_overs, scratch, sync
 from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.types import Json
+from sae_lens_switch.training.manifest import (
+    MANIFEST,
+    ORDERED_BY,
+    CheckpointError,
+    check_config,
+    check_files,
+    has_manifest,
+    read_manifest,
+    reading,
+    write_manifest,
+)
 
-MANIFEST = "checkpoint.json"
 # In a checkpoint of a run that scales its activations: what training goes on from.
 TRAINING_FOLDER = "training"
-# How long a run is to be, and with it the end of its schedule: a checkpoint is no bar to changing one's mind.
-MAY_CHANGE = {"total_training_samples", "lr_decay_steps"}
 _FINAL, _DIVERGED = "final_", "diverged_"
-_ORDERED_BY = ("n_training_samples", "saved_at")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from, and why."""
 
 
 class Session:
-    """A process's part of a run: by it checkpoints are ordered, and told from those of other runs in one folder.
+    """One process's part of a run; orders checkpoints, and tells them from those of other runs in the same folder.
 
-    A fresh or resumed run comes after all that it finds, also with fewer samples, or if the clock has gone back.
+    A fresh or resumed run comes after all that it finds, even with fewer samples or if the clock has gone back.
     """
 
     def __init__(self) -> None:
@@ -48,11 +50,11 @@ class Session:
     def go_on_from(self, checkpoint: Path) -> None:
         """Belong to the run of a checkpoint, and come after it. One without ``checkpoint.json`` says nothing."""
         with suppress(CheckpointError):
-            manifest = _read_manifest(checkpoint)
+            manifest = read_manifest(checkpoint)
             self._run = manifest.get("run", self._run)
             self._after, self._started = manifest.get("session_started", 0.0), None
 
-    def facts(self, base: Path) -> dict[str, Any]:
+    def facts(self, base: Path) -> Json:
         """What ``checkpoint.json`` says of it, for a checkpoint in ``base``."""
         if self._started is None:
             earlier = max([self._after, *(c.order.session_started for c in _checkpoints(base, depth=1))])
@@ -61,8 +63,8 @@ class Session:
 
 
 @contextmanager
-def whole_folder(path: Path, facts: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write a checkpoint into. It becomes ``path`` when the block ends well, and vanishes otherwise.
+def whole_folder(path: Path, facts: Json) -> Iterator[Path]:
+    """A folder to write a checkpoint into: renamed to ``path`` when the block succeeds, removed otherwise.
 
     Raises OSError if it cannot be written.
     """
@@ -74,12 +76,7 @@ def whole_folder(path: Path, facts: dict[str, Any]) -> Iterator[Path]:
     try:
         yield folder
         files = sorted(f for f in folder.rglob("*") if f.is_file())
-        manifest = facts | {
-            "saved_at": round(time.time(), 3),  # so that it is another number if any digit changes
-            "files": {f.relative_to(folder).as_posix(): _fingerprint(f) for f in files},
-        }
-        manifest = json.loads(json.dumps(manifest, default=str))
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
+        write_manifest(folder, files, facts)
         for entry in [*files, folder / MANIFEST, *(f for f in folder.rglob("*") if f.is_dir()), folder]:
             sync(entry)
         with locked(path.parent):
@@ -98,50 +95,56 @@ def whole_folder(path: Path, facts: dict[str, Any]) -> Iterator[Path]:
 
 @contextmanager
 def failure_is_logged(what: str) -> Iterator[None]:
-    """For a checkpoint that training can do without: one that cannot be written is reported, and no error."""
+    """Log, rather than raise, an OSError: for a checkpoint that training can do without."""
     try:
         yield
     except OSError as error:
         logger.error(f"{what} could not be saved: {error}")
 
 
-def verify(path: Path | str, config: dict[str, Any] | None = None) -> None:
-    """Raises CheckpointError, saying which file or setting is wrong; ``config`` is that of the run that would go on.
+@contextmanager
+def scheduled(thresholds: list[int], n_samples: int) -> Iterator[None]:
+    """For a scheduled checkpoint: one that cannot be written is logged and given up, and training continues."""
+    try:
+        yield
+    except OSError as error:
+        thresholds.pop(0)
+        logger.error(f"checkpoint at {n_samples} samples could not be saved: {error}")
+
+
+def verify(path: Path | str, config: Json | None = None) -> None:
+    """Raises CheckpointError, saying which file or setting is wrong; ``config`` is that of the run to resume.
 
     A folder without ``checkpoint.json``, as SAELens's own trainer writes it, cannot be checked and passes.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}: there is no such folder")
-    if not _has_manifest(path):
-        with _reading(path):
+    if not has_manifest(path):
+        with reading(path):
             is_empty = not any(path.iterdir())
         if is_empty:
             raise CheckpointError(f"no checkpoint at {path}: the folder is empty")
-        if not _has_manifest(path.parent):  # where it is part of a checkpoint of several SAEs
+        if not has_manifest(path.parent):  # where it is part of a checkpoint of several SAEs
             logger.warning(f"{path} has no {MANIFEST}: its files cannot be checked")
         return
-    manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
-        with _reading(path / name):
-            _check_file(path, name, expected)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
     if config is not None:
-        differences = list(_differences(manifest.get("config", {}), json.loads(json.dumps(config, default=str))))
-        if differences:
-            raise CheckpointError(f"checkpoint {path} is of another configuration: {'; '.join(differences)}")
+        check_config(path, manifest, config)
 
 
-def latest(base: Path | str, config: dict[str, Any] | None = None, n_samples: int = 0) -> Path | None:
+def latest(base: Path | str, config: Json | None = None, n_samples: int = 0) -> Path | None:
     """The newest checkpoint below ``base``, of this run or of an earlier one, that is whole; None if there is none.
 
     The newest has seen the most samples since a run was last begun or resumed. A run that is to be longer, to
-    ``n_samples``, goes on from the final one too, unless what scaled its activations is folded into that. Damaged ones
+    ``n_samples``, resumes from the final one too, unless its activation scaling has been folded into that. Damaged ones
     and those of a run that diverged are passed over with a warning. Raises CheckpointError if there are no others, or
     if the newest whole one is of another configuration.
     """
     base = Path(base)
     if base.exists():
-        with _reading(base):
+        with reading(base):
             next(base.iterdir(), None)
     damage: CheckpointError | None = None
     diverged: list[Path] = []
@@ -156,7 +159,7 @@ def latest(base: Path | str, config: dict[str, Any] | None = None, n_samples: in
         try:
             verify(found.path)
         except CheckpointError as error:
-            if not _has_manifest(found.path):  # another process has removed it since
+            if not has_manifest(found.path):  # another process has removed it since
                 continue
             logger.warning(f"passed over: {error}")
             damage = damage or error
@@ -174,13 +177,6 @@ def latest(base: Path | str, config: dict[str, Any] | None = None, n_samples: in
     return None
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """The settings that a verified checkpoint, or one SAE's part of it, was written with; {} where none are kept."""
-    if (path / MANIFEST).exists():
-        return _read_manifest(path).get("config", {})
-    return config_of(path.parent).get(path.name, {}) if (path.parent / MANIFEST).exists() else {}
-
-
 def prune(base: Path, keep: int, written: Path | None = None) -> None:
     """Remove all but the ``keep`` newest checkpoints in ``base``; final ones and those of diverged runs stay.
 
@@ -189,7 +185,7 @@ def prune(base: Path, keep: int, written: Path | None = None) -> None:
     run = None
     if written is not None:
         with suppress(CheckpointError):
-            run = _read_manifest(written).get("run")
+            run = read_manifest(written).get("run")
     found = [
         c
         for c in _checkpoints(base, depth=1)
@@ -226,22 +222,18 @@ class _Found(NamedTuple):
 def _checkpoints(base: Path, depth: int) -> Iterator[_Found]:
     """All that there are. Other processes may be removing some meanwhile."""
     for folder in _subfolders(base, depth):
-        if not _has_manifest(folder):
+        if not has_manifest(folder):
             continue
         in_its_place = not folder.name.endswith("~")
         try:
-            manifest = _read_manifest(folder)
+            manifest = read_manifest(folder)
         except CheckpointError:
-            if _has_manifest(folder):
+            if has_manifest(folder):
                 yield _Found(folder, _UNKNOWN)
             continue
-        started, n, saved_at = (manifest.get(name, 0) for name in ("session_started", *_ORDERED_BY))
+        started, n, saved_at = (manifest.get(name, 0) for name in ("session_started", *ORDERED_BY))
         order = _Order(started, n, in_its_place, saved_at)
         yield _Found(folder, order, manifest.get("run"), manifest.get("folded", False))
-
-
-def _has_manifest(folder: Path) -> bool:
-    return os.path.exists(folder / MANIFEST)  # which raises nothing, whatever is there
 
 
 def _subfolders(base: Path, depth: int) -> Iterator[Path]:
@@ -260,8 +252,8 @@ def _say_what_else_is_there(base: Path) -> None:
     """That nothing is resumed from, and what a user might have meant."""
     others = []
     for folder in _subfolders(base, depth=3):
-        inside = any(_has_manifest(parent) for parent in folder.parents if parent.is_relative_to(base))
-        if _has_manifest(folder):
+        inside = any(has_manifest(parent) for parent in folder.parents if parent.is_relative_to(base))
+        if has_manifest(folder):
             others.append(f"{folder} (of a finished run)")
         elif (folder / TRAINER_STATE_FILENAME).exists() and not inside:
             others.append(f"{folder} (without {MANIFEST}, as SAELens's own trainer writes it)")
@@ -291,9 +283,9 @@ def _settle_replaced(base: Path) -> None:
     for old in [f for f in _subfolders(base, depth=1) if f.name.endswith("~")]:
         path = old.with_name(old.name[:-1])
         with locked(base), suppress(OSError):
-            if not path.exists() and _has_manifest(old):
+            if not path.exists() and has_manifest(old):
                 os.rename(old, path)
-            elif _has_manifest(path) and {f.name for f in old.iterdir()} <= {f.name for f in path.iterdir()}:
+            elif has_manifest(path) and {f.name for f in old.iterdir()} <= {f.name for f in path.iterdir()}:
                 discard(old)
 
 
@@ -308,77 +300,10 @@ def _remove(checkpoint: Path) -> None:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with files that could not be checked, it is a CheckpointError that names the checkpoint."""
+    """Turn whatever loading raises into a CheckpointError that names the checkpoint."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:  # what torch, pickle and safetensors raise has no common name
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {error!r}") from error
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-
-
-def _check_file(path: Path, name: str, expected: dict[str, Any]) -> None:
-    file = path / name
-    if not file.is_file():
-        raise CheckpointError(f"checkpoint {path} is not whole: {name} is missing")
-    if file.stat().st_size != expected["bytes"]:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, it was written with "
-            f"{expected['bytes']}"
-        )
-    if _fingerprint(file) != expected:
-        raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written (SHA-256 differs)")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        digest = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error!r})") from error
-    if digest != _digest(manifest):
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written (SHA-256 differs)")
-    if not _has_its_form(manifest):
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not say what it must")
-    return manifest
-
-
-def _has_its_form(manifest: dict[str, Any]) -> bool:
-    """Whether it can be used without a further look, also if somebody has written it by hand."""
-    files, started = manifest.get("files"), manifest.get("session_started", 0.0)
-    return (
-        isinstance(files, dict)
-        and all(isinstance(f, dict) and {"bytes", "sha256"} == f.keys() for f in files.values())
-        and all(isinstance(n, int | float) and abs(n) < 1e18 for n in (started, *map(manifest.get, _ORDERED_BY)))
-        and isinstance(manifest.get("run", ""), str)
-        and isinstance(manifest.get("config", {}), dict)
-    )
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    for name in sorted((saved.keys() | wanted.keys()) - MAY_CHANGE):
-        a, b = saved.get(name), wanted.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b)
-        elif a != b:
-            yield f"{name} was {a!r}, is {b!r}"
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}

@@ -135,12 +135,8 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     @torch.no_grad()
     def _checkpoint_if_needed(self) -> None:
-        """Scheduled checkpoints: one that cannot be written is reported, and training goes on."""
-        try:
+        with checkpoints.scheduled(self.checkpoint_thresholds, self.n_training_samples):
             super()._checkpoint_if_needed()
-        except OSError as error:
-            self.checkpoint_thresholds.pop(0)
-            logger.error(f"checkpoint at {self.n_training_samples} samples could not be saved: {error}")
 
     def _save_because_interrupted(self) -> None:
         if self.cfg.checkpoint_path is not None and self.n_training_steps > 0:

@@ -21,7 +21,7 @@ from typing_extensions import override
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import track
 from sae_lens_switch.saes.serialization import fold_activation_scaler
-from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training import checkpoints, manifest
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.history import History
@@ -260,8 +260,8 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _load_saelens_state(self, path: Path, training: Path) -> None:
         """SAELens's part, and the schedule of a run whose planned length has changed."""
-        plan = {name: value for name, value in vars(self.cfg).items() if name in checkpoints.MAY_CHANGE}
-        plan_before = {n: v for n, v in checkpoints.config_of(path).get("trainer", {}).items() if n in plan}
+        plan = {name: value for name, value in vars(self.cfg).items() if name in manifest.MAY_CHANGE}
+        plan_before = {n: v for n, v in manifest.config_of(path).get("trainer", {}).items() if n in plan}
         changes = plan | plan_before != plan
         if changes:
             self.lr_scheduler = self._make_schedule(replace(self.cfg, **plan_before))  # what is saved is of this one

@@ -11,6 +11,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from sae_lens_switch import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, analysis
 from sae_lens_switch.analysis import activations_of, duplicate_latents, observe, router_geometry
+from sae_lens_switch.analysis import activity as activity_module
 
 CONTEXTS, POSITIONS = 11, 7
 N = CONTEXTS * POSITIONS
@@ -51,7 +52,7 @@ def strongest(acts_F: torch.Tensor, latent: int, n: int) -> list[tuple[float, in
 @pytest.mark.parametrize("at_once", [1, 4, CONTEXTS])
 def test_activity_is_that_of_the_dense_latents(name, at_once, contexts, monkeypatch):
     sae = SAES[name]().eval()
-    monkeypatch.setattr(analysis, "_DENSE_AT_ONCE", 5 * F)  # no multiple of a context
+    monkeypatch.setattr(activity_module, "_DENSE_AT_ONCE", 5 * F)  # no multiple of a context
     activity = observe(sae, contexts.split(at_once), n_examples=3)
     with torch.no_grad():
         acts = sae.encode(contexts)
@@ -166,7 +167,7 @@ def test_ignored_tokens_are_as_if_they_had_not_been(contexts, ids):
 
 @pytest.mark.parametrize("name", ["switch", "topk", "standard"])
 def test_activations_of_some_latents_are_columns_of_all(name, contexts, monkeypatch):
-    monkeypatch.setattr(analysis, "_DENSE_AT_ONCE", 5 * F)
+    monkeypatch.setattr(activity_module, "_DENSE_AT_ONCE", 5 * F)
     sae, latents = SAES[name](), [31, 2, 17]
     torch.testing.assert_close(activations_of(sae, contexts, latents), sae.encode(contexts)[..., latents].detach())
     assert activations_of(sae, contexts, []).shape == (CONTEXTS, POSITIONS, 0)
@@ -188,7 +189,7 @@ def test_no_tensor_of_all_tokens_and_latents(name, monkeypatch):
         "topk": lambda: randomize(TopKSAE(TopKSAEConfig(d_in=D, d_sae=wide, k=K, dtype="float64"))),
         "standard": lambda: randomize(StandardSAE(StandardSAEConfig(d_in=D, d_sae=wide, dtype="float64"))),
     }
-    monkeypatch.setattr(analysis, "_DENSE_AT_ONCE", 2000)
+    monkeypatch.setattr(activity_module, "_DENSE_AT_ONCE", 2000)
     sae, x = make[name](), random_input(64, 16, D)
     assert largest_allocation(lambda: observe(sae, [x], n_examples=2)) < 64 * 16 * wide * 8 / 4
 

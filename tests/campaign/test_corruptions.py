@@ -15,7 +15,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_switch.report import load_run
-from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training import manifest as manifest_module
 from sae_lens_switch.training.checkpoints import MANIFEST, CheckpointError
 
 SETUPS = [
@@ -120,7 +120,7 @@ def edit_manifest(folder: Path, rng: random.Random) -> None:
         place[key] = rng.choice(ODD)
     if rng.random() < 0.6 and "sha256" in manifest:
         del manifest["sha256"]
-        manifest["sha256"] = checkpoints._digest(manifest)
+        manifest["sha256"] = manifest_module._digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -12,7 +12,8 @@ from sae_lens_switch import SparseSAETrainer, TrainerOptions
 from sae_lens_switch.common import progress
 from sae_lens_switch.common.progress import Sentences, track
 from sae_lens_switch.common.substitution import constructing
-from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
+from sae_lens_switch.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens_switch.training.runners import with_options
 
 
 class Clock:
@@ -110,7 +111,7 @@ def test_many_saes_on_one_stream_write_sentences(capsys):
     saes = {name: training_sae(dtype="float32") for name in "ab"}
     stream = iter([{HOOK: batch} for batch in activations(10)])
     with constructing(module, "SAETrainer", with_options(TrainerOptions())):
-        _MultiSAETrainer(cfg, saes, dict.fromkeys(saes, HOOK), stream).fit()
+        MultiSAETrainer(cfg, saes, dict.fromkeys(saes, HOOK), stream).fit()
     lines = lines_of(capsys)
     assert lines[0].startswith("trained on 128 of 640 samples (20 %) in 00:00:10, 00:00:40 to go; a ")
     assert lines[-1].startswith("trained on 640 of 640 samples (100 %)")

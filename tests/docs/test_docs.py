@@ -30,7 +30,8 @@ import sae_lens_switch
 from sae_lens_switch import cost, train
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TEXTS = {str(p.relative_to(ROOT)): p.read_text() for p in [*PAGES, ROOT / "kernels" / "README.md"]}
+OTHERS = [ROOT / "kernels" / "README.md", ROOT / "CONTRIBUTING.md"]
+TEXTS = {str(p.relative_to(ROOT)): p.read_text() for p in [*PAGES, *OTHERS]}
 CONFIGS = {
     name: value
     for module in (sae_lens, sae_lens_switch)
@@ -81,7 +82,10 @@ def test_commands_are_there(command, capsys):
             assert train.main([*flags, "--dry-run"] if "--d-in" in flags else ["--help"]) == 0, capsys.readouterr().err
         elif module == "sae_lens_switch.cost":
             cost.main([f for f in flags if f != "--measure"])
-        assert 'if __name__ == "__main__":' in Path(str(spec.origin)).read_text()
+        origin = Path(str(spec.origin))
+        if spec.submodule_search_locations is not None:  # a package runs by its __main__
+            origin = origin.with_name("__main__.py")
+        assert 'if __name__ == "__main__":' in origin.read_text()
     elif program == "python":
         script = ROOT / arguments[0]
         source = "".join(p.read_text() for p in script.parent.glob("*.py"))
@@ -156,7 +160,7 @@ def test_the_guides_tables_are_what_the_experiments_found():
     topk = mean("mse", "fixed width", architecture="sparse_topk", k="16")
     for i, n in enumerate(experts, 1):
         switch = mean("mse", "fixed width", architecture="switch", k="16", n_experts=n)
-        assert here[i] == f"{100 * (switch / topk - 1):+.0f} %", n
+        assert here[i] == f"{100 * (switch / topk - 1):+.0f}%", n
 
 
 # --- Python

@@ -72,7 +72,7 @@ def test_the_router_bias_of_a_tied_sae_comes_with_it():
     sae = training_sae(tie_router_bias=True)
     with torch.no_grad():
         sae.b_dec.copy_(random_input(D))
-    sae.follow_ties()
+    sae.after_own_step()
     x = random_input(50, D)
     torch.testing.assert_close(as_dashboard_sae(sae).encode(x), sae.encode(x), **exactly)
 

@@ -18,6 +18,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens_switch.common import atomic
 from sae_lens_switch.report import find_sae
 from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training import manifest as manifest_module
 from sae_lens_switch.training.checkpoints import CheckpointError, Session, latest, prune, whole_folder
 
 
@@ -85,7 +86,7 @@ def test_a_checkpoint_without_the_new_facts_is_resumed(tmp_path):
     for file in tmp_path.glob(f"*/{checkpoints.MANIFEST}"):
         manifest = json.loads(file.read_text())
         del manifest["run"], manifest["session_started"], manifest["sha256"]
-        file.write_text(json.dumps(manifest | {"sha256": checkpoints._digest(manifest)}))
+        file.write_text(json.dumps(manifest | {"sha256": manifest_module._digest(manifest)}))
     resumed, whole = small_trainer(tmp_path, resume="latest", n_checkpoints=5, keep_checkpoints=1), small_trainer(None)
     resumed.fit()
     whole.fit()
@@ -157,8 +158,8 @@ def test_what_vanishes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         assert latest(tmp_path) == tmp_path / "1"
     assert not caplog.records
-    read = checkpoints._read_manifest
-    monkeypatch.setattr(checkpoints, "_read_manifest", lambda path: (shutil.rmtree(path), read(path))[1])
+    read = manifest_module.read_manifest
+    monkeypatch.setattr(checkpoints, "read_manifest", lambda path: (shutil.rmtree(path), read(path))[1])
     assert latest(tmp_path) is None
 
 

@@ -41,7 +41,8 @@ from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.saes.decoder_constraint import constrain_optimizer_steps
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.history import FILENAME, read_history
-from sae_lens_switch.training.runners import _MultiSAETrainer, with_options
+from sae_lens_switch.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens_switch.training.runners import with_options
 
 pytestmark = small_run_warnings
 
@@ -203,7 +204,7 @@ def test_when_one_of_many_saes_diverges_all_are_saved(tmp_path):
     saes = {name: training_sae(dtype="float32") for name in "ab"}
     cfg = SAETrainerConfig(80, 8, lr=1e-3, lr_end=1e-4, checkpoint_path=str(tmp_path))
     with constructing(multi_trainer_module, "SAETrainer", with_options(TrainerOptions(max_skipped_steps=2))):
-        trainer_ = _MultiSAETrainer(cfg, saes, dict.fromkeys("ab", HOOK), iter([{HOOK: bad}] * 10))
+        trainer_ = MultiSAETrainer(cfg, saes, dict.fromkeys("ab", HOOK), iter([{HOOK: bad}] * 10))
     with pytest.raises(TrainingDivergedError, match="2 steps in a row"):
         trainer_.fit()
     (saved,) = tmp_path.iterdir()

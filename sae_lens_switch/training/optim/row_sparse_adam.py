@@ -122,8 +122,8 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             _adam_update(w, g, both[:, 0], both[:, 1], step, group, scratch)
             if constraint is not None:
                 normalize_rows_(w)
-            _scatter_rows_(moments, rows, both)
-            _scatter_rows_(weights, rows, w)
+            scatter_rows_(moments, rows, both)
+            scatter_rows_(weights, rows, w)
             if weights is not data:
                 data[rows] = w.to(data.dtype)
 
@@ -165,7 +165,7 @@ def _adam_update(
     w.sub_(scratch)
 
 
-def _scatter_rows_(target: Tensor, rows_R: Tensor, source: Tensor) -> None:
+def scatter_rows_(target: Tensor, rows_R: Tensor, source: Tensor) -> None:
     """target[rows] = source, both contiguous; as elements of the largest size, since torch moves them one by one."""
     target, source = target.flatten(1), source.flatten(1)
     if target.shape[1] * target.element_size() % 16 == 0:

@@ -1,0 +1,147 @@
+"""Every measured table in README.md and docs/, made from the JSON files of the runs that measured it.
+
+python benchmarks/publish.py            # rewrites the marked parts of the pages
+python benchmarks/publish.py --check    # exit code 1 if a page does not show what the results say
+
+``docs/measured/`` holds what `make bench` and `make quickstart` write to ``runs/`` (to publish new numbers, copy
+``bench.json``, ``row_sparse.json`` and ``quickstart/metrics.json`` there); ``docs/gpu/`` what `make gpu-check` writes.
+A page marks the place of a table by ``<!-- measured: name -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import Any
+
+from gpu import publish as gpu
+from gpu.publish import ROOT, table
+
+RESULTS = ROOT / "docs" / "measured"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "kernels/README.md", "docs/faq.md", "docs/training.md")),
+    gpu.RESULTS / "README.md",
+]
+_NAMES = {
+    "SAELens topk": "SAELens `topk`, rescaling (its default)",
+    "SAELens topk, no rescaling": "SAELens `topk`, no rescaling",
+    "SAELens topk, sparse mode": "SAELens `topk`, sparse mode, no rescaling",
+    "sparsify": "sparsify 1.3.3, eager",
+    "ours: sparse_topk": "**`sparse_topk`**",
+    "all experts, masked, 32 experts": "Switch formula, 32 experts, all computed and masked",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def bench_rows() -> dict[str, dict[str, Any]]:
+    return read("bench.json")["results"]
+
+
+def switch_rows() -> dict[str, dict[str, Any]]:
+    """By the number of experts."""
+    return {name.split()[2]: row for name, row in bench_rows().items() if name.startswith("ours: switch")}
+
+
+def times(row: dict[str, Any]) -> str:
+    ratio = row["faster_than_SAELens"]
+    return "1" if ratio == 1 else f"{ratio:.1f} x" if ratio < 20 else f"{ratio:.0f} x"
+
+
+def bench() -> str:
+    """Every contestant of `make bench`."""
+    rows = []
+    for name, row in bench_rows().items():
+        said = _NAMES.get(name) or f"**`switch`, {name.split()[2]} experts**"
+        both = row["forward_backward_ms"]
+        rows.append([said, "" if both is None else f"{both:,.0f} ms", f"{row['step_ms']:,.0f} ms", times(row)])
+        rows[-1] += [f"{row['times_the_bare_encoder']:.2f}", f"{row['peak_GB']:.2f} GB"]
+    head = ["one training step", "forward, backward", "whole step", "against SAELens", "against `x @ W_enc`"]
+    return table([*head, "peak memory"], rows)
+
+
+def speed() -> str:
+    """A step on a CPU and on a GPU, one row each of the baseline, the fastest other implementation, and ours."""
+    here, there = bench_rows(), gpu.short_cells()
+    rows = []
+    for said, name in {
+        "SAELens `topk`": "SAELens topk",
+        "[sparsify](https://github.com/EleutherAI/sparsify) 1.3.3": "sparsify",
+        "`sparse_topk`": "ours: sparse_topk",
+        "Switch, 32 experts, all computed and masked": "all experts, masked, 32 experts",
+        "`switch`, 32 experts": "ours: switch, 32 experts",
+        "`switch`, 128 experts": "ours: switch, 128 experts",
+    }.items():
+        seconds, ratio = here[name]["step_ms"] / 1e3, times(here[name])
+        cell = f"{seconds:.2f} s" + (f", {ratio}" if ratio != "1" else "")
+        rows.append([said, cell, *there.get(said, [""] * len(gpu.PRECISIONS))])
+    return table(["a training step", "CPU, float32", *(f"GPU, {said}" for said in gpu.PRECISIONS.values())], rows)
+
+
+def speed_up() -> str:
+    found, experts = bench_rows(), switch_rows()
+    topk, sparsify = found["ours: sparse_topk"], found["sparsify"]
+    slowest, fastest = (f(row["faster_than_SAELens"] for row in experts.values()) for f in (min, max))
+    return (
+        f"On two CPU cores, against SAELens's own dense TopK step in the same process: `sparse_topk` {times(topk)}, "
+        f"`switch` with {', '.join(experts)} experts {slowest:.0f} x to {fastest:.0f} x (d_in 768, 24,576 latents, "
+        "k 32, batch 4,096). A step of sparsify takes "
+        f"{sparsify['step_ms'] / topk['step_ms']:.1f} times as long as one of `sparse_topk`."
+    )
+
+
+def row_sparse() -> str:
+    results = read("row_sparse.json")["results"]
+    head = ["latents", *(f"{row['d_sae']:,}" for row in results["adam"])]
+    return table(head, [[f"`{name}`", *(f"{row['ms']:,.0f} ms" for row in rows)] for name, rows in results.items()])
+
+
+def quickstart() -> str:
+    found = read("quickstart.json")
+    ce = ", ".join(f"{found[f'ce_loss_{name}']:.3f}" for name in ("without_sae", "with_sae", "with_ablation"))
+    load = found["expert_load"]
+    row = [f"{found['explained_variance']:.3f}", ce, f"{found['ce_loss_recovered']:.3f}"]
+    row += [f"{min(load):.1%} to {max(load):.1%}", f"{found['dead_latents']:,} of 4,608"]
+    head = ["explained variance", "CE loss: model, with SAE, ablated", "CE loss recovered", "expert load"]
+    return table([*head, "dead latents"], [row])
+
+
+BLOCKS = {
+    "bench": bench,
+    "speed": speed,
+    "speed-up": speed_up,
+    "row-sparse": row_sparse,
+    "quickstart": quickstart,
+    **{f"gpu-{name}": block for name, block in gpu.BLOCKS.items()},
+}
+
+
+def filled(page: str) -> str:
+    """The page with everything between a mark and its end made anew."""
+
+    def block(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{BLOCKS[found[2]]()}\n{found[3]}"
+
+    return re.sub(r"(<!-- measured: ([\w-]+) -->)\n.*?(<!-- end -->)", block, page, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{'stale' if check else 'written'}: {page.relative_to(ROOT)}")
+        if not check:
+            page.write_text(filled(page.read_text()))
+    if not check:
+        gpu.picture()
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

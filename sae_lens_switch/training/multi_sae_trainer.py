@@ -1,0 +1,144 @@
+"""SAELens's trainer of many SAEs on one stream of activations, with our trainer for each."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import wandb
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training import activation_scaler as activation_scaler_module
+from sae_lens.training import multi_sae_trainer as multi_trainer_module
+from sae_lens.training.types import MultiHookDataProvider
+from typing_extensions import override
+
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.progress import Bar, Sentences, progress, track
+from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.common.types import AnyTrainingSAE
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.interruption import INTERRUPTIONS, Interruption
+from sae_lens_switch.training.skipped_steps import TrainingDivergedError
+from sae_lens_switch.training.trainer import SparseSAETrainer
+
+
+class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
+    """SAELens's, interrupted only between steps, when all SAEs have had the same batches; checkpoints are atomic."""
+
+    _bar: Bar | Sentences | None = None
+
+    def own_trainers(self) -> "dict[str, SparseSAETrainer[Any, Any]]":
+        return cast("dict[str, SparseSAETrainer[Any, Any]]", self.trainers)
+
+    @cached_property
+    def _session(self) -> checkpoints.Session:
+        return checkpoints.Session()
+
+    @override
+    def fit(self) -> dict[str, AnyTrainingSAE]:
+        self._stream = self.data_provider
+        with (
+            Interruption() as interruption,
+            constructing(multi_trainer_module, "tqdm", self._progress),
+            constructing(activation_scaler_module, "tqdm", track),
+        ):
+            self.data_provider = _interruptible(self._stream, interruption)
+            try:
+                return super().fit()
+            except INTERRUPTIONS:
+                if self.cfg.checkpoint_path is not None and self.n_training_steps > 0:
+                    logger.warning(f"interrupted at {self.n_training_samples} samples, saving")
+                    self.save_checkpoint(str(self.n_training_samples))
+                raise
+            except TrainingDivergedError:
+                if self.cfg.checkpoint_path is not None:
+                    self.save_checkpoint(f"diverged_{self.n_training_samples}")
+                raise
+            finally:
+                self.data_provider = self._stream
+                if self._bar is not None:
+                    self._bar.close()
+
+    def _progress(self, total: int, desc: str) -> Bar | Sentences:
+        self._bar = progress(total, self.n_training_samples, desc, "trained on")
+        return self._bar
+
+    @override
+    def _update_pbar(  # type: ignore[override], a bar of ours stands in for tqdm's
+        self, step_outputs: dict[str, TrainStepOutput], pbar: Bar | Sentences, update_interval: int = 100
+    ) -> None:
+        done = self.n_training_samples - pbar.n
+        pbar.update(done, lambda: {name: out.loss.item() for name, out in step_outputs.items()})
+
+    @override
+    def _run_and_log_evals(self) -> None:
+        # The evaluator knows SAELens's prefetching iterator by its type, and has it wait.
+        wrapped, self.data_provider = self.data_provider, self._stream
+        try:
+            super()._run_and_log_evals()
+        finally:
+            self.data_provider = wrapped
+        every = self.cfg.logger.wandb_log_frequency * self.cfg.logger.eval_every_n_wandb_logs
+        if (self.n_training_steps + 1) % every == 0:
+            of_all = {
+                f"{name}/{key}": histogram
+                for name, trainer in self.own_trainers().items()
+                for key, histogram in trainer.routing_histograms().items()
+            }
+            wandb.log(of_all, step=self.n_training_steps)
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        with checkpoints.scheduled(self.checkpoint_thresholds, self.n_training_samples):
+            super()._checkpoint_if_needed()
+
+    @override
+    def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
+        if checkpoint_name.startswith("final_"):  # what was trained is still to be written
+            with checkpoints.failure_is_logged("the final checkpoint"):
+                self._save_whole_checkpoint(checkpoint_name, wandb_aliases)
+        else:
+            self._save_whole_checkpoint(checkpoint_name, wandb_aliases)
+
+    def _save_whole_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None) -> None:
+        base = self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, wandb_aliases)
+            return
+        trainers = self.own_trainers()
+        facts = {
+            "n_training_samples": self.n_training_samples,
+            "n_training_steps": self.n_training_steps,
+            "folded": any(trainer.is_folded for trainer in trainers.values()),
+            "config": {name: trainer.config_of_record() for name, trainer in trainers.items()},
+            **self._session.facts(Path(base)),
+        }
+        with checkpoints.whole_folder(Path(base) / checkpoint_name, facts) as folder:
+            for name, trainer in trainers.items():
+                (folder / name).mkdir()
+                trainer.write_checkpoint(folder / name)
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=folder)
+        for name, trainer in trainers.items():
+            trainer.log_artifacts(Path(base) / checkpoint_name / name, wandb_aliases)
+        (keep,) = {trainer.cfg.keep_checkpoints for trainer in trainers.values()}
+        if keep is not None:
+            checkpoints.prune(Path(base), keep, Path(base) / checkpoint_name)
+
+    @override
+    def load_checkpoint(self, path: str | Path) -> None:
+        trainers = self.own_trainers()
+        checkpoints.verify(path, {name: trainer.config_of_record() for name, trainer in trainers.items()})
+        super().load_checkpoint(path)
+        for trainer in trainers.values():
+            trainer.restore_training_weights()
+        self._session.go_on_from(Path(path))
+
+
+def _interruptible(stream: MultiHookDataProvider, interruption: Interruption) -> MultiHookDataProvider:
+    while True:
+        with interruption.waiting():
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+        yield batch
