@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from sae_lens_switch_kernels import operators, sparse_autoencode, torch_backend
+from sae_lens_switch_kernels import products, sparse_autoencode, torch_backend
+from torch.nn import functional
 
 from sae_lens_switch.training.optim.row_sparse_adam import scatter_rows_
 
@@ -42,15 +42,15 @@ def main() -> None:
     )
 
     def step(n_experts: int, k: int, dense_up_to: int) -> None:
-        operators._DENSE_UP_TO["cpu"] = dense_up_to
+        products._DENSE_UP_TO["cpu"] = dense_up_to
         expert = torch.arange(B) % n_experts
         sparse_autoencode(x, W_enc, W_dec, k, expert_B=expert, n_experts=n_experts).out_BD.backward(g)
         W_enc.grad = W_dec.grad = None
 
     chosen_sums = torch_backend._segment_sums
 
-    def bag_sums(values_N, tokens_N, starts_F1, y_BD):
-        return F.embedding_bag(tokens_N, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_N)
+    def bag_sums(values_S, tokens_S, starts_F1, y_BD):
+        return functional.embedding_bag(tokens_S, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_S)
 
     def step_summing_by(sums) -> None:
         torch_backend._segment_sums = sums
@@ -64,7 +64,7 @@ def main() -> None:
             "CSR product into used memory": lambda: step_summing_by(chosen_sums),
         },
     )
-    before = operators._DENSE_UP_TO["cpu"]
+    before = products._DENSE_UP_TO["cpu"]
     for n_experts, k in ((32, 32), (128, 32), (256, 32), (128, 64), (128, 128)):
         compare(
             f"forward, backward; E {n_experts}, k {k}, M / k {N_LATENTS / n_experts / k:g}",
@@ -73,7 +73,7 @@ def main() -> None:
                 "dense within experts": lambda E=n_experts, k=k: step(E, k, 10**9),
             },
         )
-    operators._DENSE_UP_TO["cpu"] = before
+    products._DENSE_UP_TO["cpu"] = before
 
     experts = torch.randn(32, 4096, 256)
     out = torch.empty(512, 4096)

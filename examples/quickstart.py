@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported for real in the functions, after prepare_process()
+    from held_out import HeldOut
     from rich.console import Console
-    from sae_lens import SAE, TrainingSAE
-    from sae_lens.load_model import HookedProxyLM
+    from sae_lens import TrainingSAE
     from torch import Tensor
 
-    from sae_lens_switch import SparseCodes
     from sae_lens_switch.history import History
 
 HOOK = "model.layers.12"  # the residual stream after layer 12 of 30, counted from 0
@@ -46,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     prepare_process()
     import torch
+    from held_out import assert_same, evaluate
     from offline import language_model_folder, text_datasets, token_contexts
     from rich.console import Console
     from sae_lens import SAE
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sae = SAE.load_from_disk(folder / "sae")
         with torch.no_grad():
-            held_out = evaluate(sae, runner.model, tokens)
+            held_out = evaluate(sae, runner.model, tokens, HOOK, SKIPPED)
             assert_same(trained, sae, held_out.activations)
         metrics = held_out.metrics | {
             "dead_latents": int((log.density == 0).sum()),
@@ -228,71 +228,6 @@ class TrainingLog:
         runner.run_trainer_with_interruption_handling = fit
 
 
-@dataclass
-class HeldOut:
-    """Activations, codes and metrics of the n held-out tokens, without the first ones of each context."""
-
-    activations: Tensor  # [n, D]
-    codes: SparseCodes  # [n, K]
-    metrics: dict[str, Any]
-
-
-def evaluate(sae: SAE[Any], model: HookedProxyLM, contexts: Tensor) -> HeldOut:
-    """Reconstruction error and CE loss on all tokens but the first two of each context, which stay untouched.
-
-    SAELens's own evaluation cannot skip first tokens.
-    """
-    import torch
-
-    activations: list[Tensor] = []
-    losses: dict[str, list[Tensor]] = {"without_sae": [], "with_sae": [], "with_ablation": []}
-    for batch in contexts.split(8):
-        (_, loss), cache = model.run_with_cache(
-            batch, names_filter=[HOOK], return_type="both", loss_per_token=True, prepend_bos=False
-        )
-        losses["without_sae"].append(loss[:, SKIPPED:])  # the loss at a token is that of predicting the next one
-        x = cache[HOOK][:, SKIPPED:]
-        activations.append(x.flatten(0, 1))
-        for name, x_new in {"with_sae": sae(x), "with_ablation": torch.zeros_like(x)}.items():
-            hooks = [(HOOK, lambda acts, x_new=x_new, **_: torch.cat([acts[:, :SKIPPED], x_new], dim=1))]
-            _, loss = model.run_with_hooks(batch, fwd_hooks=hooks, return_type="both", loss_per_token=True)
-            losses[name].append(loss[:, SKIPPED:])
-
-    x = torch.cat(activations)
-    codes = sae.encode_sparse(x)
-    mse = (sae.decode(codes) - x).square().sum(1).mean().item()  # summed over dimensions, averaged over tokens
-    expert = codes.indices[:, 0] // (sae.cfg.d_sae // sae.cfg.n_experts)
-    ce = {name: torch.cat(parts).mean().item() for name, parts in losses.items()}
-    metrics = {
-        "explained_variance": 1 - mse / variance(x),
-        "mse": mse,
-        "l0": (codes.values > 0).sum(1).float().mean().item(),
-        **{f"ce_loss_{name}": value for name, value in ce.items()},
-        "ce_loss_recovered": (ce["with_ablation"] - ce["with_sae"]) / (ce["with_ablation"] - ce["without_sae"]),
-        "expert_load": (torch.bincount(expert, minlength=sae.cfg.n_experts) / len(expert)).tolist(),
-    }
-    return HeldOut(x, codes, metrics)
-
-
-def variance(x: Tensor) -> float:
-    return (x - x.mean(0)).square().sum(1).mean().item()
-
-
-def assert_same(trained: TrainingSAE[Any], loaded: SAE[Any], x: Tensor) -> None:
-    """Check that the loaded SAE computes exactly what the trained one does."""
-    import torch
-
-    trained.eval()
-    acts = trained.encode(x)
-    if not torch.equal(acts, loaded.encode(x)):
-        raise RuntimeError(f"the loaded SAE encodes differently, by up to {(acts - loaded.encode(x)).abs().max():.3g}")
-    out = trained.decode(acts)
-    if not torch.equal(out, loaded.decode(acts)):
-        raise RuntimeError(
-            f"the loaded SAE decodes differently, by up to {(out - loaded.decode(acts)).abs().max():.3g}"
-        )
-
-
 def print_latents(console: Console, held_out: HeldOut, cfg: Any, tokens: Tensor, tokenizer: Any) -> None:
     """Print, for one latent of each of up to four experts, the held-out contexts in which it is strongest."""
     import torch
@@ -327,6 +262,8 @@ def print_latents(console: Console, held_out: HeldOut, cfg: Any, tokens: Tensor,
 
 
 def draw(path: Path, args: argparse.Namespace, log: TrainingLog, held_out: HeldOut) -> None:
+    from held_out import variance
+
     from sae_lens_switch.plots import training_summary
 
     figure = training_summary(

@@ -158,7 +158,6 @@ def check_weight_grads(p: Any, c: SimpleNamespace) -> Pairs:
     yield "dW_dec", ours.dW_dec_FD, acts_BF.T @ c.g.double()
     yield "dW_enc", ours.dW_enc_FD, slopes_BF.T @ c.x.double()
     yield "d_bias", ours.d_b_enc_F, slopes_BF.sum(0)
-    yield "fired", ours.fired_F, dense((c.values > 0).double(), c.indices, c.s.F).sum(0)
 
 
 def check_grouped(p: Any, c: SimpleNamespace) -> Pairs:

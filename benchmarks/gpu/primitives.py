@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from sae_lens_switch_kernels import operators, sparse_autoencode, torch_backend
+from sae_lens_switch_kernels import products, sparse_autoencode, torch_backend
 from sae_lens_switch_kernels.indexing import latent_index
 from torch import Tensor
+from torch.nn import functional
 
 from gpu import shapes
 from gpu.correctness import case_of, kernels
@@ -89,7 +89,7 @@ def primitives_of(s: Shape, precision: str) -> dict[str, Primitive]:
             shapes.decode(s, size),
             lambda c: kernels(c.dtype).sparse_decode(c.values, c.indices, c.W),
             {
-                "embedding_bag": lambda c: F.embedding_bag(
+                "embedding_bag": lambda c: functional.embedding_bag(
                     c.indices, c.W, mode="sum", per_sample_weights=c.values.to(c.W.dtype)
                 )
             },
@@ -132,12 +132,12 @@ def grouped_primitives(s: Shape, size: int) -> dict[str, Primitive]:
         "grouped_decode": Primitive(
             work,
             lambda c: grouped.grouped_decode(c.pre, c.W, c.groups.offsets_E1),
-            {"F.grouped_mm": lambda c: F.grouped_mm(c.pre, c.W_EMD, offs=c.ends)},
+            {"F.grouped_mm": lambda c: functional.grouped_mm(c.pre, c.W_EMD, offs=c.ends)},
         ),
         "grouped_weight_grad": Primitive(
             work,
             lambda c: grouped.grouped_weight_grad(c.pre, c.g, c.groups.offsets_E1),
-            {"F.grouped_mm": lambda c: F.grouped_mm(c.pre.T, c.g, offs=c.ends)},
+            {"F.grouped_mm": lambda c: functional.grouped_mm(c.pre.T, c.g, offs=c.ends)},
         ),
     }
 
@@ -159,7 +159,7 @@ def mm_and_topk(c: SimpleNamespace) -> Any:
 
 
 def grouped_mm_encode(c: SimpleNamespace) -> Tensor:
-    return F.grouped_mm(c.x, c.W_EMD.transpose(1, 2), offs=c.ends)
+    return functional.grouped_mm(c.x, c.W_EMD.transpose(1, 2), offs=c.ends)
 
 
 def grouped_mm_and_topk(c: SimpleNamespace) -> Any:
@@ -244,13 +244,13 @@ def sweep(s: Shape, precision: str, device: str) -> dict[str, Any]:
         torch.autograd.grad(out_BD, [W_enc, W_dec], c.g)
 
     found = {}
-    before = operators._DENSE_UP_TO
+    before = products._DENSE_UP_TO
     try:
         for route, limit in (("sparse", 0), ("dense", 10**9)):
-            operators._DENSE_UP_TO = {device: limit}
+            products._DENSE_UP_TO = {device: limit}
             found[f"{route}_ms"] = median_ms(both, inputs, device)
     finally:
-        operators._DENSE_UP_TO = before
+        products._DENSE_UP_TO = before
     del inputs
     free()
     return {"M/K": s.M / s.K, **found, "dense_wins_by": found["sparse_ms"] / found["dense_ms"]}

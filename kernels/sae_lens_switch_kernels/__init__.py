@@ -1,13 +1,16 @@
 """Sparse primitives for sparse autoencoders: tensors in, tensors out.
 
-One meaning per letter, here and in every file of the project:
+The suffix of a name gives a tensor's shape (``x_BD``), one letter per dimension:
 
-    B  tokens in a step           F  d_sae, latents
-    D  d_in                       E  experts
-    K  k, active latents a token  M  F / E, latents of one expert
+    B  tokens in a step              A  k_aux, dead latents chosen per token
+    D  d_in                          N  dead latents
+    K  k, active latents per token   R  rows of a weight gradient: all latents, or the active ones
+    F  d_sae, latents                S  B * K, the entries of a batch of codes
+    E  experts                       M  F / E, latents of one expert
 
-A suffix on a name gives a tensor's shape (``x_BD``). Weights are latent-major, ``[F, D]``: a latent's
-encoder column and decoder row are both contiguous. Expert e owns latents ``e * M`` to ``(e + 1) * M``.
+A file that uses another letter, or one of these otherwise, says so in its docstring. E1 and F1 are one longer than E
+and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decoder row are both contiguous. Expert e
+owns latents ``e * M`` to ``(e + 1) * M``.
 """
 
 from sae_lens_switch_kernels.functions import (

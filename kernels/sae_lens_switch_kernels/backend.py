@@ -1,8 +1,8 @@
-"""Which form of a primitive runs: Triton's on a GPU where it has proven itself, plain torch's everywhere else.
+"""Which form of a primitive runs: Triton's on a GPU where it has passed its self-check, plain torch's elsewhere.
 
-The kernels were written without a GPU at hand. So the first time that one is to run on a device, in a dtype, it is
-compared with the plain form on a small case, and on a GPU on one with the tiles of real shapes; if it disagrees or
-fails there, that is said once and the plain form runs instead, then and for the rest of the process.
+Before a kernel first runs on a device in a dtype, it is compared with the plain form on a small case and, on a GPU, on
+one that takes the tiles of real shapes. If it disagrees or fails, one warning says so and the plain form runs for the
+rest of the process.
 """
 
 import os
@@ -28,12 +28,16 @@ PRIMITIVES = (
     "grouped_matmul_at_indices",
     "grouped_weight_grad",
 )
-# The error of a small case in units of its root mean square: TF32 and bf16 keep 10 and 8 bits.
+# RMS error of a self-check relative to the RMS of the result: TF32 and bf16 keep 10 and 8 bits.
 _TOLERATED = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def primitives(t: Tensor) -> "ModuleType | SelfChecked":
-    """The primitives for a tensor's device and dtype. SAE_LENS_SWITCH_BACKEND=torch or triton overrides the device."""
+    """The primitives for a tensor's device and dtype. SAE_LENS_SWITCH_BACKEND=torch or triton overrides the choice.
+
+    Raises:
+        ValueError: If the variable is neither.
+    """
     choice = os.environ.get("SAE_LENS_SWITCH_BACKEND", "")
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"SAE_LENS_SWITCH_BACKEND must be 'torch' or 'triton' if set; got {choice!r}")
@@ -44,7 +48,7 @@ def primitives(t: Tensor) -> "ModuleType | SelfChecked":
 
 
 class SelfChecked:
-    """The Triton primitives of one device and dtype, each replaced by the plain one if it fails its check."""
+    """The Triton primitives for one device and dtype, each replaced by the plain one if it fails its self-check."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._key = device, dtype
@@ -57,17 +61,17 @@ class SelfChecked:
 @cache
 def _proven(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     try:
-        complaint = _compare(name, device, dtype)
+        failure = _compare(name, device, dtype)
     except Exception as error:  # noqa: BLE001, whatever a compiler or a driver may raise
-        complaint = f"failed with {type(error).__name__}: {error}"
-    if complaint:
+        failure = f"failed with {type(error).__name__}: {error}"
+    if failure:
         warnings.warn(
-            f"sae_lens_switch_kernels: the Triton kernel of {name} {complaint}, on {device} in {dtype}. Plain torch "
+            f"sae_lens_switch_kernels: the Triton kernel of {name} {failure}, on {device} in {dtype}. Plain torch "
             "runs in its place, with the same results and slower. `make gpu-check` writes a report worth sending.",
             RuntimeWarning,
             stacklevel=2,
         )
-    return not complaint
+    return not failure
 
 
 @cache
@@ -90,7 +94,7 @@ def _triton_ops() -> ModuleType:
 
 
 class Shape(NamedTuple):
-    """Of a self-check; letters as everywhere."""
+    """The shape of a self-check, by the package's letters."""
 
     B: int
     D: int
@@ -100,28 +104,28 @@ class Shape(NamedTuple):
 
 
 _SMALL = Shape(72, 80, 48, 4, 5)
-# Block sizes follow the shape: here products take the largest tiles, as at any real size, and top-k its block maxima.
+# Block sizes follow from the shape: here products take the largest tiles and top-k its block maxima, as at real sizes.
 _WIDE = Shape(768, 256, 256, 3, 5)
 
 
 def _shapes(device: torch.device) -> tuple[Shape, ...]:
-    """Both on a GPU; the interpreter knows no tiles, and would take its time over the wide one."""
+    """Both on a GPU. The interpreter has no tiles, and would be slow on the wide one."""
     return (_SMALL, _WIDE) if device.type == "cuda" else (_SMALL,)
 
 
 def _compare(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What is wrong with the Triton form, or nothing."""
+    """How the Triton form fails, or an empty string."""
     for shape in _shapes(device):
-        complaint = _compare_at(shape, name, device, dtype)
-        if complaint:
-            return f"{complaint} ({', '.join(f'{letter} {n}' for letter, n in shape._asdict().items())})"
+        failure = _compare_at(shape, name, device, dtype)
+        if failure:
+            return f"{failure} ({', '.join(f'{letter} {n}' for letter, n in shape._asdict().items())})"
     return ""
 
 
 def _compare_at(shape: Shape, name: str, device: torch.device, dtype: torch.dtype) -> str:
     arguments = _case(shape, device, dtype)[name]
     ours, plain = (_tensors(getattr(m, name)(*arguments)) for m in (_triton_ops(), torch_backend))
-    if name == "topk_encode":  # which of two nearly equal latents wins is open: compare what was selected
+    if name == "topk_encode":  # nearly equal latents may win either way: compare what was selected
         (values_BK, indices_BK), (plain_BK, _) = ours, plain
         x_BD, W_FD, *_ = arguments
         chosen_BK = torch_backend.matmul_at_indices(x_BD, W_FD, indices_BK)
@@ -138,7 +142,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every primitive: tokens unevenly over the experts, one latent of an expert on all its tokens."""
+    """Arguments of every primitive: experts with uneven loads, and one latent of each active on all of its tokens."""
     B, D, M, E, K = shape
     generator = torch.Generator().manual_seed(0)
 

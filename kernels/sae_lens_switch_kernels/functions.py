@@ -1,22 +1,26 @@
-"""The public functions: what they take is checked here (values of indices where they are read), what they compute is
-in operators.py."""
+"""The public functions: they check their arguments and call the registered operators.
+
+Values of indices are checked by the operators, where they are read.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels import operators
+from sae_lens_switch_kernels import autoencode, operators
 from sae_lens_switch_kernels.indexing import RowGrads
+from sae_lens_switch_kernels.inputs import EncoderInputs
 
 
 class Reconstruction(NamedTuple):
-    """What ``sparse_autoencode`` gives.
+    """The result of ``sparse_autoencode``.
 
-    out_BD:     sum_j gate z_j W_dec[i_j], without any bias
-    values_BK:  z, after ReLU and before the gate; zero where fewer than k latents are positive
-    indices_BK: int64, distinct in a row
-    aux_out_BD: the same sum over the dead latents' own top k_aux, without ReLU; None if there are none
+    Attributes:
+        out_BD: sum_j gate z_j W_dec[i_j], without any bias.
+        values_BK: z, after ReLU and before the gate; zero where fewer than k latents are positive.
+        indices_BK: i, int64, distinct within a row.
+        aux_out_BD: The same sum over the k_aux chosen dead latents, without ReLU; None without ``dead_N``.
     """
 
     out_BD: Tensor
@@ -26,11 +30,20 @@ class Reconstruction(NamedTuple):
 
 
 def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
-    """x[b] = sum_j values[b, j] W_dec[indices[b, j]], shape [B, D]: DenseSparseMatmul (Gao et al. 2024, D.2).
+    """x[b] = sum_j values[b, j] W_dec[indices[b, j]]: DenseSparseMatmul (Gao et al. 2024, D.2).
 
-    Equals ``f @ W_dec`` for the dense [B, F] ``f`` that is zero elsewhere; an index that occurs twice in a row
-    counts twice. Differentiable in values and W_dec.
-    Raises ValueError for mismatched shapes, dtypes or devices, and for indices outside [0, F).
+    Equals ``f @ W_dec`` for the dense [B, F] ``f`` that is zero elsewhere. Differentiable in values and W_dec.
+
+    Args:
+        values_BK: Values of the active latents.
+        indices_BK: The active latents, int32 or int64; an index that occurs twice in a row counts twice.
+        W_dec_FD: Decoder weights.
+
+    Returns:
+        x, [B, D].
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
     _check_matrix("W_dec_FD", W_dec_FD)
     _check_codes(values_BK, indices_BK)
@@ -39,9 +52,20 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Te
 
 
 def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
-    """<g[b], W[indices[b, j]]>, shape [B, K]: MatmulAtSparseIndices (Gao et al. 2024, D.2).
+    """<g[b], W[indices[b, j]]>: MatmulAtSparseIndices (Gao et al. 2024, D.2).
 
-    Differentiable in g and W. Raises ValueError as ``sparse_decode`` does.
+    Differentiable in g and W.
+
+    Args:
+        g_BD: One vector per token.
+        W_FD: One vector per latent.
+        indices_BK: Where to evaluate ``g @ W.T``, int32 or int64.
+
+    Returns:
+        The dot products, [B, K].
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
     _check_matrix("g_BD", g_BD)
     _check_matrix("W_FD", W_FD, columns=g_BD.shape[1])
@@ -52,10 +76,22 @@ def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
 
 
 def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int) -> Tensor:
-    """f^T g, shape [F, D], for the [B, F] ``f`` that (values, indices) stands for: DenseSparseMatmul, transposed.
+    """f^T g for the [B, F] ``f`` that (values, indices) stands for: DenseSparseMatmul, transposed.
 
     Row f is the sum of values[b, j] g[b] over all (b, j) with indices[b, j] = f, in the order of the tokens.
-    Differentiable in values and g. Raises ValueError as ``sparse_decode`` does.
+    Differentiable in values and g.
+
+    Args:
+        values_BK: Values of the active latents.
+        indices_BK: The active latents, int32 or int64.
+        g_BD: One vector per token.
+        n_latents: F.
+
+    Returns:
+        The sums, [F, D].
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
     _check_codes(values_BK, indices_BK)
     _check_matrix("g_BD", g_BD, rows=len(values_BK))
@@ -72,15 +108,27 @@ def topk_encode(
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """relu of the k pre-activations ``(x - pre_bias) W_enc^T + bias`` a row that are largest when times ``scale``.
+    """relu of the k pre-activations ``(x - pre_bias) W_enc^T + bias`` per row that are largest when scaled.
 
-    values [B, K] are without the scale, which takes no gradient; indices [B, K] are distinct in a row, in no
-    particular order. Never makes a [B, F] tensor. Differentiable in x, W_enc, pre_bias and bias, through the
-    selected positive latents only. Under autocast the matrix product runs in the autocast dtype and the rest in
-    the dtype of W_enc.
-    Raises ValueError for mismatched shapes, dtypes or devices, and unless 1 <= k <= F.
+    Never makes a [B, F] tensor. Differentiable in x, W_enc, pre_bias and bias, through the selected positive latents
+    only. Under autocast the matrix product runs in the autocast dtype and the rest in the dtype of W_enc.
+
+    Args:
+        x_BD: Tokens.
+        W_enc_FD: Encoder weights.
+        k: Active latents per token.
+        pre_bias_D: Subtracted from x.
+        bias_F: Added to the pre-activations.
+        scale_F: Multiplies the pre-activations during selection only, and takes no gradient.
+
+    Returns:
+        values [B, K], without the scale, and indices [B, K], int64, distinct within a row and in no particular order.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
-    return _encode(x_BD, None, W_enc_FD, k, 1, pre_bias_D, bias_F, scale_F)
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, k, 1, W_enc_FD.dtype)
+    return operators.encode(*_checked(inputs))
 
 
 def switch_encode(
@@ -92,13 +140,27 @@ def switch_encode(
     *,
     pre_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """values [B, K] and indices [B, K] of TopK_k(relu((x - pre_bias) W_e^T)), e = expert[b].
+    """TopK_k(relu((x - pre_bias) W_e^T)) for e = expert[b], where W_e is rows ``e * M : (e + 1) * M`` of W_enc.
 
-    W_e is rows ``e * M : (e + 1) * M`` of W_enc; indices count over all F latents. Only the chosen block is
-    computed: 2BDM flops. Otherwise as ``topk_encode``.
-    Raises ValueError also for F not a multiple of n_experts, k > M, and experts outside [0, n_experts).
+    Only the chosen block is computed: 2BDM flops. Otherwise as ``topk_encode``.
+
+    Args:
+        x_BD: Tokens.
+        expert_B: The expert of each token, int32 or int64.
+        W_enc_FD: Encoder weights.
+        k: Active latents per token.
+        n_experts: E; every expert owns M = F / E latents.
+        pre_bias_D: Subtracted from x.
+
+    Returns:
+        values [B, K] and indices [B, K], which count over all F latents.
+
+    Raises:
+        ValueError: As ``topk_encode``; also if n_experts does not divide F, if k > M, or if an expert is outside
+            [0, n_experts).
     """
-    return _encode(x_BD, expert_B, W_enc_FD, k, n_experts, pre_bias_D, None, None)
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, k, n_experts, W_enc_FD.dtype)
+    return operators.encode(*_checked(inputs))
 
 
 def sparse_autoencode(
@@ -117,63 +179,60 @@ def sparse_autoencode(
     k_aux: int = 0,
     row_grads: RowGrads | None = None,
 ) -> Reconstruction:
-    """``topk_encode`` or, with expert_B, ``switch_encode``; a gate a token; then ``sparse_decode``: one operator.
+    """Encode (top-k, or routed if ``expert_B`` is given), scale by the per-token gate, decode: one fused operator.
 
     For training: forward and backward share the grouping of tokens and the index of latents. Experts so small that
-    a dense product beats the gather are computed densely within the expert.
-    dead_N: latents whose own k_aux largest (scaled, as above) reconstruct into aux_out_BD (Gao et al. 2024, A.2);
-    only their rows are read, and get a gradient from it. With expert_B: those of the token's own expert, all of them
-    where it has fewer than k_aux, weighted by the gate, which gets no gradient from them.
-    row_grads: where backward leaves the gradients of W_enc, W_dec and bias, of the active latents alone; these get
-    none then, and nothing in the step but the weights is as long as the dictionary. Or, as it says, less.
-    Differentiable once, in x, W_enc, W_dec, gates, pre_bias and bias, from out, values and aux_out.
-    Raises ValueError as the functions it joins.
+    a dense product beats the gather are computed densely within the expert. Differentiable once, in x, W_enc, W_dec,
+    gates, pre_bias and bias, from out, values and aux_out.
+
+    Args:
+        x_BD: Tokens.
+        W_enc_FD: Encoder weights.
+        W_dec_FD: Decoder weights.
+        k: Active latents per token.
+        expert_B: The expert of each token, as in ``switch_encode``.
+        n_experts: Number of experts.
+        gates_B: Multiplies each token's values before decoding.
+        pre_bias_D: Subtracted from x.
+        bias_F: Added to the pre-activations.
+        scale_F: Multiplies the pre-activations during selection only.
+        dead_N: Dead latents, whose own k_aux largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
+            A.2). Only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
+            token's own expert, all of them if it has fewer than k_aux, weighted by the gate, which gets no gradient
+            from them.
+        k_aux: Dead latents per token.
+        row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
+            no gradient has F rows. With ``active_only=False`` only ``along_R`` is stored.
+
+    Returns:
+        Reconstruction, values, indices, and the reconstruction from dead latents.
+
+    Raises:
+        ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= k_aux <= N.
     """
     _check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     _check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
-    dtype = _check_encoder(x_BD, expert_B, W_enc_FD, k, n_experts, pre_bias_D, bias_F, scale_F)
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, k, n_experts, W_enc_FD.dtype)
+    inputs = _checked(inputs)
     _check_vector("gates_B", gates_B, len(x_BD), W_enc_FD, same_dtype=False)
     if dead_N is not None:
         _check_integers("dead_N", dead_N)
         _check_device("dead_N", dead_N, "x_BD", x_BD)
         if not 1 <= k_aux <= len(dead_N):
             raise ValueError(f"k_aux must be between 1 and the {len(dead_N)} dead latents; got k_aux={k_aux}")
-    inputs = x_BD, W_enc_FD, W_dec_FD, gates_B, pre_bias_D, bias_F, scale_F, expert_B, dead_N
-    constants = k, k_aux, n_experts, dtype
-    # What an optimiser can do without is no reason to leave a graph that is being compiled.
+    arguments = *inputs, W_dec_FD, gates_B, dead_N, k_aux
+    # While compiling, along_R, a saving that an optimiser can do without, is not worth a graph break.
     if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
-        outputs = operators.autoencode(*inputs, *constants)
+        outputs = autoencode.autoencode(*arguments)
     else:
-        outputs = operators.AutoencodeRows.apply(row_grads, *inputs, *constants)
+        outputs = autoencode.AutoencodeRows.apply(row_grads, *arguments)
     out_BD, values_BK, indices_BK, aux_out_BD, *_ = outputs
     return Reconstruction(out_BD, values_BK, indices_BK, None if dead_N is None else aux_out_BD)
 
 
-def _encode(
-    x_BD: Tensor,
-    expert_B: Tensor | None,
-    W_FD: Tensor,
-    k: int,
-    n_experts: int,
-    pre_bias_D: Tensor | None,
-    bias_F: Tensor | None,
-    scale_F: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dtype = _check_encoder(x_BD, expert_B, W_FD, k, n_experts, pre_bias_D, bias_F, scale_F)
-    return operators.encode(x_BD, W_FD, pre_bias_D, bias_F, scale_F, expert_B, k, n_experts, dtype)
-
-
-def _check_encoder(
-    x_BD: Tensor,
-    expert_B: Tensor | None,
-    W_FD: Tensor,
-    k: int,
-    n_experts: int,
-    pre_bias_D: Tensor | None,
-    bias_F: Tensor | None,
-    scale_F: Tensor | None,
-) -> torch.dtype:
-    """Raises ValueError, or gives the dtype of the matrix products: autocast's, where it is on."""
+def _checked(inputs: EncoderInputs) -> EncoderInputs:
+    """The inputs with the dtype of the matrix products: autocast's where it is enabled. Raises ValueError."""
+    x_BD, W_FD, k, n_experts, expert_B = inputs.x_BD, inputs.W_enc_FD, inputs.k, inputs.n_experts, inputs.expert_B
     _check_matrix("x_BD", x_BD)
     _check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
     _check_like("x_BD", x_BD, "W_enc_FD", W_FD)
@@ -189,13 +248,13 @@ def _check_encoder(
         _check_device("expert_B", expert_B, "x_BD", x_BD)
     elif n_experts != 1:
         raise ValueError(f"expert_B must be given for n_experts={n_experts}")
-    _check_vector("pre_bias_D", pre_bias_D, x_BD.shape[1], W_FD)
-    _check_vector("bias_F", bias_F, F, W_FD)
-    _check_vector("scale_F", scale_F, F, W_FD)
+    _check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
+    _check_vector("bias_F", inputs.bias_F, F, W_FD)
+    _check_vector("scale_F", inputs.scale_F, F, W_FD)
     device_type = x_BD.device.type
     if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return W_FD.dtype
+        return EncoderInputs(*inputs[:-1], torch.get_autocast_dtype(device_type))
+    return inputs
 
 
 def _check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor, same_dtype: bool = True) -> None:

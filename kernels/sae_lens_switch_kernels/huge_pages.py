@@ -1,5 +1,8 @@
-"""Large CPU tensors in memory that is used again. A weight gradient is new memory every step, which the kernel hands
-out a page at a time; that takes longer than the sums that fill it."""
+"""Large CPU tensors in huge pages, reused between steps.
+
+A weight gradient is new memory every step. The operating system hands that out one small page at a time, which takes
+longer than the sums that fill it.
+"""
 
 import mmap
 import weakref
@@ -12,8 +15,8 @@ _SIZES_KEPT, _BLOCKS_KEPT = 4, 3
 _free: dict[int, list[mmap.mmap]] = {}
 
 
-def empty_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; on a CPU in a block that an earlier such tensor has left, in huge pages where there are any."""
+def empty_huge(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty``; on a CPU in a block that an earlier such tensor has freed, in huge pages where available."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     if not _is_large(n_bytes, device):
         return torch.empty(shape, dtype=dtype, device=device)
@@ -25,19 +28,19 @@ def empty_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor
     # torch holds the view as long as any tensor on this memory lives.
     view = memoryview(block)
     weakref.finalize(view, _give_back, block).atexit = False
-    return _on(view, shape, dtype)
+    return _tensor_on(view, shape, dtype)
 
 
 def zeros_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.zeros; on a CPU in new memory, in huge pages likewise, that is taken where it is first written to."""
+    """``torch.zeros``; on a CPU in new huge pages, which take memory only once they are written."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     if not _is_large(n_bytes, device):
         return torch.zeros(shape, dtype=dtype, device=device)
-    return _on(memoryview(_new_block(n_bytes)), shape, dtype)
+    return _tensor_on(memoryview(_new_block(n_bytes)), shape, dtype)
 
 
 def in_large(t: Tensor) -> Tensor:
-    """t, laid out as it is, moved to memory as of zeros_large where that is other memory."""
+    """Copy ``t`` into huge pages, preserving its layout; returns ``t`` itself if it is too small."""
     if t.is_contiguous() and _is_large(t.nbytes, t.device):
         return zeros_large(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
     return in_large(t.T).T if t.ndim == 2 and t.T.is_contiguous() and not t.is_contiguous() else t
@@ -54,7 +57,7 @@ def _new_block(n_bytes: int) -> mmap.mmap:
     return block
 
 
-def _on(view: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _tensor_on(view: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(view, dtype=dtype, count=torch.Size(shape).numel()).view(shape)
 
 
@@ -68,5 +71,5 @@ def _give_back(block: mmap.mmap) -> None:
     blocks = _free.setdefault(len(block), [])
     if len(blocks) < _BLOCKS_KEPT:
         blocks.append(block)
-    while len(_free) > _SIZES_KEPT:  # sizes that came first are of SAEs that are gone, most likely
+    while len(_free) > _SIZES_KEPT:  # the oldest sizes most likely belong to SAEs that are gone
         del _free[next(iter(_free))]

@@ -1,4 +1,4 @@
-"""Who belongs to whom: the tokens of each latent, the tokens of each expert. Built once a step, read many times."""
+"""The tokens of each latent and the tokens of each expert: indices that a step builds once and reads many times."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,46 +10,50 @@ from torch import Tensor
 class LatentIndex(NamedTuple):
     """The transpose of indices_BK, as in a CSR matrix.
 
-    order_N:   [B * K], positions in the flattened indices_BK sorted by latent; position // K is the token.
-               Positions of one latent ascend, so a sum over them has one fixed order.
-    starts_F1: [F + 1]; latent f owns order_N[starts_F1[f] : starts_F1[f + 1]]
+    Attributes:
+        order_S: [B * K], positions in the flattened indices_BK sorted by latent; position // K is the token. Positions
+            of one latent ascend, so a sum over them has one fixed order.
+        starts_F1: [F + 1]; latent f owns order_S[starts_F1[f] : starts_F1[f + 1]].
     """
 
-    order_N: Tensor
+    order_S: Tensor
     starts_F1: Tensor
 
-    def sums(self, values_N: Tensor) -> Tensor:
-        """[F], of values in the order of ``order_N``."""
-        return torch.segment_reduce(values_N, "sum", offsets=self.starts_F1, initial=0, unsafe=True)
+    def sums(self, values_S: Tensor) -> Tensor:
+        """The sum of each latent's values, [F]; values are in the order of ``order_S``."""
+        return torch.segment_reduce(values_S, "sum", offsets=self.starts_F1, initial=0, unsafe=True)
 
 
 def latent_index(indices_BK: Tensor, n_latents: int) -> LatentIndex:
-    """One stable sort of B * K numbers; no host synchronisation."""
-    by_latent, order_N = indices_BK.flatten().sort(stable=True)
+    """The index over all latents: one stable sort of B * K numbers, no host synchronisation."""
+    by_latent_S, order_S = indices_BK.flatten().sort(stable=True)
     ends = torch.arange(n_latents + 1, device=indices_BK.device, dtype=indices_BK.dtype)
-    return LatentIndex(order_N, torch.searchsorted(by_latent, ends))
+    return LatentIndex(order_S, torch.searchsorted(by_latent_S, ends))
 
 
 def active_latent_index(indices_BK: Tensor) -> tuple[Tensor, LatentIndex]:
-    """The latents that occur, ascending, and the index over these alone: nothing is as long as the dictionary.
+    """The active latents in ascending order and the index over these alone, so that nothing has F entries.
 
-    How many there are is read back from the device.
+    Synchronises with the device, to learn how many there are.
     """
-    by_latent, order_N = indices_BK.flatten().sort(stable=True)
-    rows_R, counts_R = by_latent.unique_consecutive(return_counts=True)
-    return rows_R, LatentIndex(order_N, torch.nn.functional.pad(counts_R.cumsum(0), (1, 0)))
+    by_latent_S, order_S = indices_BK.flatten().sort(stable=True)
+    rows_R, counts_R = by_latent_S.unique_consecutive(return_counts=True)
+    return rows_R, LatentIndex(order_S, torch.nn.functional.pad(counts_R.cumsum(0), (1, 0)))
 
 
 @dataclass
 class RowGrads:
-    """What the backward pass that it was given to leaves for an optimiser.
+    """Where the backward pass of ``sparse_autoencode`` leaves gradients for an optimiser.
 
-    active_only: weight gradients are left here, of the step's active latents alone. False: they go where autograd puts
-               them, as ever, and only along_R is left here, of all latents
-    rows_R:    the active latents, ascending, each once; None until a backward pass has run
-    dW_enc_RD, dW_dec_RD, d_bias_R: their rows of the gradients; those of all other latents are zero
-    along_R:   <dW_dec[r], W_dec[r]>, which a constrained decoder's gradient must lose, and which costs nothing where
-               the gradients are made; None where that is done in less than float32
+    Attributes:
+        active_only: True: the weight gradients of the active latents are left here, and autograd gets none. False:
+            autograd gets all gradients as usual, and only ``along_R`` is left here, with all F rows.
+        rows_R: The active latents, ascending and distinct; None until a backward pass has run.
+        dW_enc_RD: Their rows of the encoder's gradient. Those of all other latents are zero.
+        dW_dec_RD: Their rows of the decoder's gradient, likewise.
+        d_bias_R: Their entries of the encoder bias's gradient, likewise.
+        along_R: <dW_dec[r], W_dec[r]>, the radial component that a unit-norm decoder's gradient must lose. It is a
+            by-product of the gradient; None where products run in less than float32.
     """
 
     active_only: bool = True
@@ -62,46 +66,62 @@ class RowGrads:
     def clear(self) -> None:
         self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = self.along_R = None
 
+    def store(
+        self, rows_R: Tensor | None, dW_enc_RD: Tensor, dW_dec_RD: Tensor, d_bias_R: Tensor, along_R: Tensor | None
+    ) -> None:
+        """Keep what ``active_only`` asks for.
+
+        Raises:
+            RuntimeError: If an earlier backward pass is still held.
+        """
+        if self.rows_R is not None or self.along_R is not None:
+            raise RuntimeError("row_grads still holds an earlier backward pass: take a step, or clear() it")
+        self.along_R = along_R
+        if self.active_only:
+            self.rows_R, self.dW_enc_RD, self.dW_dec_RD, self.d_bias_R = rows_R, dW_enc_RD, dW_dec_RD, d_bias_R
+
     def plus(self, other: "RowGrads") -> "RowGrads":
-        """The sum with what another backward pass has left, over the latents active in either."""
-        if self.rows_R is None or other.rows_R is None:  # gradients as autograd has them: all of one length, or none
+        """The sum of two backward passes, over the latents active in either."""
+        if self.rows_R is None or other.rows_R is None:  # active_only=False: along_R has F rows, or there is none
             mine, others = self.along_R, other.along_R
             return RowGrads(self.active_only, along_R=None if mine is None or others is None else mine + others)
         rows_R = torch.cat([self.rows_R, other.rows_R]).unique()
         places = [torch.searchsorted(rows_R, rows) for rows in (self.rows_R, other.rows_R)]
 
-        def total(name: str) -> Tensor | None:
-            parts = getattr(self, name), getattr(other, name)
-            if parts[0] is None or parts[1] is None:
+        def total(mine: Tensor | None, others: Tensor | None) -> Tensor | None:
+            if mine is None or others is None:
                 return None
-            total_R = parts[0].new_zeros(len(rows_R), *parts[0].shape[1:])
-            for place, part in zip(places, parts, strict=True):
+            total_R = mine.new_zeros(len(rows_R), *mine.shape[1:])
+            for place, part in zip(places, (mine, others), strict=True):
                 total_R[place] += part  # each row once: a sum of fixed order
             return total_R
 
-        return RowGrads(self.active_only, rows_R, *map(total, ("dW_enc_RD", "dW_dec_RD", "d_bias_R", "along_R")))
+        return RowGrads(self.active_only, rows_R, *map(total, self._per_row(), other._per_row()))
+
+    def _per_row(self) -> tuple[Tensor | None, ...]:
+        return self.dW_enc_RD, self.dW_dec_RD, self.d_bias_R, self.along_R
 
 
 class LatentGrads(NamedTuple):
-    """What one walk of a LatentIndex gives.
+    """Sums over the entries (b, j) of each latent, from one walk of a LatentIndex.
 
-    dW_dec_FD:  sum over the latent's (b, j) of values[b, j] g[b]
-    dW_enc_FD:  sum of d_pre[b, j] x[b], or None if not asked for
-    d_b_enc_F:  sum of d_pre[b, j], or None likewise
-    fired_F:    int32, how many of its values are positive
+    Attributes:
+        dW_dec_FD: Sum of values[b, j] g[b].
+        dW_enc_FD: Sum of d_pre[b, j] x[b]; None if not requested.
+        d_b_enc_F: Sum of d_pre[b, j]; None likewise.
     """
 
     dW_dec_FD: Tensor
     dW_enc_FD: Tensor | None
     d_b_enc_F: Tensor | None
-    fired_F: Tensor
 
 
 class ExpertGroups(NamedTuple):
-    """Tokens sorted by expert, in their own order within an expert.
+    """Tokens sorted by expert, in their original order within an expert.
 
-    order_B:    [B], the token in each row of the sorted batch; None if the rows are sorted as they are
-    offsets_E1: [E + 1]; expert e owns the sorted rows offsets_E1[e] to offsets_E1[e + 1]
+    Attributes:
+        order_B: [B], the token in each row of the sorted batch; None if the batch is sorted already.
+        offsets_E1: [E + 1]; expert e owns the sorted rows offsets_E1[e] to offsets_E1[e + 1].
     """
 
     order_B: Tensor | None
@@ -122,5 +142,5 @@ def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:
 
 def one_group(n_tokens: int, device: torch.device) -> ExpertGroups:
     """All tokens belong to one expert."""
-    # Made on the device: a copy of numbers from the host would wait for it.
+    # Computed on the device: a copy from the host would synchronise.
     return ExpertGroups(None, torch.arange(2, device=device) * n_tokens)

@@ -1,6 +1,8 @@
-"""The truth every primitive is held to: dense, plain autograd, any dtype, no tricks.
+"""The reference for every primitive: dense, plain autograd, any dtype, no tricks.
 
 Each function has the name and signature of the public one. Everything here makes [B, F] tensors on purpose.
+
+Letters: in ``sparse_autoencode``, N counts the dead latents that a token may choose from.
 """
 
 import torch
@@ -37,7 +39,7 @@ def switch_encode(
     *,
     pre_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token by token: the k largest of relu((x - b) W_enc^T) within the token's own expert."""
+    """Per token, the k largest of relu((x - b) W_enc^T) within the token's own expert."""
     M = len(W_enc_FD) // n_experts
     values, indices = [], []
     for x_D, expert in zip(x_BD, expert_B.tolist(), strict=True):
@@ -82,7 +84,7 @@ def sparse_autoencode(
     dead_N: Tensor | None = None,
     k_aux: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Encode, gate, decode; and the dead latents' own top k_aux, without ReLU, decoded: of the token's own expert."""
+    """Encode, gate, decode; and decode the top k_aux, without ReLU, of the dead latents of the token's own expert."""
     if expert_B is None:
         values_BK, indices_BK = topk_encode(x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F)
     else:

@@ -1,41 +1,44 @@
 """The primitives in plain torch: the CPU path, and the fallback on every other device.
 
-None of them makes a [B, F] tensor. They know nothing of autograd; library.py joins them into gradients.
-Where several routes of torch's own lead to a result, the one taken is the fastest measured on a CPU
+None of them makes a [B, F] tensor. They know nothing of autograd; operators.py and autoencode.py join them into
+gradients. Where torch offers several routes to a result, the one taken is the fastest measured on a CPU
 (benchmarks/primitives.py).
+
+Letters beside the package's: R here counts the rows of a tile, P the latents of a tile or of a part of one; in
+``_top_indices``, N is the number of blocks and H their height.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
-from sae_lens_switch_kernels.huge_pages import empty_large
+from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex
+from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
 
-# Pre-activations are made a tile at a time: rows enough for the matrix product to run at full speed, latents few
-# enough that a dictionary of any width takes the same memory. On a CPU the product takes a block of latents at a time,
-# which stays in cache with its weights, and the tile is searched a few rows at a time, likewise.
+# Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
+# that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
+# cache with their weights, and the tile is searched in blocks of rows, for the same reason.
 _TILE_ROWS = {"cpu": 512}
 _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
 _PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
 _SEARCH_ELEMENTS = 1 << 21
-_MANY_LATENTS, _ROWS_OF_A_KERNEL = 512, 16
-# Gathered rows [rows, K, D] of the generic route, likewise.
+_MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
+# Gathered rows [rows, K, D] of the generic route also stay in cache.
 _CHUNK_ELEMENTS = 1 << 18
 
 
 def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
-    """out[b] = sum_j v[b, j] W[i[b, j]] (DenseSparseMatmul): 2BKD flops, K rows of W read a token."""
+    """out[b] = sum_j v[b, j] W[i[b, j]] (DenseSparseMatmul): 2BKD flops, K rows of W read per token."""
     if indices_BK.numel() == 0:
         return W_FD.new_zeros(len(indices_BK), W_FD.shape[1])
-    return F.embedding_bag(indices_BK, W_FD, mode="sum", per_sample_weights=values_BK)
+    return functional.embedding_bag(indices_BK, W_FD, mode="sum", per_sample_weights=values_BK)
 
 
 def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
@@ -57,38 +60,34 @@ def latent_weight_grads(
     index: LatentIndex, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor | None = None, x_BD: Tensor | None = None
 ) -> LatentGrads:
     """Both weight gradients over one index: 2BKD flops each instead of 2BFD, sums in the order of the index."""
-    tokens_N = torch.div(index.order_N, max(1, values_BK.shape[1]), rounding_mode="floor")
-    values_N = values_BK.flatten()[index.order_N]
-    dW_dec_FD = _segment_sums(values_N, tokens_N, index.starts_F1, g_BD)
-    counted_N1 = F.pad((values_N > 0).cumsum(0, dtype=torch.int32), (1, 0))
-    fired_F = counted_N1[index.starts_F1].diff()
+    tokens_S = torch.div(index.order_S, max(1, values_BK.shape[1]), rounding_mode="floor")
+    dW_dec_FD = _segment_sums(values_BK.flatten()[index.order_S], tokens_S, index.starts_F1, g_BD)
     if d_pre_BK is None or x_BD is None:
-        return LatentGrads(dW_dec_FD, None, None, fired_F)
-    d_pre_N = d_pre_BK.flatten()[index.order_N]
-    dW_enc_FD = _segment_sums(d_pre_N, tokens_N, index.starts_F1, x_BD)
-    d_b_enc_F = index.sums(d_pre_N)
-    return LatentGrads(dW_dec_FD, dW_enc_FD, d_b_enc_F, fired_F)
+        return LatentGrads(dW_dec_FD, None, None)
+    d_pre_S = d_pre_BK.flatten()[index.order_S]
+    dW_enc_FD = _segment_sums(d_pre_S, tokens_S, index.starts_F1, x_BD)
+    return LatentGrads(dW_dec_FD, dW_enc_FD, index.sums(d_pre_S))
 
 
-def _segment_sums(values_N: Tensor, tokens_N: Tensor, starts_F1: Tensor, y_BD: Tensor) -> Tensor:
-    """out[f] = sum over segment f of values[n] y[tokens[n]]."""
+def _segment_sums(values_S: Tensor, tokens_S: Tensor, starts_F1: Tensor, y_BD: Tensor) -> Tensor:
+    """out[f] = sum over segment f of values[s] y[tokens[s]]."""
     n_latents, D = len(starts_F1) - 1, y_BD.shape[1]
-    if not len(values_N):
+    if not len(values_S):
         return y_BD.new_zeros(n_latents, D)
     if not _has_csr(y_BD):
-        return F.embedding_bag(tokens_N, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_N)
-    out_FD = empty_large(n_latents, D, dtype=y_BD.dtype, device=y_BD.device)
-    matrix_FB = _csr(starts_F1, tokens_N, values_N, (n_latents, len(y_BD)))
+        return functional.embedding_bag(tokens_S, y_BD, starts_F1[:-1], mode="sum", per_sample_weights=values_S)
+    out_FD = empty_huge(n_latents, D, dtype=y_BD.dtype, device=y_BD.device)
+    matrix_FB = _csr(starts_F1, tokens_S, values_S, (n_latents, len(y_BD)))
     return torch.addmm(out_FD, matrix_FB, y_BD, beta=0, out=out_FD)
 
 
 def _has_csr(t: Tensor) -> bool:
-    """Whether torch has compressed sparse products for it, which on a CPU come from MKL: not on Arm, say."""
+    """Whether torch has compressed sparse products for it. On a CPU they come from MKL, which Arm builds lack."""
     return t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():  # torch calls the layout beta, once a process
+    with warnings.catch_warnings():  # torch warns once per process that the layout is in beta
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
@@ -103,20 +102,20 @@ def topk_encode(
     dtype: torch.dtype,
     select: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k largest of (x W_e^T + bias) * scale a row: pre-activations without the scale, and indices over all F.
+    """The k largest of (x W_e^T + bias) * scale per row: pre-activations without the scale, and indices over all F.
 
-    2BDM flops: only the block of a row's own expert is computed, a tile of rows at a time. ``select`` searches a
-    tile, ``select_topk`` unless given.
+    2BDM flops: only the block of a row's own expert is computed, one tile of rows at a time. ``select`` searches a
+    tile; default: ``select_topk``.
     """
     E, device = len(groups.offsets_E1) - 1, x_BD.device
     M = len(W_FD) // E
     values_BK = W_FD.new_empty(len(x_BD), k)
     indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=device)
-    # Several experts share a tile, and one search, where nothing else than their weights tells them apart.
+    # Several experts share a tile, and one search, where they differ in nothing but their weights.
     alone = E == 1 or M > _TILE_LATENTS or bias_F is not None or scale_F is not None
     rows = _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
     offsets = _offsets(groups, len(x_BD))
-    buffer = empty_large(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=dtype, device=device)
+    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=dtype, device=device)
     for tile in _row_tiles(offsets, rows, alone):
         low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
         found = []
@@ -150,7 +149,7 @@ class _Rows(NamedTuple):
 
 
 def _row_tiles(offsets: list[int], rows: int, alone: bool) -> Iterator[list[_Rows]]:
-    """Tiles of at most ``rows`` sorted rows, each as the runs of one expert that it holds; ``alone``: only one."""
+    """Tiles of at most ``rows`` sorted rows, each as a list of runs of one expert; with ``alone``, of a single run."""
     tile, room = [], rows
     for expert, (start, end) in enumerate(pairwise(offsets)):
         while start < end:
@@ -166,18 +165,18 @@ def _row_tiles(offsets: list[int], rows: int, alone: bool) -> Iterator[list[_Row
 
 
 def _offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
-    # Of one group they are known: nothing needs to be read back from a GPU.
+    # With one group they are known, and nothing needs to be read back from a GPU.
     return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
 
 
 def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> None:
-    if len(W_PD) >= _MANY_LATENTS and x_RD.dtype == torch.float32 and _has_onednn(x_RD.device):
-        # MKL, which is behind torch.mm, copies the latents first; for as few rows as a tile has, it does not pay.
-        # oneDNN compiles a kernel for every number of rows: hence few different ones.
-        padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_OF_A_KERNEL))
+    if len(W_PD) >= _MANY_LATENTS and x_RD.dtype == torch.float32 and has_onednn_linear(x_RD.device):
+        # MKL, behind torch.mm, copies the weights first, which does not pay for the few rows of a tile. oneDNN compiles
+        # one kernel per number of rows, so that number is rounded up.
+        padded_RD = functional.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_PER_KERNEL))
         block = max(_PRODUCT_LATENTS, _PRODUCT_ELEMENTS // max(len(padded_RD), 1))
         for low in range(0, len(W_PD), block):
-            part_RP = _onednn_linear(padded_RD, W_PD[low : low + block])
+            part_RP = onednn_linear(padded_RD, W_PD[low : low + block])
             out_RP[:, low : low + block].copy_(part_RP[: len(x_RD)])
         return
     block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" else len(W_PD)
@@ -185,23 +184,8 @@ def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> None:
         torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])
 
 
-def _onednn_linear(x_RD: Tensor, W_PD: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_RD, W_PD, None, "none", [], "")
-
-
-@cache
-def _has_onednn(device: torch.device) -> bool:
-    """Whether this torch has the operator, which is not among its public ones, and it works."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        return torch.equal(_onednn_linear(torch.ones(1, 2), torch.ones(3, 2)), torch.full((1, 3), 2.0))
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-
-
 def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best of all, which are among the k best of each part."""
+    """The k best overall, which are among the k best of each part."""
     values, indices = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
     best_RK = (values if scale_F is None else values * scale_F[indices]).topk(k, dim=1, sorted=False).indices
     return values.gather(1, best_RK), indices.gather(1, best_RK)
@@ -210,7 +194,7 @@ def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) ->
 def grouped_decode(
     values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
-    """sparse_decode as one dense product an expert, 2BMD flops: faster while M / K is small."""
+    """sparse_decode as one dense product per expert, 2BMD flops: faster while M / K is small."""
     out_BD = W_FD.new_empty(len(values_BK), W_FD.shape[1])
     for block, tile, buffer_RM in _tiles(len(values_BK), len(W_FD), groups, dtype):
         acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
@@ -221,7 +205,7 @@ def grouped_decode(
 def grouped_matmul_at_indices(
     g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
-    """matmul_at_indices as one dense product an expert."""
+    """matmul_at_indices as one dense product per expert."""
     out_BK = g_BD.new_empty(indices_BK.shape)
     for block, tile, buffer_RM in _tiles(len(g_BD), len(W_FD), groups, dtype):
         torch.mm(g_BD[tile].to(dtype), W_FD[block].to(dtype).T, out=buffer_RM)
@@ -232,8 +216,8 @@ def grouped_matmul_at_indices(
 def grouped_weight_grad(
     values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
-    """latent_weight_grad as one dense product an expert."""
-    grad_FD = empty_large(n_latents, g_BD.shape[1], dtype=g_BD.dtype, device=g_BD.device)
+    """latent_weight_grad as one dense product per expert."""
+    grad_FD = empty_huge(n_latents, g_BD.shape[1], dtype=g_BD.dtype, device=g_BD.device)
     written = 0
     for block, tile, buffer_RM in _tiles(len(g_BD), n_latents, groups, dtype):
         acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
@@ -253,11 +237,11 @@ def grouped_weight_grad(
 def _tiles(
     n_tokens: int, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each expert's latents with each tile of its rows, and one buffer [rows, M] lent to all in turn."""
+    """Each expert's latents with each tile of its rows, and a buffer [rows, M] that all tiles share."""
     device = groups.offsets_E1.device
     M = n_latents // (len(groups.offsets_E1) - 1)
     rows = _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
-    buffer = empty_large(min(rows, n_tokens), M, dtype=dtype, device=device)
+    buffer = empty_huge(min(rows, n_tokens), M, dtype=dtype, device=device)
     for (tile,) in _row_tiles(_offsets(groups, n_tokens), rows, alone=True):
         block, tile_rows = slice(tile.expert * M, (tile.expert + 1) * M), slice(tile.start, tile.end)
         yield block, tile_rows, buffer[: tile.end - tile.start]
@@ -277,7 +261,7 @@ def _mm(out: Tensor, a: Tensor, b: Tensor) -> None:
 def select_topk(
     pre_RF: Tensor, k: int, bias_F: Tensor | None = None, scale_F: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k largest of (pre + bias) * scale a row, exact, in no particular order: pre + bias there, and where.
+    """pre + bias and indices of the k largest (pre + bias) * scale per row, exact and in no particular order.
 
     May overwrite pre.
     """
@@ -295,16 +279,16 @@ def select_topk(
 
 
 def _top_indices(ranked_RF: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row are.
+    """Indices of the k largest of each row.
 
-    They lie in the k blocks with the largest maxima. So: one pass for the maxima of n blocks, then two small top-k,
-    over the maxima and over the k winning blocks, instead of one over all F.
+    They lie in the k blocks with the largest maxima. So one pass finds the maxima of n blocks, and two small top-k,
+    over the maxima and over the k winning blocks, replace one over all F.
     """
     n = _block_count(ranked_RF.shape[1], k)
     if n == 0:
         return ranked_RF.topk(k, dim=1, sorted=False).indices
     # Block j is columns j, j + n, j + 2n, ...: the maxima are then elementwise maxima of contiguous rows. The
-    # columns that are left over, fewer than n, are candidates all.
+    # columns left over, fewer than n, are all candidates.
     height = ranked_RF.shape[1] // n
     blocks_RHN = ranked_RF[:, : height * n].unflatten(1, (height, n))
     winners_RK = blocks_RHN.amax(dim=1).topk(k, dim=1, sorted=False).indices
@@ -321,8 +305,8 @@ def _top_indices(ranked_RF: Tensor, k: int) -> Tensor:
 def _block_count(n_latents: int, k: int) -> int:
     """Blocks for the pruned top-k, or 0 where one top-k over all is as fast.
 
-    Measured on a CPU: torch's top-k costs five times less a value from 64 k values on, so that many maxima at least;
-    and the fewest columns left over.
+    Measured on a CPU: from 64 k values on, torch's top-k costs five times less per value. So there are at least that
+    many maxima, and of those counts the one that leaves the fewest columns over.
     """
     if n_latents < 4 * 64 * k:
         return 0

@@ -8,6 +8,8 @@ from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
+from sae_lens_switch.common.types import StateDict
+
 # In a weights file: present only if the SAE is as it was initialised.
 FRESH = "fresh"
 
@@ -56,7 +58,7 @@ def from_digits(parts: Tensor) -> Tensor:
     return torch.ldexp(((low / 256 + middle) / 256 + high) / 256, exponent).float()
 
 
-def take_exact(state_dict: dict[str, Any], key: str) -> Tensor | None:
+def take_exact(state_dict: StateDict, key: str) -> Tensor | None:
     """The float32 numbers of a router's parameter, of whatever dtype its file was loaded in; taken from the dict."""
     parts = state_dict.pop(f"{key}_digits", None)
     if parts is not None:

@@ -13,6 +13,7 @@ from typing_extensions import override
 from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.common.machine import check_sae_fits
 from sae_lens_switch.common.torch_private import has_hooks
+from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
@@ -90,10 +91,10 @@ class SparseSAE(SAE[Any], ABC):
 
     # Copies and files
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {name: value for name, value in self.__dict__.items() if name not in _CLOSURES}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         if self.hook_z_reshaping_mode:
             self.turn_on_forward_pass_hook_z_reshaping()
@@ -102,11 +103,11 @@ class SparseSAE(SAE[Any], ABC):
         self._setup_activation_normalization()
 
     @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+    def process_state_dict_for_saving(self, state_dict: StateDict) -> None:
         super().process_state_dict_for_saving(state_dict)
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any) -> None:
         """As torch's, with W_enc laid out by latents, also where the tensor itself is taken over."""
         if prefix + "W_enc" in state_dict:
             state_dict[prefix + "W_enc"] = latent_major(state_dict[prefix + "W_enc"])
@@ -257,7 +258,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         step_input: TrainStepInput,  # noqa: ARG002
         x_BD: Tensor,  # noqa: ARG002
         assignment: Assignment | None,  # noqa: ARG002
-    ) -> tuple[RoutingStatistics | None, dict[str, Any]]:
+    ) -> tuple[RoutingStatistics | None, Metrics]:
         """Add the router's losses; returns statistics of the routing, and metrics to log."""
         return None, {}
 

@@ -10,6 +10,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_switch.common.torch_private import has_hooks
+from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.config import SwitchSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_switch.saes.router import Assignment, assign, router_dtype, router_logits
 from sae_lens_switch.saes.serialization import FRESH, digits, take_exact
@@ -177,14 +178,14 @@ class SwitchBase(SparseSAE):
         return self
 
     @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+    def process_state_dict_for_saving(self, state_dict: StateDict) -> None:
         super().process_state_dict_for_saving(state_dict)
         for name in _ROUTER:
             # SAELens casts every tensor of a file to the dtype it is loaded in before we see it.
             state_dict[f"{name}_digits"] = digits(state_dict[name])
 
     @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+    def process_state_dict_for_loading(self, state_dict: StateDict) -> None:
         expected = {name: tuple(p.shape) for name, p in self.named_parameters()}
         for name, shape in expected.items():
             if name not in state_dict:
@@ -196,7 +197,7 @@ class SwitchBase(SparseSAE):
                 raise ValueError(f"{name} must have shape {shape} by the config; the weights have {found}")
 
     @override
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any) -> None:
         """As torch's, which would refuse what our files hold beside the parameters."""
         for name in _ROUTER:
             exact = take_exact(state_dict, prefix + name)

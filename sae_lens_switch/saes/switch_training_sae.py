@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.data_dependent_init import FirstBatchStart, start_from_batch
 from sae_lens_switch.saes.decoder_constraint import (
@@ -140,7 +141,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     @override
     def _add_routing(
         self, losses: dict[str, Tensor], step_input: TrainStepInput, x_BD: Tensor, assignment: Assignment | None
-    ) -> tuple[RoutingStatistics, dict[str, Any]]:
+    ) -> tuple[RoutingStatistics, Metrics]:
         assert assignment is not None
         load_E = expert_load(assignment)
         balance = load_balance_loss(assignment.probs_BE, load_E)
@@ -212,13 +213,13 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     # Files and logs
 
     @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+    def process_state_dict_for_saving(self, state_dict: StateDict) -> None:
         super().process_state_dict_for_saving(state_dict)
         if self.is_fresh:
             state_dict[FRESH] = torch.ones(1)
 
     @override
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+    def process_state_dict_for_saving_inference(self, state_dict: StateDict) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
         state_dict.pop(FRESH, None)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sae_lens.training._interruption import InterruptedException
+from sae_lens_switch.common.saelens_private import InterruptedException
 
 INTERRUPTIONS = (KeyboardInterrupt, InterruptedException)
 # A closed terminal sends SIGHUP; Windows has none.

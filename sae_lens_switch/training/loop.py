@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import wandb
@@ -15,6 +14,7 @@ from typing_extensions import override
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import Bar, Sentences, progress, track
 from sae_lens_switch.common.substitution import constructing
+from sae_lens_switch.common.types import Metrics, Options
 from sae_lens_switch.saes.serialization import fold_activation_scaler
 from sae_lens_switch.saes.step import activation_rows
 from sae_lens_switch.training import checkpoints
@@ -33,7 +33,7 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def n_skipped_steps(self) -> int: ...
 
     @abstractmethod
-    def _describe(self, output: TrainStepOutput) -> dict[str, Any]:
+    def _describe(self, output: TrainStepOutput) -> Metrics:
         """What a look at the progress shows. Waits for the device."""
 
     @override
@@ -91,7 +91,7 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _estimate_normalization(self) -> None:
         """As SAELens; statistics that came with a checkpoint are kept."""
         scaler, how = self.activation_scaler, self.sae.cfg.normalize_activations
-        options: dict[str, Any] = {
+        options: Options = {
             "d_in": self.sae.cfg.d_in,
             "data_provider": self._batches_for_estimate(),
             "n_batches_for_norm_estimate": self.cfg.n_batches_for_norm_estimate,
@@ -128,7 +128,7 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             with checkpoints.failure_is_logged("the final checkpoint"):  # what was trained is still to be written
                 self.save_checkpoint(f"final_{self.n_training_samples}")
 
-    def _log(self, metrics: dict[str, Any]) -> None:
+    def _log(self, metrics: Metrics) -> None:
         if metrics and self.cfg.logger.log_to_wandb:
             wandb.log(metrics, step=self.n_training_steps)
 

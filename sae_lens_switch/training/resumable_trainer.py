@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import track
+from sae_lens_switch.common.types import Json, Options, StateDict
 from sae_lens_switch.saes.serialization import fold_activation_scaler
 from sae_lens_switch.training import checkpoints, manifest
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
@@ -43,8 +44,8 @@ _NOT_IN_CHECKPOINT = {
 class ResumableData(Protocol):
     """An iterator of activations that can save its place and return to it."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def state_dict(self) -> StateDict: ...
+    def load_state_dict(self, state_dict: StateDict) -> None: ...
 
 
 class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -58,11 +59,11 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     _training_weights: Path | None = None
 
     @abstractmethod
-    def _own_state(self) -> dict[str, Any]:
+    def _own_state(self) -> StateDict:
         """What the trainer keeps beyond SAELens's; plain numbers and tensors."""
 
     @abstractmethod
-    def _restore_own_state(self, state: dict[str, Any]) -> None: ...
+    def _restore_own_state(self, state: StateDict) -> None: ...
 
     def _make_schedule(self, cfg: SparseSAETrainerConfig) -> LRScheduler:
         assert cfg.lr is not None
@@ -138,7 +139,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 wandb_aliases=aliases,
             )
 
-    def checkpoint_facts(self) -> dict[str, Any]:
+    def checkpoint_facts(self) -> Json:
         """What ``checkpoint.json`` says of the run."""
         return {
             "n_training_samples": self.n_training_samples,
@@ -152,7 +153,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Whether the activations' scaling has gone into the weights, as at the end: training cannot resume from it."""
         return self.sae.cfg.normalize_activations != self._normalizes
 
-    def config_of_record(self) -> dict[str, Any]:
+    def config_of_record(self) -> Json:
         """The settings that a run and the checkpoint it resumes from must share."""
         sae = {n: v for n, v in self.sae.cfg.to_dict().items() if n not in ("metadata", "device")}
         trainer = {n: v for n, v in vars(self.cfg).items() if n not in _NOT_IN_CHECKPOINT}
@@ -161,7 +162,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         super().save_trainer_state(checkpoint_path)
-        state: dict[str, Any] = {
+        state: StateDict = {
             **self._own_state(),
             "n_batches_drawn": self.n_batches_drawn,
             "coefficients": {
@@ -230,7 +231,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         with checkpoints.loading(Path(checkpoint_path)):
             _restore_random(self._load(Path(checkpoint_path)))
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: Path) -> StateDict:
         """Everything but what concerns the activations and random numbers, which is returned."""
         checkpoints.verify(path, self.config_of_record())
         self._check_source(path)
@@ -240,7 +241,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         training = training if training.is_dir() else path
         self._load_saelens_state(path, training)
         self.history.load(path)
-        state: dict[str, Any] = {}
+        state: StateDict = {}
         if (training / STATE_FILENAME).exists():
             state = torch.load(training / STATE_FILENAME, map_location="cpu", weights_only=True)
             self.n_batches_drawn = state["n_batches_drawn"]
@@ -269,7 +270,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if changes:
             self._follow_new_plan(plan_before)
 
-    def _follow_new_plan(self, before: dict[str, Any]) -> None:
+    def _follow_new_plan(self, before: Options) -> None:
         """Give a run that is now to be longer, or shorter, than its checkpoint's the schedule of its new length."""
         planned, steps = self.cfg.total_training_samples, self.cfg.total_training_steps
         was = before.get("total_training_samples", planned)
@@ -319,7 +320,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._training_weights = None
 
 
-def _restore_random(state: dict[str, Any]) -> None:
+def _restore_random(state: StateDict) -> None:
     if "random" in state:
         torch.set_rng_state(state["random"])
         for i, cuda in enumerate(state["random_cuda"][: torch.cuda.device_count()]):

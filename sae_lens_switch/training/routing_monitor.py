@@ -67,11 +67,20 @@ class RoutingMonitor:
         self.steps_too_busy.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("load_E", "steps_without_E", "steps_too_busy")}
+        return {
+            "load_E": self.load_E,
+            "steps_without_E": self.steps_without_E,
+            "steps_too_busy": self.steps_too_busy,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            getattr(self, name).copy_(value)
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
+
+    def metrics(self) -> dict[str, float]:
+        """Of the running load, for logs. Waits for the device."""
+        loads = {f"routing/load_expert_{e}": load for e, load in enumerate(self.load_E.tolist())}
+        return {"routing/dead_experts": int(self.dead_experts.sum()), **loads}
 
     def histograms(
         self, dead_F: Tensor, density_F: Tensor | None, gates_B: Tensor | None

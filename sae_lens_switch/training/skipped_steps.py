@@ -1,12 +1,10 @@
 """Steps skipped because loss or gradients were non-finite: counted on the device, reported, and given up on."""
 
-from typing import Any
-
 import torch
-from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor, nn
 
 from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.types import AnyTrainingSAE
 
 
 class TrainingDivergedError(RuntimeError):
@@ -30,7 +28,7 @@ class SkippedSteps:
         self.counts[0].add_(1).mul_(~is_finite)
         self.counts[1].add_(~is_finite)
 
-    def report(self, sae: TrainingSAE[Any], x_BD: Tensor, step: int) -> int | None:
+    def report(self, sae: AnyTrainingSAE, x_BD: Tensor, step: int) -> int | None:
         """Log what was skipped since the last report. Returns how many in a row, if these are too many."""
         in_a_row, total = self.counts.tolist()
         if total > self.n_reported:
@@ -59,7 +57,7 @@ def non_finite_parameters(sae: nn.Module) -> list[str]:
     ]
 
 
-def _why_not_finite(sae: TrainingSAE[Any], x_BD: Tensor) -> str:
+def _why_not_finite(sae: AnyTrainingSAE, x_BD: Tensor) -> str:
     if bad := int((~torch.isfinite(x_BD)).sum()):
         return f"{bad} activations are not finite"
     normalized = sae.run_time_activation_norm_fn_in(x_BD)

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.machine import check_device, check_writable
+from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_trainable
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput, activation_rows
@@ -76,8 +77,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     ) -> None:
         cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
         check_trainable(sae.cfg)
-        for device in (cfg.device, sae.cfg.device):
-            check_device("device", device)
+        check_device("device", cfg.device)
+        check_device("device", sae.cfg.device)
         check_writable("checkpoint_path", cfg.checkpoint_path)
         self.firing = FiringCounter(sae.cfg.d_sae, cfg.device)
         self._normalizes = sae.cfg.normalize_activations
@@ -91,8 +92,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.skipped = SkippedSteps(cfg.max_skipped_steps, cfg.device)
         self.collapse = CollapseResponse(cfg.on_collapse)
         self.routing: RoutingMonitor | None = None
-        if self._sparse_sae is not None and self._sparse_sae.n_experts is not None:
-            n_experts = self._sparse_sae.n_experts
+        if self._sparse_sae is not None and (n_experts := self._sparse_sae.n_experts) is not None:
             self.routing = RoutingMonitor(n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
         self._last_gates_B: Tensor | None = None
         self._interruption = Interruption()
@@ -174,7 +174,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.n_frac_active_samples = 0
 
     @override
-    def full_sparsity_window_log(self) -> dict[str, Any]:
+    def full_sparsity_window_log(self) -> Metrics:
         # A run interrupted right after a window was logged resumes where there is nothing to log yet.
         return super().full_sparsity_window_log() if self.n_frac_active_samples else {}
 
@@ -199,8 +199,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         else:
             for name, value in self._numbers().items():
                 self._scalars[name].fill_(value)
-            is_fresh = self._sparse_sae is not None and self._sparse_sae.is_fresh
-            replays = dead_mask is None and not is_fresh
+            replays = dead_mask is None and not (self._sparse_sae is not None and self._sparse_sae.is_fresh)
             output = self._graph(sae_in) if replays else self._on_device(sae_in, dead_mask)
         self.n_frac_active_samples += len(sae_in)
         self.lr_scheduler.step()
@@ -282,9 +281,9 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     # What is logged and shown
 
     @override
-    def _describe(self, output: TrainStepOutput) -> dict[str, Any]:
+    def _describe(self, output: TrainStepOutput) -> Metrics:
         """What a look at the progress shows. Waits for the device."""
-        facts: dict[str, Any] = {"step": self.n_training_steps}
+        facts: Metrics = {"step": self.n_training_steps}
         facts |= {name: torch.as_tensor(value).item() for name, value in output.losses.items()}
         if self.routing is not None:
             E = len(self.routing.load_E)
@@ -295,17 +294,14 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     @torch.no_grad()
-    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> Metrics:
         """SAELens's names; what concerns the router under ``routing/``."""
         log = super().build_train_step_log_dict(output, n_training_samples)
         log["details/skipped_steps"] = self.n_skipped_steps
         if isinstance(output, SparseStepOutput) and output.routing is not None and self.routing is not None:
-            for name in output.routing.metrics():
+            for name in ("load_balance", *output.routing.metrics()):
                 log[f"routing/{name}"] = log.pop(f"metrics/{name}")
-            log["routing/load_balance"] = log.pop("metrics/load_balance")
-            log["routing/dead_experts"] = int(self.routing.dead_experts.sum())
-            log["routing/interventions"] = self.n_interventions
-            log |= {f"routing/load_expert_{e}": load for e, load in enumerate(self.routing.load_E.tolist())}
+            log |= {**self.routing.metrics(), "routing/interventions": self.n_interventions}
             self._last_gates_B = output.routing.gates_B.float().cpu()
         return log
 
@@ -328,8 +324,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     # Checkpoints
 
     @override
-    def _own_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
+    def _own_state(self) -> StateDict:
+        state: StateDict = {
             "skipped": self.skipped.counts,
             "n_interventions": self.collapse.n_interventions,
             "_reported_skips": self.skipped.n_reported,
@@ -339,7 +335,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return state if self.routing is None else state | {"routing": self.routing.state_dict()}
 
     @override
-    def _restore_own_state(self, state: dict[str, Any]) -> None:
+    def _restore_own_state(self, state: StateDict) -> None:
         self.skipped.restore(state["skipped"], state["_reported_skips"])
         self.collapse.n_interventions = state["n_interventions"]
         self.collapse.has_reported = state["_reported_collapse"]
@@ -348,7 +344,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.routing.load_state_dict(state["routing"])
 
     @override
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: Path) -> StateDict:
         if self._graph is not None:
             self._graph.forget()
         return super()._load(path)

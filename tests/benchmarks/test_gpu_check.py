@@ -176,6 +176,11 @@ def test_a_stage_that_does_not_start_is_reported(tmp_path):
     assert "STOPPED: ModuleNotFoundError" in table(tmp_path, ["stage"])
 
 
+def test_the_kernels_tests_that_a_gpu_runs_are_there():
+    paths = [ROOT / argument.removeprefix("--ignore=") for argument in supervise.KERNEL_TESTS]
+    assert [path for path in paths if not path.exists()] == []
+
+
 def test_kernels_are_never_interpreted_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

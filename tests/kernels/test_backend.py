@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from sae_lens_switch_kernels import backend, huge_pages, operators, reference, sparse_autoencode, torch_backend
+from sae_lens_switch_kernels import backend, operators, products, reference, sparse_autoencode, torch_backend
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -52,7 +52,7 @@ def inputs(E: int, names: set[str], dtype: torch.dtype) -> tuple[dict[str, Tenso
     ids=["topk", "switch"],
 )
 def test_sparse_autoencode_on_triton_equals_the_reference(E, names, dense_up_to, monkeypatch):
-    monkeypatch.setattr(operators, "_DENSE_UP_TO", {DEVICE.type: dense_up_to})
+    monkeypatch.setattr(products, "_DENSE_UP_TO", {DEVICE.type: dense_up_to})
     leaves, constants = inputs(E, names, torch.float32)
     upstream = torch.randn(21, 20, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
@@ -161,37 +161,3 @@ print("sae_lens_switch_kernels.triton_backend" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False"]
-
-
-def test_large_tensors_use_memory_again_and_never_while_it_is_in_use(monkeypatch):
-    monkeypatch.setattr(huge_pages, "_free", {})
-    shape, options = (1000, 1200), {"dtype": torch.float32, "device": torch.device("cpu")}
-    first = huge_pages.empty_large(*shape, **options).fill_(1)
-    second = huge_pages.empty_large(*shape, **options).fill_(2)
-    assert first.data_ptr() != second.data_ptr()
-    view, place = first.T[3:], first.data_ptr()
-    del first
-    assert huge_pages.empty_large(*shape, **options).fill_(3).data_ptr() != place  # the view still needs it
-    assert (view == 1).all()
-    assert (second == 2).all()
-    del view
-    assert huge_pages.empty_large(*shape, **options).data_ptr() == place
-    for n in range(20):  # other sizes, come and gone: few are kept
-        huge_pages.empty_large(1200 + n, 1000, **options)
-    assert len(huge_pages._free) <= huge_pages._SIZES_KEPT
-    assert huge_pages.empty_large(3, 5, **options).shape == (3, 5)
-
-
-@pytest.mark.parametrize("shape", [(1000, 1200), (1200, 1000, 2), (3, 5), (0, 3), ()], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
-def test_a_tensor_moved_to_large_memory_is_what_it_was(shape, layout):
-    t = torch.randn(shape)
-    if layout == "transposed" and t.ndim == 2:
-        t = t.T
-    elif layout == "strided" and t.ndim > 1:
-        t = t[:, ::2]
-    moved = huge_pages.in_large(t)
-    assert (moved.shape, moved.stride(), moved.dtype) == (t.shape, t.stride(), t.dtype)
-    assert torch.equal(moved, t)
-    large = t.nbytes >= huge_pages._SMALLEST and layout != "strided"
-    assert (moved.data_ptr() != t.data_ptr()) == large

@@ -19,10 +19,10 @@ from sae_lens_switch_kernels.triton_backend.select_topk import select_topk_traff
 KERNELS = {
     "sparse_decode",
     "matmul_at_indices",
-    "latent",
-    "piece",
-    "block_maxima",
-    "candidates",
+    "latent_weight_grads",
+    "latent_weight_grads_pieces",
+    "select_topk_maxima",
+    "select_topk_candidates",
     "grouped_matmul",
     "grouped_weight_grad",
 }
@@ -80,14 +80,14 @@ def test_traffic_is_what_the_formulas_say():
     )
     assert latent_weight_grads_traffic(B, K, F, D, itemsize=4) == Traffic(
         flops=2 * 2 * B * K * D,
-        streamed=slices * (8 * B * K + 8 * (F + 1) + 2 * 4 * B * K) + 2 * 4 * F * D + 4 * F + 4 * F,
+        streamed=slices * (8 * B * K + 8 * (F + 1) + 2 * 4 * B * K) + 2 * 4 * F * D + 4 * F,
         gathered=2 * 4 * B * K * D,
         pool=2 * 4 * B * D,
         passes=slices,
     )
     assert latent_weight_grads_traffic(B, K, F, D, itemsize=4, encoder=False) == Traffic(
         flops=2 * B * K * D,
-        streamed=slices * (8 * B * K + 8 * (F + 1) + 4 * B * K) + 4 * F * D + 4 * F,
+        streamed=slices * (8 * B * K + 8 * (F + 1) + 4 * B * K) + 4 * F * D,
         gathered=4 * B * K * D,
         pool=4 * B * D,
         passes=slices,
@@ -120,3 +120,12 @@ def test_blocks_follow_from_shape_and_architecture():
                 used = (blocks.rows + blocks.columns) * blocks.inner * dtype.itemsize * blocks.num_stages
                 assert used <= arch.shared
     assert gemm_blocks(5, 3, torch.bfloat16, hopper).rows == 16
+
+
+def test_the_command_knows_the_architectures_and_widths_that_can_be_compiled():
+    from sae_lens_switch_kernels import report
+    from sae_lens_switch_kernels.triton_backend.compiled_code import TARGETS
+
+    assert tuple(TARGETS) == report.ARCHITECTURES
+    assert set(report.QUICK_ARCHITECTURES) < set(report.ARCHITECTURES)
+    assert set(report.QUICK_WIDTHS) < set(report.WIDTHS)

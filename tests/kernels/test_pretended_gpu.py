@@ -1,13 +1,14 @@
-"""A training step on tensors without numbers, torch's meta device, in place of a GPU: what would wait for the device to
-read a number back raises, and every copy from the host is seen."""
+"""A training step on torch's meta device in place of a GPU: its tensors have no values, so whatever would synchronise
+to read one back raises, and every copy from the host is seen."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.pretended_gpu import on_device
-from sae_lens_switch_kernels import RowGrads, operators
+from sae_lens_switch_kernels import RowGrads, autoencode, operators, products
 from sae_lens_switch_kernels.indexing import one_group
+from sae_lens_switch_kernels.inputs import EncoderInputs
 
 B, D, F, K = 40, 16, 96, 3
 
@@ -29,21 +30,24 @@ def test_forward_and_backward_copy_nothing_and_wait_for_nothing(copies, n_expert
     from sae_lens_switch_kernels.triton_backend.launch import recording
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no meta device
-    monkeypatch.setattr(operators, "primitives", lambda _: triton_backend)
-    monkeypatch.setattr(operators, "_DENSE_UP_TO", {"meta": dense_up_to})
+    for module in (operators, autoencode):
+        monkeypatch.setattr(module, "primitives", lambda _: triton_backend)
+    monkeypatch.setattr(products, "_DENSE_UP_TO", {"meta": dense_up_to})
     x, W_enc, W_dec = on_device(B, D), on_device(F, D), on_device(F, D)
     several = n_experts > 1
     expert = on_device(B, dtype=torch.int64) if several else None
     gates = on_device(B) if several else None
     pre_bias, bias = on_device(D), None if several else on_device(F)
     with recording(Arch(lanes=32, shared=232448)) as launches:
-        out, values, indices, *aux, centered = operators.autoencode._init_fn(
-            x, W_enc, W_dec, gates, pre_bias, bias, None, expert, None, K, 0, n_experts, torch.float32
+        out, values, indices, _, *aux, centered = autoencode.forward(
+            EncoderInputs(x, W_enc, pre_bias, bias, None, expert, K, n_experts, torch.float32),
+            autoencode.DecoderInputs(W_dec, gates, None, 0),
         )
-        backward = operators._Backward(
-            x, centered, W_enc, W_dec, gates, expert, None, n_experts, torch.float32, RowGrads(active_only=False)
+        saved = x, centered, W_enc, W_dec, gates, expert, None, values, indices, *aux
+        grads = autoencode.backward(
+            autoencode.BackwardInputs(out, None, None, *saved, n_experts, torch.float32, True, True),
+            RowGrads(active_only=False),
         )
-        grads = backward(out, None, None, values, indices, aux[1], aux[2], needs_x=True, needs_pre_bias=True)
     assert launches
     assert [tuple(g.shape) for g in grads[:3]] == [(B, D), (F, D), (F, D)]
     assert copies == []

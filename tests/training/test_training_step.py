@@ -10,7 +10,7 @@ from helpers.trainers import our_trainer, run, topk
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
-from sae_lens_switch_kernels import huge_pages, operators
+from sae_lens_switch_kernels import huge_pages, inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -257,7 +257,7 @@ def test_a_step_never_waits_for_the_device(architecture, cuda_graph, monkeypatch
     # As on a GPU, where a range is checked by an assertion on the device.
     monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})
     monkeypatch.setattr(constrained_adam, "_READ_AT_ONCE", set())
-    monkeypatch.setattr(operators, "_check_range", lambda *_: None)
+    monkeypatch.setattr(inputs, "_is_readable", lambda _: False)
     batches = activations(4)
     sae = (
         training_sae(dtype="float32")

@@ -1,6 +1,6 @@
-"""The primitives on Triton, under the names of torch_backend. Imported only where a GPU asks for it.
+"""The primitives on Triton, under the names of torch_backend. Imported lazily, on the first use of a GPU.
 
-Each is a launcher, or a launcher between a few small torch operations; none waits for the device.
+Each is a launcher, or a launcher between a few small torch operations; none synchronises with the device.
 """
 
 import torch
@@ -35,7 +35,7 @@ def topk_encode(
     scale_F: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """One expert: tiles of torch's own matrix product, searched by select_topk. Several: one grouped product."""
+    """With one expert, select_topk over tiles of torch's own matrix product; with several, one grouped product."""
     if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
         return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
     pre_BM = encode_dense(x_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)

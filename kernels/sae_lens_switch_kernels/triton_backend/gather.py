@@ -1,11 +1,11 @@
 """Gather rows of W: sum them (sparse_decode) or dot them with a vector (matmul_at_indices).
 
-    out[b]    = sum_j values[b, j] W[indices[b, j]]        2BKD flops, K rows of W read a token
+    out[b]    = sum_j values[b, j] W[indices[b, j]]        2BKD flops, K rows of W read per token
     out[b, j] = <g[b], W[indices[b, j]]>                   the same
 
-Both are bound by the gather. sparse_decode runs over (tokens, slices of D), tokens fastest: the programs under way
-at one time share a slice [F, BLOCK_D] of W, which L2 may hold when it cannot hold W. matmul_at_indices cannot split
-D without adding partial sums; it runs over (tokens, groups of slots), reads g[b] once a group, and reduces once.
+Both are bound by the gather. sparse_decode runs over (tokens, slices of D), tokens fastest: concurrent programs share
+a slice [F, BLOCK_D] of W, which may fit in L2 when W does not. matmul_at_indices cannot split D without adding partial
+sums; it runs over (tokens, groups of j), reads g[b] once per group, and reduces once.
 """
 
 import triton
@@ -30,7 +30,7 @@ def _sparse_decode_kernel(
     b = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    # A tile of rows, not an unrolled loop: all its loads are issued before the first is used, also in the tail.
+    # A tile of rows, not an unrolled loop: all its loads are issued before the first is used, in the tail as well.
     for first in range(0, K, ROWS):
         j = first + tl.arange(0, ROWS)
         latent = tl.load(indices + b * K + j, mask=j < K, other=0).to(tl.int64)

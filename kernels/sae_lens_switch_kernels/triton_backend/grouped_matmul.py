@@ -1,13 +1,15 @@
-"""Matrix products with one weight matrix an expert; rows are sorted by expert, offsets[e]:offsets[e + 1] are e's.
+"""Matrix products with one weight matrix per expert; rows are sorted, expert e owns offsets[e]:offsets[e + 1].
 
     grouped_encode:       out[r] = x[r] W_e^T       2BDM flops instead of the 2BDF of all experts
     grouped_decode:       out[r] = a[r] W_e
     grouped_weight_grad:  dW_e   = a_e^T g_e
 
-Tiles of rows never straddle experts, so no row is computed for an expert it does not belong to. How many tiles an
-expert has is known to the device alone; programs are launched for the most there can be, cdiv(B, rows) + E - 1, and
-find their tile themselves: tile i of expert e is number offsets[e] // rows + e + i, a different number for every
-tile, since an expert's last tile begins before offsets[e + 1].
+Tiles of rows never straddle experts, so no row is computed for an expert it does not belong to. Only the device knows
+how many tiles an expert has; programs are launched for the largest possible number, cdiv(B, rows) + E - 1, and find
+their tile themselves: tile i of expert e is number offsets[e] // rows + e + i, a different number for every tile, since
+an expert's last tile begins before offsets[e + 1].
+
+Letters beside the package's: C is the summed dimension of a product, N the columns of its result, R the rows of a tile.
 """
 
 import torch
@@ -107,7 +109,7 @@ def _grouped_matmul(a_BC: Tensor, W_FD: Tensor, offsets_E1: Tensor, transposed: 
     N = len(W_FD) // E if transposed else W_FD.shape[1]
     out_BN = a_BC.new_empty(B, N)
     precision = _dot_precision(a_BC, inner_contiguous=transposed)
-    # Tiles of half an expert's average share: rarely is a tile nearly empty because an expert has a few rows more.
+    # Tiles of half an expert's average load: few are nearly empty because an expert has a few rows too many.
     blocks = gemm_blocks(
         cdiv(B, 2 * E),
         N,
@@ -166,23 +168,26 @@ def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor) -> Tenso
 
 
 def _dot_precision(t: Tensor, inner_contiguous: bool) -> str:
-    """How tensor cores multiply. float32 proper, which they cannot, is three products of TF32 parts: as exact but for
-    the last bits. On an H200 an encoder's product is seven times as fast so, but operands that are not contiguous along
-    the sum are slower. On NVIDIA's GPUs from Ampere on, which have the memory."""
+    """How tensor cores multiply.
+
+    They cannot multiply plain float32; three products of TF32 parts are as exact but for the last bits. On an H200 that
+    makes an encoder's product seven times as fast, but one whose operands are not contiguous along the sum slower. It
+    needs the shared memory of NVIDIA's GPUs from Ampere on.
+    """
     precision, arch = _precision(t), arch_of(t.device)
     in_parts = inner_contiguous and arch.lanes == 32 and arch.shared > 100_000
     return "tf32x3" if precision == "ieee" and t.dtype == torch.float32 and in_parts else precision
 
 
 def _precision(t: Tensor) -> str:
-    """What torch's own matrix products do with float32. For other dtypes it means nothing."""
+    """How torch's own matrix products treat float32; without meaning for other dtypes."""
     matmul = torch.backends.cuda.matmul
-    # From torch 2.9 on, allow_tf32 raises once its successor has been set.
+    # Since torch 2.9, allow_tf32 raises once its successor has been set.
     setting = getattr(matmul, "fp32_precision", "none")
     tf32 = matmul.allow_tf32 if setting == "none" else setting == "tf32"
     return "tf32" if tf32 and t.dtype == torch.float32 else "ieee"
 
 
 def grouped_traffic(B: int, D: int, M: int, E: int, itemsize: int) -> Traffic:
-    """Of any of the three: each multiplies and each moves rows of D, rows of M and the weights of every expert."""
+    """Of any of the three: each reads or writes rows of D, rows of M and the weights of every expert."""
     return Traffic(flops=2 * B * D * M, streamed=(B * D + B * M + E * M * D) * itemsize + 8 * (E + 1))

@@ -1,7 +1,8 @@
-"""Sums over the tokens of each latent: both weight gradients, the encoder bias and the firing counts in one walk.
+"""Sums over the tokens of each latent: both weight gradients and the gradient of the encoder bias in one walk.
 
-    dW_dec[f] = sum values[b, j] g[b]      d_b_enc[f] = sum d_pre[b, j]
-    dW_enc[f] = sum d_pre[b, j] x[b]       fired[f]   = sum values[b, j] > 0       over all (b, j) of latent f
+    dW_dec[f] = sum values[b, j] g[b]
+    dW_enc[f] = sum d_pre[b, j] x[b]
+    d_b_enc[f] = sum d_pre[b, j]             over all (b, j) of latent f
 
 One program owns a latent and a slice of D, and stores its rows whole: no atomics, no zero-fill, nothing that depends
 on the order in which programs run. A latent that fires on thousands of tokens would keep one program walking long
@@ -11,6 +12,8 @@ scratch rows that the owner adds in order.
 Where the pieces are, without asking the device: a piece that is not its latent's first begins PIECE entries or more
 after the latent does, so the latent also owns the multiple of PIECE at or below the piece's begin, and no two
 pieces share that multiple. Row p of scratch therefore belongs to the latent that owns position (p + 1) * PIECE.
+
+Letters beside the package's: P is the number of scratch rows, one per piece.
 """
 
 import torch
@@ -29,11 +32,10 @@ PIECE = 64
 def _sum_entries(
     order, values, g, d_pre, x, begin, end, d, D, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Sums over entries begin to end of the index, ROWS rows under way at a time."""
+    """Sums over entries begin to end of the index, ROWS rows in flight at a time."""
     dec = tl.zeros([BLOCK_D], tl.float32)
     enc = tl.zeros([BLOCK_D], tl.float32)
     bias = tl.full([], 0.0, tl.float32)
-    fired = tl.full([], 0, tl.int32)
     for first in range(begin, end, ROWS):
         entry = first + tl.arange(0, ROWS)
         live = entry < end
@@ -42,17 +44,16 @@ def _sum_entries(
         rows = (position // K)[:, None] * D + d[None, :]
         mask = live[:, None] & (d < D)[None, :]
         dec += tl.sum(value[:, None] * load_row(g + rows, mask).to(tl.float32), 0)
-        fired += tl.sum((value > 0).to(tl.int32), 0)
         if d_pre is not None:
             slope = tl.load(d_pre + position, mask=live, other=0.0).to(tl.float32)
             enc += tl.sum(slope[:, None] * load_row(x + rows, mask).to(tl.float32), 0)
             bias += tl.sum(slope, 0)
-    return dec, enc, bias, fired
+    return dec, enc, bias
 
 
 @triton.jit
-def _piece_kernel(
-    order,  # [N], N = B * K
+def _latent_weight_grads_pieces_kernel(
+    order,  # [S]
     starts,  # [F + 1]
     owners,  # [P] the latent that owns position (p + 1) * PIECE
     values,  # [B, K]
@@ -62,7 +63,6 @@ def _piece_kernel(
     part_dec,  # [P, D]
     part_enc,  # [P, D] or None
     part_bias,  # [P] or None
-    part_fired,  # [P]
     D,
     K: tl.constexpr,
     PIECE: tl.constexpr,
@@ -78,19 +78,17 @@ def _piece_kernel(
         return
     end = tl.minimum(end, begin + PIECE)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    dec, enc, bias, fired = _sum_entries(order, values, g, d_pre, x, begin, end, d, D, K, ROWS, BLOCK_D)
+    dec, enc, bias = _sum_entries(order, values, g, d_pre, x, begin, end, d, D, K, ROWS, BLOCK_D)
     tl.store(part_dec + p * D + d, dec, mask=d < D)
     if d_pre is not None:
         tl.store(part_enc + p * D + d, enc, mask=d < D)
-    if tl.program_id(1) == 0:
-        tl.store(part_fired + p, fired)
-        if d_pre is not None:
+        if tl.program_id(1) == 0:
             tl.store(part_bias + p, bias)
 
 
 @triton.jit
-def _latent_kernel(
-    order,  # [N]
+def _latent_weight_grads_kernel(
+    order,  # [S]
     starts,  # [F + 1]
     values,  # [B, K]
     g,  # [B, D]
@@ -99,11 +97,9 @@ def _latent_kernel(
     part_dec,  # [P, D]
     part_enc,  # [P, D] or None
     part_bias,  # [P] or None
-    part_fired,  # [P]
     dW_dec,  # [F, D]
     dW_enc,  # [F, D] or None
     d_b_enc,  # [F] or None
-    fired_F,  # [F]
     D,
     K: tl.constexpr,
     PIECE: tl.constexpr,
@@ -115,31 +111,29 @@ def _latent_kernel(
     start = tl.load(starts + f).to(tl.int64)
     end = tl.load(starts + f + 1).to(tl.int64)
     first_end = tl.minimum(end, start + PIECE)
-    dec, enc, bias, fired = _sum_entries(order, values, g, d_pre, x, start, first_end, d, D, K, ROWS, BLOCK_D)
+    dec, enc, bias = _sum_entries(order, values, g, d_pre, x, start, first_end, d, D, K, ROWS, BLOCK_D)
     first_part = start // PIECE
     end_part = first_part + tl.maximum(end - start - 1, 0) // PIECE
     for first in range(first_part, end_part, ROWS):
         p = first + tl.arange(0, ROWS)
         rows = p[:, None] * D + d[None, :]
         mask = (p < end_part)[:, None] & (d < D)[None, :]
+        if d_pre is not None:  # before the rows: behind them, the compiler spills registers on sm_90
+            bias += tl.sum(tl.load(part_bias + p, mask=p < end_part, other=0.0), 0)
         dec += tl.sum(load_row(part_dec + rows, mask), 0)
-        fired += tl.sum(tl.load(part_fired + p, mask=p < end_part, other=0), 0)
         if d_pre is not None:
             enc += tl.sum(load_row(part_enc + rows, mask), 0)
-            bias += tl.sum(tl.load(part_bias + p, mask=p < end_part, other=0.0), 0)
     tl.store(dW_dec + f * D + d, dec.to(dW_dec.dtype.element_ty), mask=d < D)
     if d_pre is not None:
         tl.store(dW_enc + f * D + d, enc.to(dW_enc.dtype.element_ty), mask=d < D)
-    if tl.program_id(1) == 0:
-        tl.store(fired_F + f, fired)
-        if d_pre is not None:
+        if tl.program_id(1) == 0:
             tl.store(d_b_enc + f, bias.to(d_b_enc.dtype.element_ty))
 
 
 def latent_weight_grads(
     index: LatentIndex, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor | None = None, x_BD: Tensor | None = None
 ) -> LatentGrads:
-    """dW_dec [F, D] and fired [F]; dW_enc [F, D] and d_b_enc [F] too if d_pre and x are given. In g's dtype.
+    """dW_dec [F, D]; also dW_enc [F, D] and d_b_enc [F] if d_pre and x are given. In g's dtype.
 
     The same bits on every run: each sum has one fixed order.
     """
@@ -149,26 +143,27 @@ def latent_weight_grads(
     BLOCK_D, num_warps = row_block(D, arch_of(g_BD.device).lanes, max_warps=4)
     slices = cdiv(D, BLOCK_D)
 
-    def rows(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """dW_dec, dW_enc, d_b_enc, fired of n latents or pieces."""
-        return (
+    def rows(n: int, dtype: torch.dtype) -> LatentGrads:
+        """For n latents or pieces."""
+        return LatentGrads(
             g_BD.new_empty(n, D, dtype=dtype),
             g_BD.new_empty(n, D, dtype=dtype) if encoder else None,
             g_BD.new_empty(n, dtype=dtype) if encoder else None,
-            g_BD.new_empty(n, dtype=torch.int32),
         )
 
     out, parts = rows(F, g_BD.dtype), rows(n_pieces, torch.float32)
     arguments = {
-        "order": index.order_N.contiguous(),
+        "order": index.order_S.contiguous(),
         "starts": index.starts_F1.contiguous(),
         "values": values_BK.contiguous(),
         "g": g_BD.contiguous(),
         "d_pre": d_pre_BK.contiguous() if d_pre_BK is not None and encoder else None,
         "x": x_BD.contiguous() if x_BD is not None and encoder else None,
-        **dict(zip(("part_dec", "part_enc", "part_bias", "part_fired"), parts, strict=True)),
+        "part_dec": parts.dW_dec_FD,
+        "part_enc": parts.dW_enc_FD,
+        "part_bias": parts.d_b_enc_F,
         "D": D,
-        "K": max(1, K),  # a divisor, also where there is nothing to divide
+        "K": max(1, K),  # a divisor, even where there is nothing to divide
         "PIECE": PIECE,
         "ROWS": rows_in_flight(g_BD.itemsize) // 2,  # rows of g and of x at a time
         "BLOCK_D": BLOCK_D,
@@ -176,25 +171,22 @@ def latent_weight_grads(
     if n_pieces:
         positions_P = torch.arange(1, n_pieces + 1, device=g_BD.device, dtype=index.starts_F1.dtype) * PIECE
         owners_P = torch.searchsorted(index.starts_F1, positions_P, right=True) - 1
-        launch(_piece_kernel, (n_pieces, slices), num_warps, owners=owners_P, **arguments)
-    names = ("dW_dec", "dW_enc", "d_b_enc", "fired_F")
-    launch(_latent_kernel, (F, slices), num_warps, **dict(zip(names, out, strict=True)), **arguments)
-    return LatentGrads(*out)
+        launch(_latent_weight_grads_pieces_kernel, (n_pieces, slices), num_warps, owners=owners_P, **arguments)
+    results = {"dW_dec": out.dW_dec_FD, "dW_enc": out.dW_enc_FD, "d_b_enc": out.d_b_enc_F}
+    launch(_latent_weight_grads_kernel, (F, slices), num_warps, **results, **arguments)
+    return out
 
 
 def latent_weight_grads_traffic(
     B: int, K: int, F: int, D: int, itemsize: int, encoder: bool = True, lanes: int = 32
 ) -> Traffic:
-    """Without the scratch rows: they are as many as the data has long segments, at most BK / 64."""
+    """Without the scratch rows: the data decides how many there are, at most BK / 64."""
     sums = 2 if encoder else 1
     slices = cdiv(D, row_block(D, lanes, max_warps=4)[0])
     index = 8 * B * K + 8 * (F + 1)
     return Traffic(
         flops=sums * 2 * B * K * D,
-        streamed=(index + sums * B * K * itemsize) * slices
-        + sums * F * D * itemsize
-        + (sums - 1) * F * itemsize
-        + 4 * F,
+        streamed=(index + sums * B * K * itemsize) * slices + sums * F * D * itemsize + (sums - 1) * F * itemsize,
         gathered=sums * B * K * D * itemsize,
         pool=sums * min(B, B * K) * D * itemsize,
         passes=slices,

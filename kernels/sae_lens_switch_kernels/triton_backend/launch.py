@@ -1,7 +1,7 @@
-"""How a kernel is started, in one place: what runs, what the compile report compiles, and what it must move.
+"""The one place where kernels are launched, for execution or for the compile report.
 
-Every launcher ends in `launch`. Inside `recording` nothing runs: the same launchers, given tensors on the meta
-device, describe their launches instead, so the report compiles what is launched and not a copy of it.
+Every launcher ends in ``launch``. Inside ``recording`` nothing runs: the same launchers, given tensors on the meta
+device, record their launches instead, so the report compiles exactly what would be launched.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,14 @@ class Launch(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What one launcher must do, counted from shapes.
+    """The work of one launcher, counted from shapes.
 
-    flops:    2 for a multiply and an add
-    streamed: bytes read or written once
-    gathered: bytes read again and again from `pool` different bytes; cheap if the cache holds those of one pass
-    pool:     different bytes behind `gathered`, in `passes` equal parts that are used one after the other
+    Attributes:
+        flops: 2 per multiply-add.
+        streamed: Bytes read or written once.
+        gathered: Bytes read repeatedly from ``pool`` distinct bytes; cheap if the cache holds those of one pass.
+        pool: Distinct bytes behind ``gathered``.
+        passes: Equal parts of the pool that are used one after the other.
     """
 
     flops: int
@@ -66,7 +68,7 @@ def _arch_of(device: torch.device) -> Arch:
     if device.type != "cuda":  # the interpreter
         return Arch(lanes=32, shared=1 << 16)
     properties = torch.cuda.get_device_properties(device)
-    # Attributes that older versions of torch lack fall back to what every GPU has.
+    # Older versions of torch lack these attributes; the defaults hold for every GPU.
     lanes = getattr(properties, "warp_size", 32)
     return Arch(lanes, getattr(properties, "shared_memory_per_block_optin", 0) or 1 << 16)
 
@@ -80,11 +82,11 @@ def launch(kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int =
         return
     tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
     with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever its arguments
-        # Fused multiply-adds are asked for by name: the default differs between Triton versions.
+        # Explicit, since the default for fused multiply-adds differs between Triton versions.
         kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
 @triton.jit
 def load_row(pointers, mask):
-    """Every read of a row of a matrix goes through here: the report demands 128-bit loads of this one line."""
+    """Every read of a matrix row goes through here: the report requires 128-bit loads of this one line."""
     return tl.load(pointers, mask=mask, other=0.0)

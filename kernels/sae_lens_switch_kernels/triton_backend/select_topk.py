@@ -1,4 +1,4 @@
-"""select_topk: the k largest of every row, exactly, without torch.topk ever reading the whole row.
+"""select_topk: the k largest of every row, exact, without torch.topk ever reading the whole row.
 
 The k largest numbers of a row all lie in the k blocks with the largest maxima: whatever lies elsewhere is at most
 its own block's maximum, and k blocks hold a maximum at least as large. So
@@ -7,7 +7,9 @@ its own block's maximum, and k blocks hold a maximum at least as large. So
     2. torch.topk picks k blocks
     3. a gather reads those blocks again, torch.topk picks k of them           [R, k b]
 
-With b near sqrt(F / k) the two selections see 2 sqrt(F k) numbers a row instead of F.
+With b near sqrt(F / k) the two selections see 2 sqrt(F k) numbers per row instead of F.
+
+Letters: R counts the rows, any rows; F their length.
 """
 
 import torch
@@ -18,8 +20,8 @@ from torch import Tensor
 from sae_lens_switch_kernels.triton_backend.blocks import candidate_block, cdiv, next_power_of_2, tile_warps
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
-_TILE = 2048  # numbers of one row a program reads
-_ROWS = 4  # rows of a program: bias and scale are read once for all of them
+_TILE = 2048  # numbers of one row per program
+_ROWS = 4  # rows per program: bias and scale are read once for all of them
 
 
 @triton.jit
@@ -29,15 +31,17 @@ def _vector(vector, columns, inside, absent):
 
 @triton.jit
 def _keys(pre, shift, factor, inside):
-    """(pre + bias) * scale, ordered as torch.topk orders it: NaN counts as the largest number. The padding past F
-    is smaller than every key, so that it is never chosen, not even in a row of minus infinities."""
+    """(pre + bias) * scale in the order of torch.topk, to which NaN is the largest number.
+
+    The padding past F is smaller than every key, so that it is never chosen, not even in a row of minus infinities.
+    """
     keys = (load_row(pre, inside).to(tl.float32) + shift) * factor
     keys = tl.where(keys == keys, tl.maximum(keys, -3.4028234663852886e38), float("inf"))
     return tl.where(inside, keys, float("-inf"))
 
 
 @triton.jit
-def _block_maxima_kernel(
+def _select_topk_maxima_kernel(
     pre,  # [R, F]
     bias,  # [F] or None
     scale,  # [F] or None
@@ -60,7 +64,7 @@ def _block_maxima_kernel(
 
 
 @triton.jit
-def _candidates_kernel(
+def _select_topk_candidates_kernel(
     pre,  # [R, F]
     bias,  # [F] or None
     scale,  # [F] or None
@@ -85,10 +89,10 @@ def _candidates_kernel(
 def select_topk(
     pre_RF: Tensor, k: int, bias_F: Tensor | None = None, scale_F: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """values and indices (int64), [R, k], of the k largest (pre + bias) * scale; values are pre + bias, unscaled.
+    """Values and indices (int64), [R, k], of the k largest (pre + bias) * scale; values are pre + bias, unscaled.
 
-    Keys are compared in float32. Indices are distinct in a row and in no particular order; between equal keys the
-    choice is arbitrary but the same on every run.
+    Keys are compared in float32. Indices are distinct within a row and in no particular order; the choice between equal
+    keys is arbitrary but the same on every run.
     """
     R, F = pre_RF.shape
     BLOCK_F = candidate_block(F, k)
@@ -108,7 +112,7 @@ def select_topk(
         maxima = pre_RF.new_empty(R, n_blocks, dtype=torch.float32)
         BLOCKS = min(_TILE // BLOCK_F, next_power_of_2(n_blocks))
         launch(
-            _block_maxima_kernel,
+            _select_topk_maxima_kernel,
             (cdiv(R, _ROWS), cdiv(n_blocks, BLOCKS)),
             tile_warps(BLOCKS * BLOCK_F, lanes),
             maxima=maxima,
@@ -122,7 +126,7 @@ def select_topk(
         candidates = pre_RF.new_empty(R, k * BLOCK_F, dtype=torch.float32)
         BLOCKS = min(_TILE // BLOCK_F, next_power_of_2(k))
         launch(
-            _candidates_kernel,
+            _select_topk_candidates_kernel,
             (R, cdiv(k, BLOCKS)),
             tile_warps(BLOCKS * BLOCK_F, lanes),
             blocks=blocks_Rk,
@@ -144,7 +148,7 @@ def _direct_keys(pre_RF: Tensor, bias_F: Tensor | None, scale_F: Tensor | None) 
 
 
 def select_topk_traffic(R: int, F: int, k: int, itemsize: int, vectors: int = 0, vector_itemsize: int = 4) -> Traffic:
-    """Both kernels, with `vectors` of bias and scale given. torch.topk's own passes over the few are not counted."""
+    """Both kernels, with ``vectors`` of bias and scale given; without torch.topk's own passes over the few numbers."""
     block = candidate_block(F, k)
     candidates = R * k * block
     return Traffic(

@@ -12,6 +12,7 @@ from torch.optim.adam import adam
 from typing_extensions import override
 
 from sae_lens_switch.common.torch_private import OpenAdam, fused_adam
+from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.decoder_constraint import (
     AppliesConstraint,
     normalize_rows_,
@@ -78,7 +79,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         return super().collect(group, *lists)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's, with moments in huge pages; steps are fused if this device can, whatever the checkpoint's."""
         fused = self.is_fused
         super().load_state_dict(state_dict)

@@ -1,13 +1,13 @@
 """What an optimiser steps in place of the parameters: float32 masters of low-precision weights, in memory order."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from sae_lens_switch.common.torch_private import version_of
+from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.training.optim.gradients import parameters_of, trained
 
 
@@ -75,7 +75,7 @@ class MasterWeights:
     def saved_masters(self) -> dict[int, Tensor]:
         return {i: self.masters[p] for i, p in enumerate(parameters_of(self.optimizer)) if p in self.masters}
 
-    def before_loading(self, state: dict[str, Any]) -> None:
+    def before_loading(self, state: StateDict) -> None:
         parameters = parameters_of(self.optimizer)
         self.masters = {parameters[i]: t.to(parameters[i].device) for i, t in state.get("masters", {}).items()}
         self.versions = {}
@@ -89,7 +89,7 @@ class MasterWeights:
         self.low_precision = {}
 
 
-def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
+def _transpose(p: nn.Parameter, state: StateDict) -> None:
     grad, p.grad = p.grad, None
     p.data = p.data.T
     p.grad = None if grad is None else grad.T

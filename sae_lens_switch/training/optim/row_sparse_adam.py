@@ -9,6 +9,7 @@ from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.decoder_constraint import AppliesConstraint, normalize_rows_, project_out_rows
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.training.optim.gradients import clipping, gradients, parameters_of, total_norm, trained
@@ -140,7 +141,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's, which however would round the moments of a low-precision weight to the weight's dtype."""
         super().load_state_dict(state_dict)
         for i, p in enumerate(parameters_of(self)):

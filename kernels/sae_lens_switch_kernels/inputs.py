@@ -1,0 +1,88 @@
+"""The encoder's arguments as one tuple, and the flat schema under which torch registers an operator that takes it."""
+
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, one_group
+from sae_lens_switch_kernels.torch_private import assert_on_device
+
+
+class EncoderInputs(NamedTuple):
+    """Arguments of ``encode`` and the first arguments of ``autoencode``, in the order of their schemas.
+
+    Attributes:
+        x_BD: Tokens.
+        W_enc_FD: Encoder weights, latent-major.
+        pre_bias_D: Subtracted from every token.
+        bias_F: Added to the pre-activations.
+        scale_F: Multiplies the pre-activations during selection only.
+        expert_B: The expert of each token; None: one expert owns all latents.
+        k: Active latents per token.
+        n_experts: Number of experts.
+        dtype: Dtype of the matrix products.
+    """
+
+    x_BD: Tensor
+    W_enc_FD: Tensor
+    pre_bias_D: Tensor | None
+    bias_F: Tensor | None
+    scale_F: Tensor | None
+    expert_B: Tensor | None
+    k: int
+    n_experts: int
+    dtype: torch.dtype
+
+    def groups(self) -> ExpertGroups:
+        return token_groups(self.x_BD, self.expert_B, self.n_experts)
+
+    def centered(self, groups: ExpertGroups) -> Tensor:
+        """x - pre_bias, rows sorted by expert; x itself where that changes nothing."""
+        if self.pre_bias_D is None:
+            return groups.sorted(self.x_BD)
+        if groups.order_B is None:
+            return self.x_BD - self.pre_bias_D
+        return groups.sorted(self.x_BD).sub_(self.pre_bias_D)
+
+
+def token_groups(x_BD: Tensor, expert_B: Tensor | None, n_experts: int) -> ExpertGroups:
+    if expert_B is None:
+        return one_group(len(x_BD), x_BD.device)
+    check_range("expert_B", expert_B, n_experts)
+    return expert_groups(expert_B, n_experts)
+
+
+def check_range(name: str, t: Tensor, end: int) -> None:
+    """Require 0 <= t < end.
+
+    Raises:
+        ValueError: On a CPU. On a GPU, where reading a value back would stall every call, the device asserts it.
+    """
+    if not _is_readable(t):
+        assert_on_device(((t >= 0) & (t < end)).all(), f"{name} must lie in [0, {end})")
+        return
+    low, high = (int(v) for v in t.aminmax()) if t.numel() else (0, 0)
+    if low < 0 or high >= max(end, 1):
+        raise ValueError(f"{name} must lie in [0, {end}); got values from {low} to {high}")
+
+
+def _is_readable(t: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return t.device.type == "cpu"
+
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    bool: "bool",
+    torch.dtype: "ScalarType",
+}
+
+
+def flat_schema(*parts: type, n_outputs: int) -> str:
+    """Schema of an operator that takes the fields of these NamedTuples one by one: torch knows no tuples of them."""
+    fields = [(name, kind) for part in parts for name, kind in get_type_hints(part).items()]
+    arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in fields)
+    return f"({arguments}) -> ({', '.join(['Tensor'] * n_outputs)})"

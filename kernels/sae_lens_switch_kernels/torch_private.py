@@ -1,0 +1,37 @@
+"""Every operator of torch that is not part of its public API, each with the reason for its use.
+
+tests/kernels/test_torch_private.py fails where a version of torch changes one of them.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Raise ``message`` unless ``condition`` holds, without waiting for the device.
+
+    On a GPU torch reports the failure at the next synchronisation.
+    """
+    # NOTE(private API): aten._assert_async, checked on torch 2.13. torch._assert and reading the condition back
+    # synchronise with the device, once per call.
+    torch.ops.aten._assert_async.msg(condition, message)
+
+
+def onednn_linear(x_BD: Tensor, W_FD: Tensor) -> Tensor:
+    """``x @ W.T`` by oneDNN; call it only where ``has_onednn_linear``."""
+    # NOTE(private API): mkldnn._linear_pointwise, checked on torch 2.13. It is what torch.compile emits on a CPU, and
+    # the only way to oneDNN's float32 product: torch.mm takes MKL's, which copies the weights first.
+    return torch.ops.mkldnn._linear_pointwise(x_BD, W_FD, None, "none", [], "")
+
+
+@cache
+def has_onednn_linear(device: torch.device) -> bool:
+    """Whether this build of torch has the operator and it computes a matrix product."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return torch.equal(onednn_linear(torch.ones(1, 2), torch.ones(3, 2)), torch.full((1, 3), 2.0))
+    except (AttributeError, RuntimeError, TypeError):
+        return False

@@ -1,0 +1,100 @@
+"""Times predicted from bytes and flops for every launcher at the shapes of the report. Nothing is measured here."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lens_switch_kernels.indexing import LatentIndex
+from sae_lens_switch_kernels.triton_backend.gather import (
+    matmul_at_indices,
+    matmul_at_indices_traffic,
+    sparse_decode,
+    sparse_decode_traffic,
+)
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import (
+    grouped_decode,
+    grouped_encode,
+    grouped_traffic,
+    grouped_weight_grad,
+)
+from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads, latent_weight_grads_traffic
+from sae_lens_switch_kernels.triton_backend.launch import Traffic
+from sae_lens_switch_kernels.triton_backend.select_topk import select_topk, select_topk_traffic
+
+B, K, F, E = 4096, 32, 32768, 32
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Gpu(NamedTuple):
+    """Bytes and flops per second that well-written code reaches, and bytes of L2."""
+
+    memory: float
+    l2: float
+    l2_bytes: int
+    flops: dict[str, float]
+
+
+GPUS = {
+    "H100 SXM": Gpu(3.35e12, 5.5e12, 50 << 20, {"fp32": 50e12, "tf32": 300e12, "bf16": 600e12}),
+    "A100 SXM": Gpu(2.0e12, 3.5e12, 40 << 20, {"fp32": 16e12, "tf32": 110e12, "bf16": 220e12}),
+}
+
+
+class Operation(NamedTuple):
+    name: str
+    run: Callable[[], Any]
+    traffic: Traffic
+    tensor_cores: bool = False
+
+
+def operations(D: int, dtype: str) -> Iterator[Operation]:
+    """Every launcher at width D, on tensors without storage."""
+
+    def empty(*shape: int, dtype: torch.dtype = DTYPES[dtype]) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    M, size = F // E, DTYPES[dtype].itemsize
+    values, indices = empty(B, K), empty(B, K, dtype=torch.int64)
+    x, W, a = empty(B, D), empty(F, D), empty(B, M)
+    offsets = empty(E + 1, dtype=torch.int64)
+    index = LatentIndex(empty(B * K, dtype=torch.int64), empty(F + 1, dtype=torch.int64))
+    products = grouped_traffic(B, D, M, E, size)
+    yield Operation("grouped_encode", lambda: grouped_encode(x, W, offsets), products, True)
+    yield Operation("grouped_decode", lambda: grouped_decode(a, W, offsets), products, True)
+    yield Operation("grouped_weight_grad", lambda: grouped_weight_grad(a, x, offsets), products, True)
+    if dtype == "tf32":  # only the products run on tensor cores, where fp32 may be TF32
+        return
+    yield Operation("sparse_decode", lambda: sparse_decode(values, indices, W), sparse_decode_traffic(B, K, F, D, size))
+    yield Operation(
+        "matmul_at_indices", lambda: matmul_at_indices(x, W, indices), matmul_at_indices_traffic(B, K, F, D, size)
+    )
+    yield Operation(
+        "latent_weight_grads",
+        lambda: latent_weight_grads(index, values, x, values, x),
+        latent_weight_grads_traffic(B, K, F, D, size),
+    )
+    yield Operation(
+        "latent_weight_grads, decoder only",
+        lambda: latent_weight_grads(index, values, x),
+        latent_weight_grads_traffic(B, K, F, D, size, encoder=False),
+    )
+    pre, vector = empty(B, F), empty(F)
+    yield Operation("select_topk", lambda: select_topk(pre, K), select_topk_traffic(B, F, K, size))
+    yield Operation(
+        "select_topk, bias and scale",
+        lambda: select_topk(pre, K, vector, vector),
+        select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
+    )
+
+
+def predicted_seconds(traffic: Traffic, gpu: Gpu, unit: str) -> float:
+    """The slowest of arithmetic, memory and L2. Gathered rows come from L2 if they fit, one pass at a time."""
+    held = traffic.pool <= gpu.l2_bytes * traffic.passes
+    memory = traffic.streamed + (traffic.pool if held else max(traffic.gathered, traffic.pool))
+    return max(
+        traffic.flops / gpu.flops[unit],
+        memory / gpu.memory,
+        (traffic.streamed + traffic.gathered) / gpu.l2,
+    )

@@ -1,0 +1,90 @@
+"""What the public functions accept and refuse."""
+
+import pytest
+import torch
+from sae_lens_switch_kernels import sparse_autoencode, sparse_decode, switch_encode
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": torch.full((4, 3), 9)}, r"indices_BK must lie in \[0, 9\)"),
+        ({"indices": torch.full((4, 3), -1)}, r"indices_BK must lie in \[0, 9\)"),
+        ({"indices": torch.zeros(4, 3)}, "indices_BK must be int32 or int64"),
+        ({"indices": torch.zeros(4, 2, dtype=torch.long)}, "must share a shape"),
+        ({"values": torch.zeros(4, 3).half()}, "must share a dtype"),
+        ({"values": torch.zeros(4, 3, device="meta")}, "must share a device"),
+        ({"values": torch.zeros(12)}, "values_BK must have shape"),
+        ({"W": torch.zeros(9)}, "W_dec_FD must have shape"),
+        ({"W": torch.zeros(9, 5, dtype=torch.long)}, "W_dec_FD must be floating point"),
+    ],
+)
+def test_bad_codes_are_refused(change, message):
+    arguments = {"values": torch.zeros(4, 3), "indices": torch.zeros(4, 3, dtype=torch.long), "W": torch.zeros(9, 5)}
+    with pytest.raises(ValueError, match=message):
+        sparse_decode(*(arguments | change).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 4}, "k must be between 1 and F / n_experts = 3; got k=4"),
+        ({"k": 0}, "got k=0"),
+        ({"n_experts": 4}, "n_experts must divide"),
+        ({"n_experts": 0}, "n_experts must divide"),
+        ({"expert": torch.full((4,), 3)}, r"expert_B must lie in \[0, 3\)"),
+        ({"expert": torch.zeros(5, dtype=torch.long)}, "expert_B must have shape"),
+        ({"x": torch.zeros(4, 6)}, "W_enc_FD must have shape"),
+        ({"x": torch.zeros(4, 5).double()}, "must share a dtype"),
+    ],
+)
+def test_bad_encoder_arguments_are_refused(change, message):
+    arguments = {
+        "x": torch.zeros(4, 5),
+        "expert": torch.zeros(4, dtype=torch.long),
+        "W": torch.zeros(9, 5),
+        "k": 2,
+        "n_experts": 3,
+    }
+    with pytest.raises(ValueError, match=message):
+        switch_encode(*(arguments | change).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"W_dec_FD": torch.zeros(8, 5)}, r"W_dec_FD must have shape \(9, 5\); got \(8, 5\)"),
+        ({"W_dec_FD": torch.zeros(9, 5).double()}, "must share a dtype"),
+        ({"k": 10}, "k must be between 1 and F / n_experts = 9; got k=10"),
+        ({"n_experts": 3}, "expert_B must be given for n_experts=3"),
+        ({"expert_B": torch.full((4,), 3), "n_experts": 3}, r"expert_B must lie in \[0, 3\)"),
+        ({"expert_B": torch.zeros(4), "n_experts": 3}, "expert_B must be int32 or int64"),
+        ({"gates_B": torch.zeros(3)}, r"gates_B must have shape \(4,\); got \(3,\)"),
+        ({"pre_bias_D": torch.zeros(4)}, r"pre_bias_D must have shape \(5,\)"),
+        ({"bias_F": torch.zeros(5)}, r"bias_F must have shape \(9,\)"),
+        ({"scale_F": torch.zeros(9).double()}, "scale_F and W_enc_FD must share a dtype"),
+        ({"dead_N": torch.tensor([9]), "k_aux": 1}, r"dead_N must lie in \[0, 9\)"),
+        ({"dead_N": torch.tensor([1, 2]), "k_aux": 3}, "k_aux must be between 1 and the 2 dead latents; got k_aux=3"),
+        ({"dead_N": torch.tensor([1, 2])}, "got k_aux=0"),
+        ({"scale_F": torch.zeros(9, device="meta")}, "must share a device"),
+    ],
+)
+def test_bad_arguments_of_the_joint_operator_are_refused(change, message):
+    arguments = {"x_BD": torch.zeros(4, 5), "W_enc_FD": torch.zeros(9, 5), "W_dec_FD": torch.zeros(9, 5), "k": 2}
+    with pytest.raises(ValueError, match=message):
+        sparse_autoencode(**(arguments | change))
+
+
+def test_an_empty_batch_gives_empty_codes_and_zero_gradients():
+    W = torch.randn(9, 5, requires_grad=True)
+    values, indices = switch_encode(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long), W, 2, 3)
+    assert values.shape == indices.shape == (0, 2)
+    out = sparse_decode(values, indices, W)
+    assert out.shape == (0, 5)
+    out.sum().backward()
+    assert torch.equal(W.grad, torch.zeros(9, 5))
+    W.grad = None
+    joint = sparse_autoencode(torch.zeros(0, 5), W, W, 2, expert_B=torch.zeros(0, dtype=torch.long), n_experts=3)
+    assert joint.out_BD.shape == (0, 5)
+    joint.out_BD.sum().backward()
+    assert torch.equal(W.grad, torch.zeros(9, 5))

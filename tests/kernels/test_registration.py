@@ -1,0 +1,57 @@
+"""The operators as torch's compiler, exporter and function transforms see them."""
+
+import pytest
+import torch
+from helpers.kernel_cases import autoencoder_inputs, make_codes
+from sae_lens_switch_kernels import autoencode, operators, reference, sparse_autoencode, sparse_decode
+
+OPERATORS = {
+    "sparse_decode": lambda t: (t["values"], t["indices"], t["W"]),
+    "matmul_at_indices": lambda t: (t["g"], t["W"], t["indices"]),
+    "latent_weight_grad": lambda t: (t["values"], t["indices"], t["g"], 8),
+    "encode": lambda t: (t["x"], t["W"], t["bias"], t["scale"], None, None, 3, 1, torch.float64),
+    "autoencode": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], 3, 2, torch.float64),
+        *(t["W_dec"], t["gates"], torch.arange(4), 2),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_operators_are_torchs_own_citizens(name):
+    """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
+    values, indices, W, g = make_codes(6, 5, 8, 3)
+    tensors = {"values": values, "W": W, "g": g, "W_dec": W + 1, "x": g - 1, "bias": g[0].clone()}
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    tensors |= {"indices": indices, "scale": W.exp()[:, 0].detach(), "gates": values[:, 0].detach()}
+    arguments = OPERATORS[name](tensors | {"experts": torch.arange(6) % 2})
+    torch.library.opcheck(getattr(autoencode if name == "autoencode" else operators, name), arguments)
+
+
+def test_torch_export_and_compile_trace_through():
+    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B", "gates_B", "pre_bias_D"})
+
+    class Module(torch.nn.Module):
+        def forward(self, x_BD):
+            return sparse_autoencode(**{**leaves, "x_BD": x_BD}, **constants).out_BD
+
+    expected = Module()(leaves["x_BD"])
+    exported = torch.export.export(Module(), (leaves["x_BD"],))
+    assert any("sae_lens_switch.autoencode" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(leaves["x_BD"]), expected, rtol=0, atol=0)
+
+    W = leaves["W_enc_FD"].requires_grad_()
+    grads = []
+    for function in (Module(), torch.compile(Module(), backend="aot_eager", fullgraph=True)):
+        grads.append(torch.autograd.grad(function(leaves["x_BD"]).square().sum(), W)[0])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+def test_vmap_gives_right_numbers_and_functional_gradients_a_clear_error():
+    values, indices, W, _ = make_codes(6, 5, 8, 3)
+    stacked = torch.stack([values, 2 * values])
+    batched = torch.vmap(lambda v: operators.sparse_decode(v, indices, W))(stacked)
+    torch.testing.assert_close(batched, torch.stack([reference.sparse_decode(v, indices, W) for v in stacked]))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda W: sparse_decode(values, indices, W).square().sum())(W)

@@ -1,0 +1,64 @@
+"""The routes of the plain backend: the pruned top-k, tiles of a wide dictionary, oneDNN's product."""
+
+import pytest
+import torch
+from helpers.kernel_cases import assert_close, autoencoder_inputs
+from sae_lens_switch_kernels import reference, sparse_autoencode, switch_encode, torch_backend
+
+
+@pytest.mark.parametrize(("n_latents", "k"), [(1000, 4), (4099, 3), (9000, 32), (300, 1), (64, 64), (40000, 5)])
+@pytest.mark.parametrize("values", ["random", "ties", "negative", "constant"])
+def test_the_pruned_top_k_is_exact(n_latents, k, values):
+    generator = torch.Generator().manual_seed(n_latents)
+    pre = torch.randn(7, n_latents, generator=generator, dtype=torch.float64)
+    if values == "ties":
+        pre = pre.mul(2).round()
+    elif values == "negative":
+        pre = -pre.abs() - 1
+    elif values == "constant":
+        pre = torch.zeros_like(pre)
+    bias, scale = (torch.randn(n_latents, generator=generator, dtype=torch.float64) for _ in range(2))
+    for options in ({}, {"bias_F": bias, "scale_F": scale.abs()}):
+        found, indices = torch_backend.select_topk(pre.clone(), k, **options)
+        biased = pre + options.get("bias_F", 0)
+        ranked = biased * options.get("scale_F", 1)
+        assert torch.equal(found, biased.gather(1, indices))
+        assert torch.equal(ranked.gather(1, indices).sort(descending=True).values, ranked.topk(k).values)
+        assert all(len(set(row)) == k for row in indices.tolist())
+    if (n_latents, k) == (40000, 5):
+        assert torch_backend._block_count(n_latents, k) > 0  # pruning took place
+
+
+def test_a_dictionary_wider_than_a_tile_gives_the_same_codes(monkeypatch):
+    monkeypatch.setattr(torch_backend, "_TILE_LATENTS", 7)
+    monkeypatch.setitem(torch_backend._TILE_ROWS, "cpu", 5)
+    monkeypatch.setattr(torch_backend, "_PRODUCT_LATENTS", 3)
+    leaves, constants = autoencoder_inputs(33, 6, 1, 40, 9, {"pre_bias_D", "bias_F", "scale_F"})
+    ours, truth = sparse_autoencode(**leaves, **constants), reference.sparse_autoencode(**leaves, **constants)
+    assert_close("out", ours.out_BD, truth[0])
+    assert_close("codes", *(reference.dense_codes(values, i, 40) for values, i in (ours[1:3], truth[1:3])))
+
+
+@pytest.mark.parametrize("M", [600, 1100])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_wide_experts_in_float32(onednn, M, monkeypatch):
+    """With many latents the product takes a route of its own, if torch has the operator for it."""
+    torch.manual_seed(0)
+    E, D, K = 3, 37, 5
+    expert_B = torch.tensor([0] * 17 + [1] * 1 + [2] * 140)
+    x, W = torch.randn(len(expert_B), D), torch.randn(E * M, D)
+    taken = []
+    monkeypatch.setattr(torch_backend, "_PRODUCT_ELEMENTS", 32 * 1100)
+    if onednn and torch_backend.has_onednn_linear(x.device):
+        linear = torch_backend.onednn_linear
+        monkeypatch.setattr(torch_backend, "onednn_linear", lambda a, b: taken.append(len(a)) or linear(a, b))
+    else:
+        monkeypatch.setattr(torch_backend, "has_onednn_linear", lambda _: False)
+    values, indices = switch_encode(x, expert_B, W, K, E)
+    wanted = [32, 16, 144] if M == 600 else [32, 16, 144, 144]
+    assert taken == (wanted if onednn and torch_backend.has_onednn_linear(x.device) else [])
+    pre = torch.einsum("bd,bmd->bm", x.double(), W.double().view(E, M, D)[expert_B])
+    expected = pre.topk(K).values.relu()
+    assert_close("values", values.double().sort(descending=True).values, expected, 1e-6)
+    chosen = pre.gather(1, indices - M * expert_B.unsqueeze(1)).relu()
+    assert_close("chosen", chosen, values.double(), 1e-6)

@@ -1,0 +1,50 @@
+"""The private operators of torch that the kernels use: that they are there, and do what they are used for."""
+
+import re
+from pathlib import Path
+
+import pytest
+import sae_lens_switch_kernels
+import torch
+from sae_lens_switch_kernels import torch_private
+
+CPU = torch.device("cpu")
+
+
+def test_onednns_linear_is_there_and_multiplies():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    assert torch_private.has_onednn_linear(CPU), "mkldnn._linear_pointwise has changed: wide experts are slower now"
+    x, W = torch.randn(48, 33), torch.randn(700, 33)
+    exact = x.double() @ W.double().T
+    torch.testing.assert_close(torch_private.onednn_linear(x, W).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_onednns_linear_is_for_cpus():
+    assert not torch_private.has_onednn_linear(torch.device("meta"))
+
+
+@pytest.mark.parametrize("fault", [AttributeError, RuntimeError, TypeError])
+def test_without_onednns_linear_products_take_another_route(fault, monkeypatch):
+    def changed(*_):
+        raise fault("changed")
+
+    monkeypatch.setattr(torch_private, "onednn_linear", changed)
+    torch_private.has_onednn_linear.cache_clear()
+    try:
+        assert not torch_private.has_onednn_linear(CPU)
+    finally:
+        torch_private.has_onednn_linear.cache_clear()
+
+
+def test_the_assertion_on_a_device_raises_its_message_or_nothing():
+    torch_private.assert_on_device(torch.tensor(True), "never said")
+    torch_private.assert_on_device(torch.ones((), dtype=torch.bool, device="meta"), "nor here")
+    with pytest.raises(RuntimeError, match=r"expert_B must lie in \[0, 3\)"):
+        torch_private.assert_on_device(torch.tensor(False), "expert_B must lie in [0, 3)")
+
+
+def test_no_other_file_of_the_kernels_calls_an_operator_by_its_private_name():
+    folder = Path(sae_lens_switch_kernels.__file__).parent
+    files = {file.name for file in folder.rglob("*.py") if re.search(r"torch\.(ops|_C|_\w+)\b", file.read_text())}
+    assert files == {"torch_private.py"}
