@@ -25,7 +25,7 @@ class HeldOut:
 
 
 def evaluate(sae: SAE[Any], model: HookedProxyLM, contexts: Tensor, hook: str, skipped: int) -> HeldOut:
-    """Reconstruction error and CE loss at ``hook``, on all tokens but the first ``skipped`` of each context, which stay untouched.
+    """Reconstruction error and CE loss at ``hook``; the first ``skipped`` tokens of each context stay untouched.
 
     SAELens's own evaluation cannot skip first tokens.
     """
