@@ -30,9 +30,11 @@ if TYPE_CHECKING or not _is_starting_a_command():
 else:
 
     def __getattr__(name: str) -> object:
-        if name.startswith("__") and name != "__all__":
+        is_public = name == "__all__" or not name.startswith("__")
+        names = vars(import_module("sae_lens_switch._public")) if is_public else {}
+        if name not in names:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module("sae_lens_switch._public"), name)
+        return names[name]
 
     def __dir__() -> list[str]:
         return [*globals(), *import_module("sae_lens_switch._public").__all__]

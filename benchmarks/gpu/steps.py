@@ -115,11 +115,12 @@ def stepper_of(kind: str, s: Shape, precision: str, device: str, **options: Any)
 def rival(kind: str, s: Shape, precision: str, device: str) -> Callable[[int], Any]:
     """As `make bench` has it: forward, backward, clipping, fused Adam, one batch."""
     import bench
+    import contestants
 
     use(precision)
     shape = {"--batch": s.B, "--d-in": s.D, "--d-sae": s.F, "--k": s.K, "--device": device}
     given = bench.parse_args([str(part) for pair in shape.items() for part in pair])
-    contestant = bench.Sparsify(given) if kind == "sparsify" else bench.Masked(given, s.E)
+    contestant = contestants.Sparsify(given) if kind == "sparsify" else contestants.Masked(given, s.E)
 
     def step(_: int) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):

@@ -200,8 +200,8 @@ def test_interrupted_it_goes_on_where_it_was(own, monkeypatch):
         f"--{n.replace('_', '-')}={v}" for n, v in vars(args).items() if v and n not in ("no_timing", "timing_only")
     ]
     with monkeypatch.context() as patched:
-        patched.setattr(run, "error", interrupted_in_the_third)
-        with pytest.raises(SystemExit, match="the same command goes on"):
+        patched.setattr(train_cells, "error", interrupted_in_the_third)
+        with pytest.raises(SystemExit, match="the same command resumes"):
             run.main([*flags, "--no-timing"])
     assert not (args.output / "results.csv").exists()
     finished = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in folder.glob("*.json")}

@@ -96,7 +96,7 @@ def test_what_a_run_does_not_find_is_refused_before_a_model_is_loaded(tmp_path, 
         ),
         (["--device", "meta"], "device must be a device that this machine has; got 'meta'"),
         (["--output-path", "a" * 300], "output_path must be a writable folder, or one that can be created; got 'aaa"),
-        (["--output-path", f"{__file__}/sae"], "output_path must be a folder"),
+        (["--output-path", f"{__file__}/sae"], "output_path must be a writable folder"),
     ],
 )
 def test_a_dry_run_refuses_what_would_fail_later(capsys, flags, message):
