@@ -103,7 +103,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         x = normalized_input(self, rows_BD)
         with torch.no_grad():
             scale_F = self._selection_scale()
-        dead_N, k_aux = dead_latents(self, step_input.dead_neuron_mask)
+        dead_N, aux_k = dead_latents(self, step_input.dead_neuron_mask)
         result = sparse_autoencode(
             x,
             self.W_enc.T,
@@ -113,7 +113,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             bias_F=self.b_enc,
             scale_F=scale_F,
             dead_N=dead_N,
-            k_aux=k_aux,
+            aux_k=aux_k,
             row_grads=self.row_grads,
         )
         sae_out = finish_decoding(self, result.out_BD + self.b_dec)

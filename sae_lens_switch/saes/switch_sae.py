@@ -340,14 +340,14 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             constrain_optimizer_steps(self)
 
         inputs = normalized_input(self, x)
-        dead_N, k_aux = None, 0
+        dead_N, aux_k = None, 0
         if has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post):
             acts, hidden_pre, assignment = self._encode_dense(inputs)
             sae_out, aux_out, codes = self.decode(acts), None, None
         else:
             assignment = self._assign(inputs)
-            dead_N, k_aux = dead_latents(self, step_input.dead_neuron_mask, self.cfg.n_experts)
-            result = self._autoencode(inputs, assignment, dead_N, k_aux)
+            dead_N, aux_k = dead_latents(self, step_input.dead_neuron_mask, self.cfg.n_experts)
+            result = self._autoencode(inputs, assignment, dead_N, aux_k)
             sae_out, aux_out = finish_decoding(self, result.out_BD + self.b_dec), result.aux_out_BD
             values = self._gated(result.values_BK.detach(), assignment).detach()
             codes = SparseCodes(values, result.indices_BK, self.cfg.d_sae)
@@ -386,7 +386,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
         return TrainStepOutput(feature_acts=acts.detach().view(*lead, self.cfg.d_sae), **fields)
 
     def _autoencode(
-        self, x: Tensor, assignment: Assignment, dead_N: Tensor | None = None, k_aux: int = 0
+        self, x: Tensor, assignment: Assignment, dead_N: Tensor | None = None, aux_k: int = 0
     ) -> Reconstruction:
         """``_encode_codes`` and ``decode`` at once, without b_dec; values are without the gate."""
         gated = self.cfg.gate == "probability"
@@ -400,7 +400,7 @@ class SwitchTrainingSAE(_Switch, TrainingSAE[SwitchTrainingSAEConfig]):
             gates_B=assignment.gates_BA.flatten() if gated else None,
             pre_bias_D=pre_bias(self),
             dead_N=dead_N,
-            k_aux=k_aux,
+            aux_k=aux_k,
             row_grads=self.row_grads,
         )
 

@@ -19,7 +19,7 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.util import path_or_tmp_dir
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.huge_pages import in_large
+from sae_lens_switch_kernels.huge_pages import to_huge_pages
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -156,7 +156,7 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             raise ValueError("an SAE to train must have a parameter with requires_grad=True; this one has none")
         sae.to(cfg.device)
         for p in sae.parameters():
-            p.data = in_large(p.data)  # every step goes through all of it
+            p.data = to_huge_pages(p.data)  # every step goes through all of it
         betas = cfg.adam_beta1, cfg.adam_beta2
         if cfg.optimizer == "row_sparse_adam":
             self.optimizer = RowSparseAdam(sae, cfg.lr, betas)
@@ -329,9 +329,9 @@ class SparseSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             pass
         elif optimizer.is_fused and norm.dtype == torch.float32:
             # The fused step divides by the scale, and leaves everything as it is where something was not finite.
-            along_F = None if optimizer.row_grads is None else optimizer.row_grads.along_R
+            radial_F = None if optimizer.row_grads is None else optimizer.row_grads.radial_R
             lr = self._scalars.get("lr")
-            optimizer.step(grad_scale=scale, found_inf=(~good).to(torch.float32), along_F=along_F, lr=lr)
+            optimizer.step(grad_scale=scale, found_inf=(~good).to(torch.float32), radial_F=radial_F, lr=lr)
         elif good:
             for grad in grads:
                 grad.div_(scale)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
+from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.optimizer import (
@@ -55,11 +55,11 @@ def remove_parallel_(grad_FD: Tensor, W_FD: Tensor) -> None:
         grad_rows.sub_(along.to(rows.dtype) * rows)
 
 
-def without_parallel(grad_RD: Tensor, W_RD: Tensor, out_RD: Tensor, along_R: Tensor | None = None) -> Tensor:
-    """``remove_parallel_`` of a few rows, into other memory; ``along_R`` is <grad, W>, where that is known."""
-    if along_R is None:
-        along_R = torch.mul(grad_RD, W_RD, out=out_RD).sum(dim=1)
-    return torch.addcmul(grad_RD, W_RD, along_R.unsqueeze(1), value=-1, out=out_RD)
+def without_parallel(grad_RD: Tensor, W_RD: Tensor, out_RD: Tensor, radial_R: Tensor | None = None) -> Tensor:
+    """``remove_parallel_`` of a few rows, into other memory; ``radial_R`` is <grad, W>, where that is known."""
+    if radial_R is None:
+        radial_R = torch.mul(grad_RD, W_RD, out=out_RD).sum(dim=1)
+    return torch.addcmul(grad_RD, W_RD, radial_R.unsqueeze(1), value=-1, out=out_RD)
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ class ConstrainedAdam(torch.optim.Adam):
         for p in fresh:
             for name in ("exp_avg", "exp_avg_sq"):
                 t = self.state[p][name]
-                self.state[p][name] = zeros_large(*t.shape, dtype=t.dtype, device=t.device)
+                self.state[p][name] = zeros_huge(*t.shape, dtype=t.dtype, device=t.device)
         return super()._init_group(group, *lists)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class ConstrainedAdam(torch.optim.Adam):
                 if p not in self.state:
                     continue
                 state = self.state[p]
-                state |= {name: in_large(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+                state |= {name: to_huge_pages(state[name]) for name in ("exp_avg", "exp_avg_sq")}
                 if fused:
                     state["step"] = state["step"].to(p.device, torch.float32)
 
@@ -156,12 +156,12 @@ class ConstrainedAdam(torch.optim.Adam):
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-        along_F: Tensor | None = None,
+        radial_F: Tensor | None = None,
         lr: Tensor | None = None,
     ) -> None:
         """One step of the gradients divided by ``grad_scale``; none, on the device, where ``found_inf`` is 1.
 
-        ``along_F`` is the component of each row of unit_rows.grad along the row, as a backward pass leaves it in
+        ``radial_F`` is the component of each row of unit_rows.grad along the row, as a backward pass leaves it in
         ``row_grads``; without it, it is computed. ``lr``, a float32 number on the device, counts in place of the
         groups' own. All are for a fused step of float32 alone.
         """
@@ -183,7 +183,7 @@ class ConstrainedAdam(torch.optim.Adam):
             for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
                 grad = grad.contiguous()  # torch's fused step takes for granted that it is laid out as the parameter
                 if p is self.unit_rows:
-                    self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), along_F)
+                    self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), radial_F)
                 else:
                     fused([p], [grad], [m], [v], [], [step], **options)
             if found_inf is not None:
@@ -206,14 +206,14 @@ class ConstrainedAdam(torch.optim.Adam):
         v_FD: Tensor,
         step: Tensor,
         fused: Callable[..., Any],
-        along_F: Tensor | None,
+        radial_F: Tensor | None,
     ) -> None:
         blocks = [_blocks(t, _ROWS_STEPPED) for t in (W_FD, grad_FD, m_FD, v_FD)]
         n = len(blocks[0][0])
         scratch = torch.empty_like(W_FD[:n])
         for i, (w, grad, m, v) in enumerate(zip(*blocks, strict=True)):
             if self.project:
-                along = None if along_F is None else along_F[i * n : (i + 1) * n]
+                along = None if radial_F is None else radial_F[i * n : (i + 1) * n]
                 grad = without_parallel(grad, w, scratch[: len(w)], along)
             fused([w], [grad], [m], [v], [], [step])
             normalize_rows_(w)

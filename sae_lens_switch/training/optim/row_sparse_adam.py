@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
+from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -83,7 +83,7 @@ class RowSparseAdam(Optimizer):
         state = self._state(p, data)
         weights, moments = state.get("master", data), state["moments"]
         unit = p is self.sae.W_dec and getattr(self.sae.cfg, "normalize_decoder", False)
-        project, along_R = unit and self.sae.cfg.project_decoder_grad, self.row_grads.along_R
+        project, radial_R = unit and self.sae.cfg.project_decoder_grad, self.row_grads.radial_R
         step_R = state["step"][rows_R] + 1
         state["step"][rows_R] = step_R
         # On a CPU in blocks that stay in cache, all through the same buffers.
@@ -98,7 +98,7 @@ class RowSparseAdam(Optimizer):
             torch.index_select(moments, 0, rows, out=both)
             torch.div(grad_part, scale, out=g)
             if project:
-                along = None if along_R is None else along_R[i * block : (i + 1) * block] / scale
+                along = None if radial_R is None else radial_R[i * block : (i + 1) * block] / scale
                 g, scratch = without_parallel(g, w, scratch, along), g
             _adam_update(w, g, both[:, 0], both[:, 1], step, group, scratch)
             if unit:
@@ -114,7 +114,7 @@ class RowSparseAdam(Optimizer):
         dtype = torch.promote_types(p.dtype, torch.float32)
         if not state:
             # First and second moment of a row lie side by side, since they are always read and written together.
-            state["moments"] = zeros_large(len(data), 2, data.shape[1], dtype=dtype, device=p.device)
+            state["moments"] = zeros_huge(len(data), 2, data.shape[1], dtype=dtype, device=p.device)
             state["step"] = torch.zeros(len(data), device=p.device)
             if dtype != p.dtype:
                 state["master"] = data.to(dtype)
@@ -127,7 +127,7 @@ class RowSparseAdam(Optimizer):
         for i, p in enumerate(parameters_of(self)):
             saved = state_dict["state"].get(i)
             if saved is not None:
-                self.state[p] = {name: in_large(t.to(p.device)) for name, t in saved.items()}
+                self.state[p] = {name: to_huge_pages(t.to(p.device)) for name, t in saved.items()}
 
 
 def _adam_update(
