@@ -2,7 +2,7 @@
 
 The suffix of a name gives a tensor's shape (``x_BD``), one letter per dimension:
 
-    B  tokens in a step              A  k_aux, dead latents chosen per token
+    B  tokens in a step              A  aux_k, dead latents chosen per token
     D  d_in                          N  dead latents
     K  k, active latents per token   R  rows of a weight gradient: all latents, or the active ones
     F  d_sae, latents                S  B * K, the entries of a batch of codes

@@ -26,13 +26,13 @@ class DecoderInputs(NamedTuple):
         W_dec_FD: Decoder weights.
         gates_B: Multiplies each token's values before decoding.
         dead_N: The dead latents, for AuxK.
-        k_aux: How many of them are chosen per token.
+        aux_k: How many of them are chosen per token.
     """
 
     W_dec_FD: Tensor
     gates_B: Tensor | None
     dead_N: Tensor | None
-    k_aux: int
+    aux_k: int
 
 
 class Outputs(NamedTuple):
@@ -110,7 +110,7 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
-    x_BD, (W_dec_FD, gates_B, dead_N, k_aux) = inputs.x_BD, decoder
+    x_BD, (W_dec_FD, gates_B, dead_N, aux_k) = inputs.x_BD, decoder
     p, groups = primitives(x_BD), inputs.groups()
     centered_BD = inputs.centered(groups)
     with torch.autocast(x_BD.device.type, enabled=False):
@@ -120,8 +120,8 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         if dead_N is not None:
             check_range("dead_N", dead_N, len(inputs.W_enc_FD))
-            dead = dead_latents(dead_N, groups, len(inputs.W_enc_FD), k_aux)
-            aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, k_aux)
+            dead = dead_latents(dead_N, groups, len(inputs.W_enc_FD), aux_k)
+            aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, aux_k)
             aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype)
             aux_acts_BA = _gated(aux_values_BA, gates_B, groups)
             aux_out_BD = groups.unsorted(aux.decode(aux_acts_BA, W_dec_FD[dead.latents_Z]))
@@ -147,8 +147,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         W_enc_FD.new_empty(B, inputs.k),
         x_BD.new_empty(B, inputs.k, dtype=long),
         W_dec_FD.new_empty(x_BD.shape if has_aux else 0),
-        W_enc_FD.new_empty((B, decoder.k_aux) if has_aux else 0),
-        x_BD.new_empty(B, decoder.k_aux, dtype=long) if has_aux else W_dec_FD.new_empty(0),
+        W_enc_FD.new_empty((B, decoder.aux_k) if has_aux else 0),
+        x_BD.new_empty(B, decoder.aux_k, dtype=long) if has_aux else W_dec_FD.new_empty(0),
         x_BD.new_empty(x_BD.shape if has_centered else 0),
     )
 

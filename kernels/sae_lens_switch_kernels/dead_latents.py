@@ -22,7 +22,7 @@ class DeadLatents(NamedTuple):
 
     Attributes:
         latents_Z: The latent in each slot. An expert has as many slots as the one with most dead latents, and at least
-            k_aux.
+            aux_k.
         real_Z: Which slots are not padding; None: all.
         groups: The tokens of each expert.
     """
@@ -32,30 +32,30 @@ class DeadLatents(NamedTuple):
     groups: ExpertGroups
 
     def encode(
-        self, p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, k_aux: int
+        self, p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, aux_k: int
     ) -> tuple[Tensor, Tensor]:
-        """Pre-activations of the k_aux best of each token's own expert, without ReLU, and their slots; both [B, A]."""
+        """Pre-activations of the aux_k best of each token's own expert, without ReLU, and their slots; both [B, A]."""
         W_ZD = inputs.W_enc_FD[self.latents_Z]
         bias_Z, scale_Z = (None if t_F is None else t_F[self.latents_Z] for t_F in (inputs.bias_F, inputs.scale_F))
         if self.real_Z is not None:
             never_Z = W_ZD.new_zeros(len(self.latents_Z)).masked_fill_(~self.real_Z, -torch.inf)
             bias_Z = never_Z if bias_Z is None else bias_Z + never_Z
-        values_BA, slots_BA = p.topk_encode(centered_BD, W_ZD, k_aux, self.groups, bias_Z, scale_Z, inputs.dtype)
+        values_BA, slots_BA = p.topk_encode(centered_BD, W_ZD, aux_k, self.groups, bias_Z, scale_Z, inputs.dtype)
         return self.without_padding(values_BA, slots_BA), slots_BA
 
     def without_padding(self, values_BA: Tensor, slots_BA: Tensor) -> Tensor:
-        """Zero where an expert had fewer than k_aux dead latents, so that padding was chosen."""
+        """Zero where an expert had fewer than aux_k dead latents, so that padding was chosen."""
         return values_BA if self.real_Z is None else values_BA.masked_fill(~self.real_Z[slots_BA], 0)
 
 
-def dead_latents(dead_N: Tensor, groups: ExpertGroups, n_latents: int, k_aux: int) -> DeadLatents:
+def dead_latents(dead_N: Tensor, groups: ExpertGroups, n_latents: int, aux_k: int) -> DeadLatents:
     E = len(groups.offsets_E1) - 1
     if E == 1:
         return DeadLatents(dead_N, None, groups)
     expert_N = torch.div(dead_N, n_latents // E, rounding_mode="floor")
     by_expert_N, order_N = expert_N.sort(stable=True)
     count_E = torch.bincount(expert_N, minlength=E)
-    n_slots = max(k_aux, int(count_E.max()))
+    n_slots = max(aux_k, int(count_E.max()))
     first_E = count_E.cumsum(0) - count_E
     slot_N = by_expert_N * n_slots + torch.arange(len(dead_N), device=dead_N.device) - first_E[by_expert_N]
     latents_Z = dead_N[:1].repeat(E * n_slots)

@@ -20,7 +20,7 @@ class Reconstruction(NamedTuple):
         out_BD: sum_j gate z_j W_dec[i_j], without any bias.
         values_BK: z, after ReLU and before the gate; zero where fewer than k latents are positive.
         indices_BK: i, int64, distinct within a row.
-        aux_out_BD: The same sum over the k_aux chosen dead latents, without ReLU; None without ``dead_N``.
+        aux_out_BD: The same sum over the aux_k chosen dead latents, without ReLU; None without ``dead_N``.
     """
 
     out_BD: Tensor
@@ -176,7 +176,7 @@ def sparse_autoencode(
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
     dead_N: Tensor | None = None,
-    k_aux: int = 0,
+    aux_k: int = 0,
     row_grads: RowGrads | None = None,
 ) -> Reconstruction:
     """Encode (top-k, or routed if ``expert_B`` is given), scale by the per-token gate, decode: one fused operator.
@@ -196,19 +196,19 @@ def sparse_autoencode(
         pre_bias_D: Subtracted from x.
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only.
-        dead_N: Dead latents, whose own k_aux largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
+        dead_N: Dead latents, whose own aux_k largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
             A.2). Only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
-            token's own expert, all of them if it has fewer than k_aux, weighted by the gate, which gets no gradient
+            token's own expert, all of them if it has fewer than aux_k, weighted by the gate, which gets no gradient
             from them.
-        k_aux: Dead latents per token.
+        aux_k: Dead latents per token.
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
-            no gradient has F rows. With ``active_only=False`` only ``along_R`` is stored.
+            no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
 
     Returns:
         Reconstruction, values, indices, and the reconstruction from dead latents.
 
     Raises:
-        ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= k_aux <= N.
+        ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= aux_k <= N.
     """
     _check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     _check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
@@ -218,10 +218,10 @@ def sparse_autoencode(
     if dead_N is not None:
         _check_integers("dead_N", dead_N)
         _check_device("dead_N", dead_N, "x_BD", x_BD)
-        if not 1 <= k_aux <= len(dead_N):
-            raise ValueError(f"k_aux must be between 1 and the {len(dead_N)} dead latents; got k_aux={k_aux}")
-    arguments = *inputs, W_dec_FD, gates_B, dead_N, k_aux
-    # While compiling, along_R, a saving that an optimiser can do without, is not worth a graph break.
+        if not 1 <= aux_k <= len(dead_N):
+            raise ValueError(f"aux_k must be between 1 and the {len(dead_N)} dead latents; got aux_k={aux_k}")
+    arguments = *inputs, W_dec_FD, gates_B, dead_N, aux_k
+    # While compiling, radial_R, a saving that an optimiser can do without, is not worth a graph break.
     if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
         outputs = autoencode.autoencode(*arguments)
     else:

@@ -31,7 +31,7 @@ def empty_huge(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _tensor_on(view, shape, dtype)
 
 
-def zeros_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros_huge(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``torch.zeros``; on a CPU in new huge pages, which take memory only once they are written."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     if not _is_large(n_bytes, device):
@@ -39,11 +39,11 @@ def zeros_large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return _tensor_on(memoryview(_new_block(n_bytes)), shape, dtype)
 
 
-def in_large(t: Tensor) -> Tensor:
+def to_huge_pages(t: Tensor) -> Tensor:
     """Copy ``t`` into huge pages, preserving its layout; returns ``t`` itself if it is too small."""
     if t.is_contiguous() and _is_large(t.nbytes, t.device):
-        return zeros_large(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
-    return in_large(t.T).T if t.ndim == 2 and t.T.is_contiguous() and not t.is_contiguous() else t
+        return zeros_huge(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
+    return to_huge_pages(t.T).T if t.ndim == 2 and t.T.is_contiguous() and not t.is_contiguous() else t
 
 
 def _is_large(n_bytes: int, device: torch.device) -> bool:

@@ -47,12 +47,12 @@ class RowGrads:
 
     Attributes:
         active_only: True: the weight gradients of the active latents are left here, and autograd gets none. False:
-            autograd gets all gradients as usual, and only ``along_R`` is left here, with all F rows.
+            autograd gets all gradients as usual, and only ``radial_R`` is left here, with all F rows.
         rows_R: The active latents, ascending and distinct; None until a backward pass has run.
         dW_enc_RD: Their rows of the encoder's gradient. Those of all other latents are zero.
         dW_dec_RD: Their rows of the decoder's gradient, likewise.
         d_bias_R: Their entries of the encoder bias's gradient, likewise.
-        along_R: <dW_dec[r], W_dec[r]>, the radial component that a unit-norm decoder's gradient must lose. It is a
+        radial_R: <dW_dec[r], W_dec[r]>, the radial component that a unit-norm decoder's gradient must lose. It is a
             by-product of the gradient; None where products run in less than float32.
     """
 
@@ -61,30 +61,30 @@ class RowGrads:
     dW_enc_RD: Tensor | None = None
     dW_dec_RD: Tensor | None = None
     d_bias_R: Tensor | None = None
-    along_R: Tensor | None = None
+    radial_R: Tensor | None = None
 
     def clear(self) -> None:
-        self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = self.along_R = None
+        self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = self.radial_R = None
 
     def store(
-        self, rows_R: Tensor | None, dW_enc_RD: Tensor, dW_dec_RD: Tensor, d_bias_R: Tensor, along_R: Tensor | None
+        self, rows_R: Tensor | None, dW_enc_RD: Tensor, dW_dec_RD: Tensor, d_bias_R: Tensor, radial_R: Tensor | None
     ) -> None:
         """Keep what ``active_only`` asks for.
 
         Raises:
             RuntimeError: If an earlier backward pass is still held.
         """
-        if self.rows_R is not None or self.along_R is not None:
+        if self.rows_R is not None or self.radial_R is not None:
             raise RuntimeError("row_grads still holds an earlier backward pass: take a step, or clear() it")
-        self.along_R = along_R
+        self.radial_R = radial_R
         if self.active_only:
             self.rows_R, self.dW_enc_RD, self.dW_dec_RD, self.d_bias_R = rows_R, dW_enc_RD, dW_dec_RD, d_bias_R
 
     def plus(self, other: "RowGrads") -> "RowGrads":
         """The sum of two backward passes, over the latents active in either."""
-        if self.rows_R is None or other.rows_R is None:  # active_only=False: along_R has F rows, or there is none
-            mine, others = self.along_R, other.along_R
-            return RowGrads(self.active_only, along_R=None if mine is None or others is None else mine + others)
+        if self.rows_R is None or other.rows_R is None:  # active_only=False: radial_R has F rows, or there is none
+            mine, others = self.radial_R, other.radial_R
+            return RowGrads(self.active_only, radial_R=None if mine is None or others is None else mine + others)
         rows_R = torch.cat([self.rows_R, other.rows_R]).unique()
         places = [torch.searchsorted(rows_R, rows) for rows in (self.rows_R, other.rows_R)]
 
@@ -99,7 +99,7 @@ class RowGrads:
         return RowGrads(self.active_only, rows_R, *map(total, self._per_row(), other._per_row()))
 
     def _per_row(self) -> tuple[Tensor | None, ...]:
-        return self.dW_enc_RD, self.dW_dec_RD, self.d_bias_R, self.along_R
+        return self.dW_enc_RD, self.dW_dec_RD, self.d_bias_R, self.radial_R
 
 
 class LatentGrads(NamedTuple):

@@ -82,9 +82,9 @@ def sparse_autoencode(
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
     dead_N: Tensor | None = None,
-    k_aux: int = 0,
+    aux_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Encode, gate, decode; and decode the top k_aux, without ReLU, of the dead latents of the token's own expert."""
+    """Encode, gate, decode; and decode the top aux_k, without ReLU, of the dead latents of the token's own expert."""
     if expert_B is None:
         values_BK, indices_BK = topk_encode(x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F)
     else:
@@ -99,7 +99,7 @@ def sparse_autoencode(
         mine = dead_N if expert_B is None else dead_N[dead_N // M == expert_B[b]]
         pre_N = W_enc_FD[mine] @ (x_D if pre_bias_D is None else x_D - pre_bias_D)
         pre_N = pre_N if bias_F is None else pre_N + bias_F[mine]
-        chosen_A = (pre_N if scale_F is None else pre_N * scale_F[mine]).topk(min(k_aux, len(mine))).indices
+        chosen_A = (pre_N if scale_F is None else pre_N * scale_F[mine]).topk(min(aux_k, len(mine))).indices
         gate = 1 if gates_B is None else gates_B[b].detach()
         rows.append(gate * pre_N[chosen_A] @ W_dec_FD[mine[chosen_A]])
     return out_BD, values_BK, indices_BK, torch.stack(rows) if rows else torch.zeros_like(out_BD)

@@ -57,11 +57,11 @@ def project_out_rows_(grad_FD: Tensor, W_FD: Tensor) -> None:
         grad_rows.sub_(along.to(rows.dtype) * rows)
 
 
-def project_out_rows(grad_RD: Tensor, W_RD: Tensor, out_RD: Tensor, along_R: Tensor | None = None) -> Tensor:
-    """``project_out_rows_`` of a few rows into ``out_RD``; ``along_R`` is <grad, W> per row, computed if None."""
-    if along_R is None:
-        along_R = torch.mul(grad_RD, W_RD, out=out_RD).sum(dim=1)
-    return torch.addcmul(grad_RD, W_RD, along_R.unsqueeze(1), value=-1, out=out_RD)
+def project_out_rows(grad_RD: Tensor, W_RD: Tensor, out_RD: Tensor, radial_R: Tensor | None = None) -> Tensor:
+    """``project_out_rows_`` of a few rows into ``out_RD``; ``radial_R`` is <grad, W> per row, computed if None."""
+    if radial_R is None:
+        radial_R = torch.mul(grad_RD, W_RD, out=out_RD).sum(dim=1)
+    return torch.addcmul(grad_RD, W_RD, radial_R.unsqueeze(1), value=-1, out=out_RD)
 
 
 # Under optimisers that know nothing of the constraint

@@ -81,7 +81,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
             bias_F=self.b_enc,
             scale_F=scale_F,
             dead_N=dead.indices_N,
-            k_aux=dead.aux_k,
+            aux_k=dead.aux_k,
             row_grads=row_grads,
         )
         values = result.values_BK.detach()

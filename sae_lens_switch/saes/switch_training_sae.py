@@ -133,7 +133,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             gates_B=assignment.gates_BA.flatten() if self.cfg.gate == "probability" else None,
             pre_bias_D=self.pre_bias,
             dead_N=dead.indices_N,
-            k_aux=dead.aux_k,
+            aux_k=dead.aux_k,
             row_grads=row_grads,
         )
         return result, self._gated(result.values_BK.detach(), assignment).detach()

@@ -9,7 +9,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.huge_pages import in_large
+from sae_lens_switch_kernels.huge_pages import to_huge_pages
 from torch import Tensor
 from typing_extensions import override
 
@@ -107,7 +107,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             raise ValueError("an SAE to train must have a parameter with requires_grad=True; this one has none")
         sae.to(cfg.device)
         for p in sae.parameters():
-            p.data = in_large(p.data)  # every step goes through all of it
+            p.data = to_huge_pages(p.data)  # every step goes through all of it
         betas = cfg.adam_beta1, cfg.adam_beta2
         if cfg.optimizer == "row_sparse_adam":
             return RowSparseAdam(sae, cfg.lr, betas)

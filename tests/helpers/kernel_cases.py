@@ -77,5 +77,5 @@ def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[st
     if "expert_B" in names:
         constants |= {"expert_B": experts, "n_experts": E}
     if "dead_N" in names:
-        constants |= {"dead_N": dead, "k_aux": max(1, len(dead) // 2)}
+        constants |= {"dead_N": dead, "aux_k": max(1, len(dead) // 2)}
     return leaves | {n: t for n, t in optional.items() if n in names}, constants

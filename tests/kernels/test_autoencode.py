@@ -62,15 +62,15 @@ def test_row_grads_are_the_rows_of_the_dense_gradients_that_are_not_zero(
             actual[name] = torch.zeros_like(leaves[name]).index_copy(0, rows.rows_R, row_grad)
     for name in expected:
         assert_close(name, actual[name], expected[name])
-    along_F = (expected["W_dec_FD"] * leaves["W_dec_FD"]).sum(1)
-    assert_close("along", torch.zeros(E * M, dtype=torch.float64).index_copy(0, rows.rows_R, rows.along_R), along_F)
+    radial_F = (expected["W_dec_FD"] * leaves["W_dec_FD"]).sum(1)
+    assert_close("along", torch.zeros(E * M, dtype=torch.float64).index_copy(0, rows.rows_R, rows.radial_R), radial_F)
 
     # Or the same components alone, of every latent, and gradients where they always are.
     rows = RowGrads(active_only=False)
     actual = gradients(row_grads=rows)
     for name in expected:
         assert_close(name, actual[name], expected[name])
-    assert_close("along", rows.along_R, along_F)
+    assert_close("along", rows.radial_R, radial_F)
     assert rows.rows_R is rows.dW_dec_RD is None
 
 
@@ -84,7 +84,7 @@ def test_low_precision_leaves_no_component_along_the_weights(how, active_only):
     with torch.autocast("cpu", enabled=how == "autocast"):
         out = sparse_autoencode(**inputs, **constants, row_grads=rows).out_BD
     out.sum().backward()
-    assert rows.along_R is None
+    assert rows.radial_R is None
     assert (rows.dW_dec_RD is None) == (inputs["W_dec_FD"].grad is not None) == (not active_only)
 
 

@@ -40,7 +40,7 @@ def inputs(E: int, names: set[str], dtype: torch.dtype) -> tuple[dict[str, Tenso
     if "scale_F" in names:
         constants["scale_F"] = normal(F).exp()
     if "dead_N" in names:
-        constants |= {"dead_N": torch.arange(1, F, 3, device=DEVICE), "k_aux": 4}
+        constants |= {"dead_N": torch.arange(1, F, 3, device=DEVICE), "aux_k": 4}
     return leaves | {n: t for n, t in optional.items() if n in names}, constants
 
 

@@ -63,9 +63,9 @@ def test_bad_encoder_arguments_are_refused(change, message):
         ({"pre_bias_D": torch.zeros(4)}, r"pre_bias_D must have shape \(5,\)"),
         ({"bias_F": torch.zeros(5)}, r"bias_F must have shape \(9,\)"),
         ({"scale_F": torch.zeros(9).double()}, "scale_F and W_enc_FD must share a dtype"),
-        ({"dead_N": torch.tensor([9]), "k_aux": 1}, r"dead_N must lie in \[0, 9\)"),
-        ({"dead_N": torch.tensor([1, 2]), "k_aux": 3}, "k_aux must be between 1 and the 2 dead latents; got k_aux=3"),
-        ({"dead_N": torch.tensor([1, 2])}, "got k_aux=0"),
+        ({"dead_N": torch.tensor([9]), "aux_k": 1}, r"dead_N must lie in \[0, 9\)"),
+        ({"dead_N": torch.tensor([1, 2]), "aux_k": 3}, "aux_k must be between 1 and the 2 dead latents; got aux_k=3"),
+        ({"dead_N": torch.tensor([1, 2])}, "got aux_k=0"),
         ({"scale_F": torch.zeros(9, device="meta")}, "must share a device"),
     ],
 )

@@ -32,7 +32,7 @@ def test_a_tensor_moved_to_large_memory_is_what_it_was(shape, layout):
         t = t.T
     elif layout == "strided" and t.ndim > 1:
         t = t[:, ::2]
-    moved = huge_pages.in_large(t)
+    moved = huge_pages.to_huge_pages(t)
     assert (moved.shape, moved.stride(), moved.dtype) == (t.shape, t.stride(), t.dtype)
     assert torch.equal(moved, t)
     large = t.nbytes >= huge_pages._SMALLEST and layout != "strided"

@@ -151,6 +151,6 @@ def test_row_gradients_add_up():
     assert total.rows_R.tolist() == [0, 1, 4, 6]
     assert torch.allclose(total.dW_dec_RD, dense[total.rows_R])
     assert total.d_bias_R is None
-    a, b = (RowGrads(False, along_R=random_input(5, seed=i)) for i in range(2))
-    assert torch.equal(a.plus(b).along_R, a.along_R + b.along_R)
-    assert a.plus(RowGrads(False)).along_R is None
+    a, b = (RowGrads(False, radial_R=random_input(5, seed=i)) for i in range(2))
+    assert torch.equal(a.plus(b).radial_R, a.radial_R + b.radial_R)
+    assert a.plus(RowGrads(False)).radial_R is None

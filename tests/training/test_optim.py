@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sae_lens_switch_kernels import huge_pages
-from sae_lens_switch_kernels.huge_pages import zeros_large
+from sae_lens_switch_kernels.huge_pages import zeros_huge
 from torch import nn
 
 from sae_lens_switch.training.optim import constrained_adam as optim
@@ -70,7 +70,7 @@ def test_constrained_adam_is_project_adam_renormalise_over_the_whole_matrix(fuse
             along = (plain[0].grad * plain[0].detach()).sum(1, keepdim=True)
             plain[0].grad -= along * plain[0].detach()
         if fused:
-            optimizer.step(grad_scale=torch.tensor(3.0), found_inf=torch.tensor(0.0), along_F=known)
+            optimizer.step(grad_scale=torch.tensor(3.0), found_inf=torch.tensor(0.0), radial_F=known)
         else:
             optimizer.step()
         reference.step()
@@ -87,8 +87,8 @@ def test_constrained_adam_is_project_adam_renormalise_over_the_whole_matrix(fuse
 def test_moments_so_large_that_they_get_huge_pages_are_those_of_torch(layout, monkeypatch):
     """Made anew, and read from a checkpoint."""
     made = []
-    monkeypatch.setattr(huge_pages, "zeros_large", lambda *shape, **of: made.append(shape) or zeros_large(*shape, **of))
-    monkeypatch.setattr(optim, "zeros_large", huge_pages.zeros_large)
+    monkeypatch.setattr(huge_pages, "zeros_huge", lambda *shape, **of: made.append(shape) or zeros_huge(*shape, **of))
+    monkeypatch.setattr(optim, "zeros_huge", huge_pages.zeros_huge)
     shape = {"scalar": (), "empty": (0, 3)}.get(layout, (1 << 11, 1 << 10))
     start = torch.randn(shape)
     ours, plain = (nn.Parameter(start.T.contiguous().T if layout == "transposed" else start.clone()) for _ in range(2))

@@ -72,17 +72,17 @@ def test_the_backward_pass_tells_the_step_what_to_project_out(options, monkeypat
     trainer_ = our_trainer(sae, batches, dead_feature_window=2)
     told, step = [], trainer_.optimizer.step
 
-    def looked_at(*, along_F, **others):
-        told.append(along_F)
-        if along_F is not None:
+    def looked_at(*, radial_F, **others):
+        told.append(radial_F)
+        if radial_F is not None:
             expected = (sae.W_dec.grad.double() * sae.W_dec.detach()).sum(1)
-            torch.testing.assert_close(along_F.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-        step(along_F=along_F, **others)
+            torch.testing.assert_close(radial_F.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        step(radial_F=radial_F, **others)
 
     monkeypatch.setattr(trainer_.optimizer, "step", looked_at)
     outputs = run(trainer_, batches)
     assert len(told) == len(batches)
-    assert all(along_F is not None and along_F.any() for along_F in told)
+    assert all(radial_F is not None and radial_F.any() for radial_F in told)
     if options.get("aux_loss_coefficient"):
         assert any(o.losses["auxiliary_reconstruction_loss"] > 0 for o in outputs)
     sae.hook_sae_acts_post.add_hook(lambda t, hook: t)  # noqa: ARG005
@@ -97,8 +97,8 @@ def test_projection_and_norm_written_out():
     projected = g.clone()
     project_out_rows_(projected, W)
     torch.testing.assert_close(projected, expected)
-    along_R = (g * W).sum(1)
-    for known in (None, along_R):
+    radial_R = (g * W).sum(1)
+    for known in (None, radial_R):
         torch.testing.assert_close(project_out_rows(g, W, torch.empty_like(g), known), expected)
     others = [g.T, torch.randn(5), torch.tensor(3.0)]
     expected = sum(t.double().square().sum() for t in others).sqrt()
@@ -129,7 +129,7 @@ def test_row_sparse_adam_is_adam_of_each_row_in_the_steps_of_its_latent():
         g.rows_R = rows
         g.dW_enc_RD, g.dW_dec_RD = torch.randn(2, 9, D, generator=generator, dtype=torch.float64)
         g.d_bias_R = torch.zeros(9)
-        g.along_R = torch.full((9,), torch.nan)  # of no use without a constraint
+        g.radial_R = torch.full((9,), torch.nan)  # of no use without a constraint
         for name, grad in (("W_enc", g.dW_enc_RD), ("W_dec", g.dW_dec_RD)):
             given[name].append(dict(zip(rows.tolist(), grad.clone() / 2.0, strict=True)))
         optimizer.step(grad_scale=2.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
+from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from typing_extensions import override
@@ -75,7 +75,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         for p in fresh:
             for name in ("exp_avg", "exp_avg_sq"):
                 t = self.state[p][name]
-                self.state[p][name] = zeros_large(*t.shape, dtype=t.dtype, device=t.device)
+                self.state[p][name] = zeros_huge(*t.shape, dtype=t.dtype, device=t.device)
         return super().collect(group, *lists)
 
     @override
@@ -89,7 +89,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
                 if p not in self.state:
                     continue
                 state = self.state[p]
-                state |= {name: in_large(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+                state |= {name: to_huge_pages(state[name]) for name in ("exp_avg", "exp_avg_sq")}
                 if fused:
                     state["step"] = state["step"].to(p.device, torch.float32)
 
@@ -112,8 +112,8 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             pass
         elif self.is_fused and norm.dtype == torch.float32:
             # The fused step divides by the scale, and changes nothing where something was non-finite.
-            along_F = None if self.row_grads is None else self.row_grads.along_R
-            self.step(grad_scale=scale, found_inf=(~is_finite).to(torch.float32), along_F=along_F, lr=lr)
+            radial_F = None if self.row_grads is None else self.row_grads.radial_R
+            self.step(grad_scale=scale, found_inf=(~is_finite).to(torch.float32), radial_F=radial_F, lr=lr)
         elif is_finite:
             for grad in grads:
                 grad.div_(scale)
@@ -129,7 +129,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-        along_F: Tensor | None = None,
+        radial_F: Tensor | None = None,
         lr: Tensor | None = None,
     ) -> None:
         """One step. All arguments are for a fused float32 step only.
@@ -137,7 +137,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         Args:
             grad_scale: Gradients are divided by it.
             found_inf: 1 where the step is to be skipped on the device, 0 otherwise.
-            along_F: <unit_rows.grad, unit_rows> per row, as a backward pass leaves it in ``row_grads``; computed if
+            radial_F: <unit_rows.grad, unit_rows> per row, as a backward pass leaves it in ``row_grads``; computed if
                 None.
             lr: A float32 number on the device that replaces the groups' own.
         """
@@ -158,7 +158,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
                 grad = grad.contiguous()  # torch's fused step assumes the parameter's layout
                 if p is self.unit_rows:
-                    self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), along_F)
+                    self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), radial_F)
                 else:
                     fused([p], [grad], [m], [v], [], [step], **options)
             if found_inf is not None:
@@ -181,14 +181,14 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         v_FD: Tensor,
         step: Tensor,
         fused: Callable[..., Any],
-        along_F: Tensor | None,
+        radial_F: Tensor | None,
     ) -> None:
         blocks = [row_blocks(t, _ROWS_STEPPED) for t in (W_FD, grad_FD, m_FD, v_FD)]
         n = len(blocks[0][0])
         scratch = torch.empty_like(W_FD[:n])
         for i, (w, grad, m, v) in enumerate(zip(*blocks, strict=True)):
             if self.project:
-                along = None if along_F is None else along_F[i * n : (i + 1) * n]
+                along = None if radial_F is None else radial_F[i * n : (i + 1) * n]
                 grad = project_out_rows(grad, w, scratch[: len(w)], along)
             fused([w], [grad], [m], [v], [], [step])
             normalize_rows_(w)

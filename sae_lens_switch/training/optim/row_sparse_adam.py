@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.huge_pages import in_large, zeros_large
+from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -104,7 +104,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         state = self._state(p, data)
         weights, moments = state.get("master", data), state["moments"]
         constraint = self.sae.decoder_constraint if p is self.sae.W_dec else None
-        project, along_R = constraint is not None and constraint.project, self.row_grads.along_R
+        project, radial_R = constraint is not None and constraint.project, self.row_grads.radial_R
         step_R = state["step"][rows_R] + 1
         state["step"][rows_R] = step_R
         block = min(_ROWS_STEPPED if data.device.type == "cpu" else len(rows_R), len(rows_R))
@@ -118,7 +118,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             torch.index_select(moments, 0, rows, out=both)
             torch.div(grad_part, scale, out=g)
             if project:
-                along = None if along_R is None else along_R[i * block : (i + 1) * block] / scale
+                along = None if radial_R is None else radial_R[i * block : (i + 1) * block] / scale
                 g, scratch = project_out_rows(g, w, scratch, along), g
             _adam_update(w, g, both[:, 0], both[:, 1], step, group, scratch)
             if constraint is not None:
@@ -134,7 +134,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         dtype = torch.promote_types(p.dtype, torch.float32)
         if not state:
             # First and second moment of a row lie side by side, since they are always read and written together.
-            state["moments"] = zeros_large(len(data), 2, data.shape[1], dtype=dtype, device=p.device)
+            state["moments"] = zeros_huge(len(data), 2, data.shape[1], dtype=dtype, device=p.device)
             state["step"] = torch.zeros(len(data), device=p.device)
             if dtype != p.dtype:
                 state["master"] = data.to(dtype)
@@ -147,7 +147,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         for i, p in enumerate(parameters_of(self)):
             saved = state_dict["state"].get(i)
             if saved is not None:
-                self.state[p] = {name: in_large(t.to(p.device)) for name, t in saved.items()}
+                self.state[p] = {name: to_huge_pages(t.to(p.device)) for name, t in saved.items()}
 
 
 def _adam_update(
