@@ -54,6 +54,12 @@ def test_no_file_is_longer_than_one_idea():
     assert long == {}
 
 
+def test_no_two_test_files_have_one_name():
+    """Test folders are no packages, so that pytest imports each file by its bare name."""
+    names = [file.name for file in sources("tests") if file.name.startswith("test_")]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_imports_point_downwards():
     upwards = []
     for file, tree in sources("sae_lens_switch").items():

@@ -24,10 +24,12 @@ def verified_loader(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> tuple[dict[str, object], dict[str, Tensor], Tensor | None]:
-    """Load an SAE for SAELens after comparing the weights with their recorded SHA-256::
+    """Load an SAE for SAELens after comparing the weights with their recorded SHA-256.
 
-        SAE.from_pretrained("user/repo", "sae_id", converter=verified_loader)
-        SAE.from_pretrained("user/repo", "sae_id", converter=functools.partial(verified_loader, revision="v2"))
+    ```python
+    SAE.from_pretrained("user/repo", "sae_id", converter=verified_loader)
+    SAE.from_pretrained("user/repo", "sae_id", converter=functools.partial(verified_loader, revision="v2"))
+    ```
 
     The digest is the one in ``cfg.json`` or, in a repository that this package did not upload to, the one that the Hub
     states. It reveals damage, and weights replaced without their config. Where the owner of the repository may replace

@@ -18,8 +18,10 @@ _ROUNDING_UNITS = 64
 class Spread:
     """How far the rows of a batch [B, D] lie apart.
 
-    size:   root mean square of the rows' norms
-    spread: root mean square of the rows' distances from their mean
+    Attributes:
+        n_rows: B.
+        size: Root mean square of the rows' norms.
+        spread: Root mean square of the rows' distances from their mean.
     """
 
     n_rows: int

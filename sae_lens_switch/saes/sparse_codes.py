@@ -1,4 +1,4 @@
-"""SparseCodes: what flows between encode and decode instead of a dense [..., F] tensor."""
+"""SparseCodes, which pass between encode and decode in place of a dense [..., F] tensor."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,10 @@ from torch import Tensor
 class SparseCodes:
     """The active latents of each token: ``f[..., indices[..., j]] = values[..., j]``, zero elsewhere.
 
-    values:  [..., K], gate included, zero where fewer than K latents are active
-    indices: [..., K], int64, distinct within a token, in no particular order
-    d_sae:   F, the width of the dense form
+    Attributes:
+        values: [..., K], gate included, zero where fewer than K latents are active.
+        indices: [..., K], int64, distinct within a token, in no particular order.
+        d_sae: F, the width of the dense form.
     """
 
     values: Tensor

@@ -25,10 +25,12 @@ LanguageModelRun: TypeAlias = sae_lens.LanguageModelSAERunnerConfig[Any] | Multi
 
 @dataclass(init=False)
 class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
-    """SAELens's runner config, with the SAE named by its architecture and described in the same call::
+    """SAELens's runner config, with the SAE named by its architecture and described in the same call.
 
-        LanguageModelSAERunnerConfig(architecture="switch", d_in=768, d_sae=24576, n_experts=32, k=32,
-                                     model_name="gpt2", hook_name="blocks.8.hook_resid_post", ...)
+    ```python
+    LanguageModelSAERunnerConfig(architecture="switch", d_in=768, d_sae=24576, n_experts=32, k=32,
+                                 model_name="gpt2", hook_name="blocks.8.hook_resid_post", ...)
+    ```
 
     Fields of that architecture's training config build ``sae``; the others go to the runner; ``dtype`` and
     ``device`` go to both. ``sae_kwargs`` names SAE fields explicitly and wins. ``sae=...`` works as in SAELens.
