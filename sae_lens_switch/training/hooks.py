@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.hook_points import HookedRootModule
+from transformer_lens import HookedRootModule, HookedTransformer, HookedTransformerConfig
 
 # An unknown name this similar to one of TransformerLens's is a typo.
 _TYPO = 0.9

@@ -14,7 +14,7 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
-from transformer_lens.hook_points import HookedRootModule
+from transformer_lens import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_switch.common.atomic import replace_files

@@ -1,6 +1,7 @@
 """Small things the tests share: configs and SAEs of odd little sizes, activations with structure, a random
 language model with its tokenizer and data. Nothing is downloaded."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,13 @@ def net_allocated(function: Callable[[], Any]) -> int:
 
 
 def _allocations(function: Callable[[], Any]) -> list[int]:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+    gc.collect()  # so that garbage of before, such as another test's tensors, is not freed while the function runs
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        gc.enable()
     return [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
 
 
