@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -299,3 +300,16 @@ def test_override_topk_swaps_the_class_inside_stock_saelens_and_gives_it_back():
 def test_configs_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SparseTopKTrainingSAEConfig(**{"d_in": D, "d_sae": F, "k": K, **options})
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_a_pickled_sae_is_the_same_and_keeps_its_own_statistics(normalize):
+    sae, stock = pair(normalize_activations=normalize)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(stock)  # closures over the SAE
+    twin = pickle.loads(pickle.dumps(sae))
+    x = random_input(9, D)
+    expected = sae.decode(sae.encode_sparse(x))
+    codes = twin.encode_sparse(x)
+    sae(3 * x + 1)  # whose statistics are not the twin's
+    torch.testing.assert_close(twin.decode(codes), expected, rtol=0, atol=0)
