@@ -26,6 +26,8 @@ KERNELS = {
     "grouped_matmul",
     "grouped_weight_grad",
 }
+# All weights are stepped in float32; rows that do not fit in registers have a kernel of their own.
+ADAM = {"adam_rows": range(4097), "adam_wide_rows": range(4097, 1 << 20)}
 
 
 def compile_all(file, *arguments: str) -> list[dict]:
@@ -43,6 +45,10 @@ def assert_good_code(rows: list[dict], archs: set[str], widths: set[int]) -> Non
         assert {row["arch"] for row in mine} == archs, name
         assert {D for row in mine for D in row["widths"]} == widths, name
         assert {dtype for row in mine for dtype in row["dtypes"]} >= {"fp32", "bf16"}, name
+    for name, mine in ADAM.items():
+        stepped = [row for row in rows if row["kernel"] == name and set(row["widths"]) & set(mine)]
+        assert {D for row in stepped for D in row["widths"]} >= widths & set(mine), name
+        assert {row["arch"] for row in stepped} == (archs if widths & set(mine) else set()), name
     for row in rows:
         assert row["spill_bytes"] == row["local_bytes"] == 0, f"spills: {row}"
         assert row["atomics"] == 0, f"atomics, so the order of a sum would be open: {row}"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.indexing import LatentIndex
+from sae_lens_switch_kernels.triton_backend.adam import adam_rows, adam_rows_traffic
 from sae_lens_switch_kernels.triton_backend.gather import (
     matmul_at_indices,
     matmul_at_indices_traffic,
@@ -87,6 +88,21 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
         lambda: select_topk(pre, K, vector, vector),
         select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
     )
+    if dtype != "fp32":  # which all weights are stepped in
+        return
+    matrices, number, options = (W, empty(F, D), empty(F, D), empty(F, D)), empty(), (0.9, 0.999, 1e-8)
+    for name, lr, constraint in (
+        ("adam_rows", 1e-4, {}),
+        ("adam_rows, projected, unit", 1e-4, {"radial_F": vector, "unit_rows": True, "project": True}),
+        ("adam_rows, dots, lr on device", number, {"unit_rows": True, "project": True}),
+    ):
+        yield Operation(
+            name,
+            lambda lr=lr, constraint=constraint: adam_rows(
+                *matrices, number, lr, *options, number, number, **constraint
+            ),
+            adam_rows_traffic(F, D, bool(constraint)),
+        )
 
 
 def predicted_seconds(traffic: Traffic, gpu: Gpu, unit: str) -> float:
