@@ -188,6 +188,19 @@ def check_topk_encode(p: Any, c: SimpleNamespace) -> Pairs:
     yield from selected(values_BK, indices_BK, pre_BF, pre_BF * c.scale.double())
 
 
+def check_select_topk(p: Any, c: SimpleNamespace) -> Pairs:
+    """Rows that one warp holds, rows that several hold, and rows searched in blocks; with many ties."""
+    for width in (192, 1000, 4096, 8200):
+        pre_BM = normal(c.s.B, width, seed=width, device=c.x.device, dtype=c.dtype)
+        values_BK, indices_BK = p.select_topk(pre_BM.clone(), c.s.K)
+        for name, ours, truth in selected(values_BK, indices_BK, pre_BM.double(), pre_BM.double()):
+            yield f"{name}, {width}", ours, truth
+        coarse_BM = (4 * pre_BM).round()
+        values_BK, indices_BK = p.select_topk(coarse_BM.clone(), c.s.K)
+        for name, ours, truth in selected(values_BK, indices_BK, coarse_BM.double(), coarse_BM.double()):
+            yield f"{name}, {width}, ties", ours, truth
+
+
 def selected(values_BK: Tensor, indices_BK: Tensor, pre_BF: Tensor, keys_BF: Tensor) -> Pairs:
     """Values are those at their indices, which differ within a row and have the largest keys, but for near-ties."""
     yield "values", values_BK, pre_BF.gather(1, indices_BK)
@@ -220,6 +233,7 @@ CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "matmul_at_indices": check_dots,
     "latent_weight_grads": check_weight_grads,
     "grouped": check_grouped,
+    "select_topk": check_select_topk,
     "topk_encode, experts": check_switch_encode,
     "topk_encode, bias and scale": check_topk_encode,
     "adam_rows": check_adam,

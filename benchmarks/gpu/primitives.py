@@ -24,6 +24,8 @@ from gpu.timing import PRECISIONS, dtype_of, free, median_ms, normal, rotated, t
 NARROW = [Shape(8192, 768, 24576, 32, E) for E in (1, 32, 128)]
 WIDE = [Shape(8192, 2304, 65536, 64, E) for E in (1, 64)]
 VERY_WIDE = Shape(8192, 4096, 131072, 32)
+# Rows of select_topk alone, of every width that an expert may have.
+ROWS, TINY_ROWS = [Shape(8192, 1, M, 32) for M in (192, 768, 1024, 2048, 4096, 8192)], [Shape(8, 1, 16, 2)]
 TINY = [Shape(8, 16, 32, 2, E) for E in (1, 2)]
 # Of the threshold between sparse and dense products inside an expert: M / K by the number of experts.
 SWEEP, TINY_SWEEP = (Shape(8192, 768, 24576, 32, 1), (128, 64, 32, 16, 8, 4)), (TINY[0], (4, 1))
@@ -44,6 +46,11 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         yield f"ceiling, {precision}", lambda p=precision: product_ceiling(p, device, args.tiny)
     precisions = ("bf16", "fp32") if args.tiny else ("bf16", "tf32", "fp32")
     narrow, wide = (TINY, []) if args.tiny else (NARROW, WIDE)
+    for shape, precision in product(TINY_ROWS if args.tiny else ROWS, ("bf16", "fp32")):
+        yield (
+            f"select_topk, {shape.B:,} rows of {shape.M:,}, k {shape.K}, {precision}",
+            partial(rows, shape, precision, args),
+        )
     yield from of_shapes(narrow, precisions, args)
     yield f"Adam, {narrow[0]}, fp32", lambda: adam(narrow[0], args)
     for s in (narrow[0], *([] if args.tiny else [WIDE[0], VERY_WIDE])):
@@ -206,6 +213,31 @@ def beside(name: str, s: Shape, precision: str, args: argparse.Namespace) -> dic
     free()
     found = {"ms": ms, "floor_ms": floor, "times_floor": ms / floor, "theirs_ms": theirs}
     return found | {"flops": primitive.work.flops, "bytes": primitive.work.bytes}
+
+
+def rows(s: Shape, precision: str, args: argparse.Namespace) -> dict[str, Any]:
+    """select_topk, its slower ways and torch.topk on rows without anything around them."""
+    use(precision)
+    dtype = dtype_of(precision)
+
+    def make(i: int) -> SimpleNamespace:
+        return SimpleNamespace(s=s, dtype=dtype, pre=normal(s.B, s.M, seed=i, device=args.device, dtype=dtype))
+
+    inputs = rotated(make, s.B * s.M * dtype.itemsize, args.device)
+    work = shapes.select(s, dtype.itemsize)
+    ms = median_ms(ours_select, inputs, args.device)
+    theirs = {"torch.topk": median_ms(lambda c: c.pre.topk(s.K, sorted=False), inputs, args.device)}
+    if triton_runs(dtype):
+        from sae_lens_switch_kernels.triton_backend.select_topk import select_in_blocks
+        from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows
+
+        theirs["one launch"] = median_ms(lambda c: topk_rows(c.pre, s.K), inputs, args.device)
+        theirs["in blocks"] = median_ms(lambda c: select_in_blocks(c.pre, s.K), inputs, args.device)
+    del inputs
+    free()
+    floor = shapes.ceilings_of(Record(args.output / "primitives.json").cases).ms(work, precision)
+    found = {"ms": ms, "floor_ms": floor, "times_floor": ms / floor, "theirs_ms": theirs}
+    return found | {"flops": work.flops, "bytes": work.bytes}
 
 
 def adam(s: Shape, args: argparse.Namespace) -> dict[str, Any]:

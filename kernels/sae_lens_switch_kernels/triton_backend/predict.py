@@ -23,6 +23,7 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import (
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads, latent_weight_grads_traffic
 from sae_lens_switch_kernels.triton_backend.launch import Traffic
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk, select_topk_traffic
+from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows_traffic
 
 B, K, F, E = 4096, 32, 32768, 32
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -87,6 +88,12 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
         "select_topk, bias and scale",
         lambda: select_topk(pre, K, vector, vector),
         select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
+    )
+    yield Operation("select_topk, one expert", lambda: select_topk(a, K), topk_rows_traffic(B, M, K, size))
+    yield Operation(
+        "select_topk, one expert, bias, scale",
+        lambda: select_topk(a, K, vector[:M], vector[:M]),
+        topk_rows_traffic(B, M, K, size, vectors=2, vector_itemsize=size),
     )
     if dtype != "fp32":  # which all weights are stepped in
         return
