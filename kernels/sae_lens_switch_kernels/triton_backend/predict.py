@@ -98,11 +98,12 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     if dtype != "fp32":  # which all weights are stepped in
         return
     matrices, number, options = (W, empty(F, D), empty(F, D), empty(F, D)), empty(), (0.9, 0.999, 1e-8)
-    for name, lr, constraint in (
+    steps: list[tuple[str, float | Tensor, dict[str, Any]]] = [
         ("adam_rows", 1e-4, {}),
         ("adam_rows, projected, unit", 1e-4, {"radial_F": vector, "unit_rows": True, "project": True}),
         ("adam_rows, dots, lr on device", number, {"unit_rows": True, "project": True}),
-    ):
+    ]
+    for name, lr, constraint in steps:
         yield Operation(
             name,
             lambda lr=lr, constraint=constraint: adam_rows(
