@@ -11,6 +11,9 @@ two integers, which bounds the steps whatever the row holds.
 Letters: R counts the rows, F is their length.
 """
 
+# Triton declares that a reduction may return a tuple.
+# pyright: reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl
