@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "gpu"
-FIRST, MENDED, LAST = (RESULTS / name for name in ("1-first", "2-mended", "3-graph"))
+FIRST, MENDED, GRAPH, LAST = (RESULTS / name for name in ("1-first", "2-mended", "3-graph", "4-kernels"))
 PICTURE = RESULTS / "error-against-seconds.png"
 _WIDTHS = {
     "B 8,192 D 768 F 24,576 k 32": "B 8,192, D 768, F 24,576, k 32",
@@ -33,30 +33,35 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def steps() -> str:
-    """Whole steps, beside SAELens's of the same call."""
-    before, now = cases(FIRST, "steps"), cases(LAST, "steps")
+    """Whole steps, beside SAELens's of the same call, or of the one before where the last did not measure it."""
+    before, graph, last = (cases(folder, "steps") for folder in (FIRST, GRAPH, LAST))
     parts = []
     for width, said in _WIDTHS.items():
         rows = []
         for precision in PRECISIONS:
-            stock = now.get(f"SAELens topk, {width}, {precision}")
-            if stock is None:
+            stock = f"SAELens topk, {width}, {precision}"
+            if stock not in graph:
                 continue
-            rows.append([PRECISIONS[precision], "SAELens `topk`", "", f"{stock['ms']:.1f}", "", "1"])
-            for name, case in now.items():
+            rows.append([PRECISIONS[precision], "SAELens `topk`", "", *_both(graph, last, stock), "", "1"])
+            for name, case in graph.items():
                 found = re.fullmatch(rf"(sparse_topk|switch), {width}(?: E (\d+))?, {precision}, graph", name)
                 if found is None:
                     continue
                 eager = before.get(name.removesuffix(", graph"), before.get(name.replace(", graph", ", adam"), {}))
                 experts = f", {found[2]} experts" if found[2] else ""
                 first = f"{eager['ms']:.1f}" if eager else ""
-                rows.append(
-                    ["", f"`{found[1]}`{experts}", first, f"{case['ms']:.2f}", f"{case['floor_ms']:.2f}"]
-                    + [f"**{stock['ms'] / case['ms']:.1f}**"]
-                )
-        head = ["precision", said, "first call, ms", "`cuda_graph=True`, ms", "floor, ms", "x SAELens"]
+                newest = last if name in last else graph
+                ratio = newest.get(stock, graph[stock])["ms"] / newest[name]["ms"]
+                rows.append(["", f"`{found[1]}`{experts}", first, *_both(graph, last, name), f"{case['floor_ms']:.2f}"])
+                rows[-1] += [f"**{ratio:.1f}**"]
+        head = ["precision", said, "first call, ms", "`cuda_graph=True`, ms", "new kernels too, ms", "floor, ms"]
+        head += ["x SAELens"]
         parts.append(table(head, rows))
     return "\n\n".join(parts)
+
+
+def _both(graph: Cases, last: Cases, name: str) -> list[str]:
+    return [f"{calls[name]['ms']:.2f}" if name in calls else "" for calls in (graph, last)]
 
 
 def short_cells() -> dict[str, list[str]]:
@@ -84,7 +89,7 @@ def short_steps() -> str:
 
 def primitives() -> str:
     """Each of the last call that measured it."""
-    found = cases(FIRST, "primitives") | cases(LAST, "primitives")
+    found = cases(FIRST, "primitives") | cases(GRAPH, "primitives") | cases(LAST, "primitives")
     ceilings = [
         f"{n.removeprefix('ceiling, ')} {c['per_second'] / 1e12:.1f}" for n, c in found.items() if "ceiling" in n
     ]
@@ -100,17 +105,18 @@ def primitives() -> str:
 
 def correctness() -> str:
     counts = []
-    for folder, said in ((FIRST, "first call"), (MENDED, "after the first mends"), (LAST, "with graphs")):
+    calls = {FIRST: "first call", MENDED: "after the first mends", GRAPH: "with graphs", LAST: "with the new kernels"}
+    for folder, said in calls.items():
         found = cases(folder, "correctness")
         good = sum(case["status"] == "ok" for case in found.values())
         counts.append(f"{good} of {len(found)} cases ({said})")
     worst: dict[str, float] = defaultdict(float)
-    for folder in (FIRST, MENDED, LAST):
+    for folder in calls:
         for name, case in cases(folder, "correctness").items():
             if case["status"] == "ok" and "errors" in case:
                 precision = name.rsplit(", ", 1)[-1]
                 worst[precision] = max(worst[precision], *case["errors"].values())
-    kernel_tests = cases(FIRST, "kernel-tests")["kernel tests"]["result"]
+    kernel_tests = cases(LAST, "kernel-tests")["kernel tests"]["result"]
     names = {"fp32": "float32", "tf32": "TF32", "bf16": "bf16", "autocast": "bf16 autocast"}
     errors = ", ".join(f"{said} {worst[precision]:.1g}" for precision, said in names.items())
     return (
@@ -121,7 +127,7 @@ def correctness() -> str:
 
 def curves() -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    with (LAST / "training.csv").open() as file:
+    with (GRAPH / "training.csv").open() as file:
         for row in csv.DictReader(file):
             found[row["sae"]].append({name: float(value) for name, value in row.items() if name != "sae"})
     return found

@@ -64,7 +64,7 @@ def tile_warps(elements: int, lanes: int) -> int:
 
 
 # Of a row held in registers: up to here one launch over all of it is used, and beyond, block by block, up to this many.
-ONE_PASS, WIDEST_ROW = 4096, 16384
+ONE_PASS, WIDEST_ROW = 2048, 16384
 
 
 def registers_warps(elements: int, lanes: int) -> int:
