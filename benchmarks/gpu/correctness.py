@@ -14,9 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import backend, torch_backend
+from sae_lens_switch_kernels import backend, reference, torch_backend
 from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, latent_index, one_group
 from torch import Tensor
+from torch.nn import functional
 
 from gpu import gradients, repeats
 from gpu.record import Case
@@ -40,6 +41,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for label, shape in shapes.items():
         for precision in precisions:
             for name, check in CHECKS.items():
+                if name == "adam_rows" and precision != "fp32":
+                    continue  # all weights are stepped in it
                 yield (
                     f"{name}, {label}, {precision}",
                     lambda c=check, s=shape, p=precision: against_float64(c, s, p, args.device),
@@ -185,6 +188,19 @@ def check_topk_encode(p: Any, c: SimpleNamespace) -> Pairs:
     yield from selected(values_BK, indices_BK, pre_BF, pre_BF * c.scale.double())
 
 
+def check_select_topk(p: Any, c: SimpleNamespace) -> Pairs:
+    """Rows that one warp holds, rows that several hold, and rows searched in blocks; with many ties."""
+    for width in (192, 1000, 4096, 8200):
+        pre_BM = normal(c.s.B, width, seed=width, device=c.x.device, dtype=c.dtype)
+        values_BK, indices_BK = p.select_topk(pre_BM.clone(), c.s.K)
+        for name, ours, truth in selected(values_BK, indices_BK, pre_BM.double(), pre_BM.double()):
+            yield f"{name}, {width}", ours, truth
+        coarse_BM = (4 * pre_BM).round()
+        values_BK, indices_BK = p.select_topk(coarse_BM.clone(), c.s.K)
+        for name, ours, truth in selected(values_BK, indices_BK, coarse_BM.double(), coarse_BM.double()):
+            yield f"{name}, {width}, ties", ours, truth
+
+
 def selected(values_BK: Tensor, indices_BK: Tensor, pre_BF: Tensor, keys_BF: Tensor) -> Pairs:
     """Values are those at their indices, which differ within a row and have the largest keys, but for near-ties."""
     yield "values", values_BK, pre_BF.gather(1, indices_BK)
@@ -193,13 +209,34 @@ def selected(values_BK: Tensor, indices_BK: Tensor, pre_BF: Tensor, keys_BF: Ten
     yield "repeated indices", repeated.unsqueeze(0), torch.zeros(1, dtype=torch.float64, device=values_BK.device)
 
 
+def check_adam(p: Any, c: SimpleNamespace) -> Pairs:
+    """Rows as they are, and joined to ones too wide for registers; with a constraint and without; float32 always."""
+    W_FD, grad_FD, m_FD, v_FD = (normal(c.s.F, c.s.D, seed=i, device=c.x.device) for i in range(4))
+    matrices = (functional.normalize(W_FD, dim=1), grad_FD, m_FD, v_FD.square())
+    step, lr, scale, found = (torch.full((), x, device=c.x.device) for x in (3.0, 0.01, 2.0, 0.0))
+    for label, rows in (("", 1), ("wide ", 6000 // c.s.D)):
+        F = c.s.F // rows
+        given = [t[: F * rows].reshape(F, -1) for t in matrices] if F else []
+        for unit, radial in ((False, False), (True, False), (True, True)) if F else ():
+            along_F = (given[0] * given[1]).sum(1) if radial else None
+            W, grad, m, v = (t.clone() for t in given)
+            p.adam_rows(W, grad, m, v, step, lr, 0.9, 0.999, 1e-8, scale, found, along_F, unit, unit)
+            exact = [t.double() for t in given]
+            truths = reference.adam_rows(*exact, 3.0, 0.01, 0.9, 0.999, 1e-8, 2.0, unit, unit)
+            constraint = ("unit rows, radial given" if radial else "unit rows") if unit else "no constraint"
+            for name, ours, truth in zip("Wmv", (W, m, v), truths, strict=True):
+                yield f"{label}{constraint}, {name}", ours, truth
+
+
 CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "sparse_decode": check_decode,
     "matmul_at_indices": check_dots,
     "latent_weight_grads": check_weight_grads,
     "grouped": check_grouped,
+    "select_topk": check_select_topk,
     "topk_encode, experts": check_switch_encode,
     "topk_encode, bias and scale": check_topk_encode,
+    "adam_rows": check_adam,
 }
 
 

@@ -23,6 +23,9 @@ from gpu.timing import PRECISIONS, dtype_of, free, median_ms, normal, rotated, t
 
 NARROW = [Shape(8192, 768, 24576, 32, E) for E in (1, 32, 128)]
 WIDE = [Shape(8192, 2304, 65536, 64, E) for E in (1, 64)]
+VERY_WIDE = Shape(8192, 4096, 131072, 32)
+# Rows of select_topk alone, of every width that an expert may have.
+ROWS, TINY_ROWS = [Shape(8192, 1, M, 32) for M in (192, 768, 1024, 2048, 4096, 8192)], [Shape(8, 1, 16, 2)]
 TINY = [Shape(8, 16, 32, 2, E) for E in (1, 2)]
 # Of the threshold between sparse and dense products inside an expert: M / K by the number of experts.
 SWEEP, TINY_SWEEP = (Shape(8192, 768, 24576, 32, 1), (128, 64, 32, 16, 8, 4)), (TINY[0], (4, 1))
@@ -43,8 +46,17 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         yield f"ceiling, {precision}", lambda p=precision: product_ceiling(p, device, args.tiny)
     precisions = ("bf16", "fp32") if args.tiny else ("bf16", "tf32", "fp32")
     narrow, wide = (TINY, []) if args.tiny else (NARROW, WIDE)
+    for shape, precision in product(TINY_ROWS if args.tiny else ROWS, ("bf16", "fp32")):
+        yield (
+            f"select_topk, {shape.B:,} rows of {shape.M:,}, k {shape.K}, {precision}",
+            partial(rows, shape, precision, args),
+        )
     yield from of_shapes(narrow, precisions, args)
     yield f"Adam, {narrow[0]}, fp32", lambda: adam(narrow[0], args)
+    for s in (narrow[0], *([] if args.tiny else [WIDE[0], VERY_WIDE])):
+        for constrained in (True, False):
+            label = "projected, unit" if constrained else "no constraint"
+            yield f"adam_rows, {label}, D {s.D:,} F {s.F:,}, fp32", partial(adam_rows, s, constrained, args)
     shape, experts = TINY_SWEEP if args.tiny else SWEEP
     for precision, n in product(precisions, experts):
         swept = shape._replace(E=n)
@@ -203,6 +215,31 @@ def beside(name: str, s: Shape, precision: str, args: argparse.Namespace) -> dic
     return found | {"flops": primitive.work.flops, "bytes": primitive.work.bytes}
 
 
+def rows(s: Shape, precision: str, args: argparse.Namespace) -> dict[str, Any]:
+    """select_topk, its slower ways and torch.topk on rows without anything around them."""
+    use(precision)
+    dtype = dtype_of(precision)
+
+    def make(i: int) -> SimpleNamespace:
+        return SimpleNamespace(s=s, dtype=dtype, pre=normal(s.B, s.M, seed=i, device=args.device, dtype=dtype))
+
+    inputs = rotated(make, s.B * s.M * dtype.itemsize, args.device)
+    work = shapes.select(s, dtype.itemsize)
+    ms = median_ms(ours_select, inputs, args.device)
+    theirs = {"torch.topk": median_ms(lambda c: c.pre.topk(s.K, sorted=False), inputs, args.device)}
+    if triton_runs(dtype):
+        from sae_lens_switch_kernels.triton_backend.select_topk import select_in_blocks
+        from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows
+
+        theirs["one launch"] = median_ms(lambda c: topk_rows(c.pre, s.K), inputs, args.device)
+        theirs["in blocks"] = median_ms(lambda c: select_in_blocks(c.pre, s.K), inputs, args.device)
+    del inputs
+    free()
+    floor = shapes.ceilings_of(Record(args.output / "primitives.json").cases).ms(work, precision)
+    found = {"ms": ms, "floor_ms": floor, "times_floor": ms / floor, "theirs_ms": theirs}
+    return found | {"flops": work.flops, "bytes": work.bytes}
+
+
 def adam(s: Shape, args: argparse.Namespace) -> dict[str, Any]:
     """Our optimiser's step with the decoder's constraint, and torch's fused one, over both matrices."""
     from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
@@ -227,6 +264,49 @@ def adam(s: Shape, args: argparse.Namespace) -> dict[str, Any]:
         "floor_ms": floor,
         "times_floor": ms["ours"] / floor,
         "theirs_ms": {"torch.optim.Adam, fused": ms["fused"]},
+        "flops": work.flops,
+        "bytes": work.bytes,
+    }
+
+
+def adam_rows(s: Shape, constrained: bool, args: argparse.Namespace) -> dict[str, Any]:
+    """One matrix in one pass, and in torch's: the fused step alone, and between projection and renormalisation."""
+    from sae_lens_switch.common.torch_private import fused_adam
+    from sae_lens_switch.saes.decoder_constraint import normalize_rows_, project_out_rows
+
+    W, grad, m, v = (normal(s.F, s.D, seed=i, device=args.device) for i in range(4))
+    v.square_()
+    normalize_rows_(W)
+    radial = (grad * W).sum(1) if constrained else None
+    scale, found = torch.ones((), device=args.device), torch.zeros((), device=args.device)
+    step, scratch = torch.ones((), device=args.device), torch.empty_like(W) if constrained else W
+    options = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "grad_scale": scale, "found_inf": found}
+    none = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+
+    def ours() -> None:
+        given = {"radial_F": radial, "unit_rows": constrained, "project": constrained}
+        kernels(torch.float32).adam_rows(W, grad, m, v, step, **options, **given)
+
+    def fused() -> None:
+        fused_adam(False)([W], [grad], [m], [v], [], [step], **options, **none)
+
+    def passes() -> None:
+        projected = project_out_rows(grad, W, scratch, radial)
+        fused_adam(False)([W], [projected], [m], [v], [], [step], **options, **none)
+        normalize_rows_(W)
+
+    theirs = {"torch's fused Adam": fused} | ({"project, fused Adam, renormalise": passes} if constrained else {})
+    calls = {"ours": ours, **theirs}
+    ms = {name: median_ms(lambda call: call(), [call], args.device) for name, call in calls.items()}
+    work = shapes.adam(s.F * s.D)
+    floor = shapes.ceilings_of(Record(args.output / "primitives.json").cases).ms(work, "fp32")
+    free()
+    found_ms = ms.pop("ours")
+    return {
+        "ms": found_ms,
+        "floor_ms": floor,
+        "times_floor": found_ms / floor,
+        "theirs_ms": ms,
         "flops": work.flops,
         "bytes": work.bytes,
     }

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, latent_index
@@ -27,7 +28,10 @@ PRIMITIVES = (
     "grouped_decode",
     "grouped_matmul_at_indices",
     "grouped_weight_grad",
+    "adam_rows",
 )
+# Where a primitive's results are among its arguments; the others return theirs.
+_IN_PLACE = {"adam_rows": (0, 2, 3)}
 # RMS error of a self-check relative to the RMS of the result: TF32 and bf16 keep 10 and 8 bits.
 _TOLERATED = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -47,14 +51,23 @@ def primitives(t: Tensor) -> "ModuleType | SelfChecked":
     return SelfChecked(t.device, t.dtype)
 
 
+def kernel(name: str, t: Tensor) -> Callable[..., Any] | None:
+    """The Triton form of a primitive where ``primitives`` would run it; None where a plain form has to."""
+    p = primitives(t)
+    return getattr(p, name) if isinstance(p, SelfChecked) and p.is_proven(name) else None
+
+
 class SelfChecked:
     """The Triton primitives for one device and dtype, each replaced by the plain one if it fails its self-check."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._key = device, dtype
 
+    def is_proven(self, name: str) -> bool:
+        return _proven(name, *self._key)
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        module = _triton_ops() if _proven(name, *self._key) else torch_backend
+        module = _triton_ops() if self.is_proven(name) else torch_backend
         return getattr(module, name)
 
 
@@ -123,8 +136,15 @@ def _compare(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _compare_at(shape: Shape, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    arguments = _case(shape, device, dtype)[name]
-    ours, plain = (_tensors(getattr(m, name)(*arguments)) for m in (_triton_ops(), torch_backend))
+    for arguments in _adam_cases(shape, device) if name == "adam_rows" else [_case(shape, device, dtype)[name]]:
+        failure = _compare_on(arguments, name, dtype)
+        if failure:
+            return failure
+    return ""
+
+
+def _compare_on(arguments: tuple[Any, ...], name: str, dtype: torch.dtype) -> str:
+    ours, plain = (_results(m, name, arguments) for m in (_triton_ops(), torch_backend))
     if name == "topk_encode":  # nearly equal latents may win either way: compare what was selected
         (values_BK, indices_BK), (plain_BK, _) = ours, plain
         x_BD, W_FD, *_ = arguments
@@ -137,7 +157,12 @@ def _compare_at(shape: Shape, name: str, device: torch.device, dtype: torch.dtyp
     return ""
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def _results(module: ModuleType, name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
+    if name in _IN_PLACE:
+        arguments = tuple(t.clone() if isinstance(t, Tensor) else t for t in arguments)
+        getattr(module, name)(*arguments)
+        return [arguments[i] for i in _IN_PLACE[name]]
+    result = getattr(module, name)(*arguments)
     return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
 
 
@@ -167,3 +192,20 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, t
         "grouped_matmul_at_indices": (g_BD, W_FD, indices_BK, groups, dtype),
         "grouped_weight_grad": (values_BK, indices_BK, g_BD, E * M, groups, dtype),
     }
+
+
+def _adam_cases(shape: Shape, device: torch.device) -> list[tuple[Any, ...]]:
+    """Rows as they are and as wide as they get, with and without a constraint, with numbers of either side."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(4, shape.E * shape.M, shape.D, generator=generator).to(device)
+    W_FD, grad_FD, m_FD, v_FD = functional.normalize(matrices[0], dim=1), matrices[1], matrices[2], matrices[3].square()
+    radial_F, (step, lr, scale, found) = (grad_FD * W_FD).sum(1), torch.tensor([3.0, 0.5, 2.0, 0.0]).to(device)
+    rows, options = (W_FD, grad_FD, m_FD, v_FD), (0.9, 0.999, 1e-8)
+    wide = tuple(t.view(shape.K - 1, -1) for t in rows)
+    return [
+        (*rows, step, 0.5, *options, None, None, None, False, False),
+        (*rows, step, 0.5, *options, scale, found, radial_F, True, True),
+        (*rows, step, lr, *options, scale, found, None, True, True),
+        (*wide, step, 0.5, *options, None, None, None, True, True),
+        (*rows, step, 0.5, *options, scale, 1 - found, None, True, True),
+    ]

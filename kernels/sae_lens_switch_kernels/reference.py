@@ -30,6 +30,30 @@ def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_la
     return torch.einsum("bf,bd->fd", dense_codes(values_BK, indices_BK, n_latents), g_BD)
 
 
+def adam_rows(
+    W_FD: Tensor,
+    grad_FD: Tensor,
+    m_FD: Tensor,
+    v_FD: Tensor,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float = 1.0,
+    unit_rows: bool = False,
+    project: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W, m and v after clip, project, step number ``step``, renormalise; unlike the primitive not in place."""
+    g_FD = grad_FD / grad_scale
+    if project:
+        g_FD = g_FD - (g_FD * W_FD).sum(1, keepdim=True) * W_FD
+    m_FD, v_FD = beta1 * m_FD + (1 - beta1) * g_FD, beta2 * v_FD + (1 - beta2) * g_FD.square()
+    corrected_m_FD, corrected_v_FD = m_FD / (1 - beta1**step), v_FD / (1 - beta2**step)
+    W_FD = W_FD - lr * corrected_m_FD / (corrected_v_FD.sqrt() + eps)
+    return torch.nn.functional.normalize(W_FD, dim=1, eps=1e-30) if unit_rows else W_FD, m_FD, v_FD
+
+
 def switch_encode(
     x_BD: Tensor,
     expert_B: Tensor,

@@ -311,3 +311,39 @@ def _block_count(n_latents: int, k: int) -> int:
     if n_latents < 4 * 64 * k:
         return 0
     return min(range(64 * k, min(128 * k, n_latents // 4) + 1, 64), key=lambda n: n_latents % n)
+
+
+def adam_rows(
+    W_FD: Tensor,
+    grad_FD: Tensor,
+    m_FD: Tensor,
+    v_FD: Tensor,
+    step: Tensor,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    radial_F: Tensor | None = None,
+    unit_rows: bool = False,
+    project: bool = False,
+) -> None:
+    """Project, step by Adam and renormalise the rows of a matrix in place: what a kernel is checked against.
+
+    ``step`` counts this step too; gradients are divided by ``grad_scale``; nothing changes where ``found_inf`` is 1.
+    ``radial_F`` is <grad, W> per row. An optimiser that has no kernel steps in blocks that stay in cache instead.
+    """
+    g_FD, number = grad_FD, step.double()
+    if project:
+        radial_F = (grad_FD * W_FD).sum(1) if radial_F is None else radial_F
+        g_FD = torch.addcmul(grad_FD, W_FD, radial_F.unsqueeze(1), value=-1)
+    g_FD = g_FD if grad_scale is None else g_FD / grad_scale
+    m, v = beta1 * m_FD + (1 - beta1) * g_FD, beta2 * v_FD + (1 - beta2) * g_FD.square()
+    root = (1 - beta2**number).sqrt().to(v.dtype)
+    W = W_FD - (lr / (1 - beta1**number)).to(m.dtype) * m / (v.sqrt() / root + eps)
+    if unit_rows:
+        info, norms = torch.finfo(W.dtype), torch.linalg.vector_norm(W, dim=1, keepdim=True)
+        W = W / norms.masked_fill((norms - 1).abs() <= 8 * info.eps, 1).clamp_min(info.tiny)
+    for old, new in ((W_FD, W), (m_FD, m), (v_FD, v)):
+        old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))

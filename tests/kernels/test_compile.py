@@ -9,12 +9,19 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sae_lens_switch_kernels.triton_backend.blocks import Arch, candidate_block, gemm_blocks, row_block  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.blocks import (  # noqa: E402
+    Arch,
+    candidate_block,
+    gemm_blocks,
+    registers_warps,
+    row_block,
+)
 from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices_traffic, sparse_decode_traffic  # noqa: E402
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_traffic  # noqa: E402
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads_traffic  # noqa: E402
 from sae_lens_switch_kernels.triton_backend.launch import Traffic  # noqa: E402
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk_traffic  # noqa: E402
+from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows_traffic  # noqa: E402
 
 KERNELS = {
     "sparse_decode",
@@ -22,10 +29,12 @@ KERNELS = {
     "latent_weight_grads",
     "latent_weight_grads_pieces",
     "select_topk_maxima",
-    "select_topk_candidates",
+    "topk_rows",
     "grouped_matmul",
     "grouped_weight_grad",
 }
+# All weights are stepped in float32; rows that do not fit in registers have a kernel of their own.
+ADAM = {"adam_rows": range(4097), "adam_wide_rows": range(4097, 1 << 20)}
 
 
 def compile_all(file, *arguments: str) -> list[dict]:
@@ -43,6 +52,10 @@ def assert_good_code(rows: list[dict], archs: set[str], widths: set[int]) -> Non
         assert {row["arch"] for row in mine} == archs, name
         assert {D for row in mine for D in row["widths"]} == widths, name
         assert {dtype for row in mine for dtype in row["dtypes"]} >= {"fp32", "bf16"}, name
+    for name, mine in ADAM.items():
+        stepped = [row for row in rows if row["kernel"] == name and set(row["widths"]) & set(mine)]
+        assert {D for row in stepped for D in row["widths"]} >= widths & set(mine), name
+        assert {row["arch"] for row in stepped} == (archs if widths & set(mine) else set()), name
     for row in rows:
         assert row["spill_bytes"] == row["local_bytes"] == 0, f"spills: {row}"
         assert row["atomics"] == 0, f"atomics, so the order of a sum would be open: {row}"
@@ -92,12 +105,15 @@ def test_traffic_is_what_the_formulas_say():
         pool=4 * B * D,
         passes=slices,
     )
-    # b = sqrt(F / k) = 32: 1024 maxima and 1024 candidates a row
+    # b = sqrt(F / k) = 32: 1024 maxima, written and read, and 1024 candidates a row; the k blocks too come with values
     assert select_topk_traffic(B, F, K, itemsize=2, vectors=2) == Traffic(
         flops=2 * B * (F + 1024),
-        streamed=2 * B * F + 4 * B * 1024 + 8 * B * K + (2 + 4) * B * 1024,
+        streamed=2 * B * F + 2 * 4 * B * 1024 + B * K * (4 + 8 + 8) + 2 * B * 1024 + B * K * (2 + 8),
         gathered=2 * 4 * (B // 4 * F + B * 1024),
         pool=2 * 4 * F,
+    )
+    assert topk_rows_traffic(B, M, K, itemsize=2, vectors=2) == Traffic(
+        flops=2 * B * M, streamed=2 * B * M + B * K * (2 + 8), gathered=2 * 4 * B * M, pool=2 * 4 * M
     )
     assert grouped_traffic(B, D, M, E, itemsize=2) == Traffic(
         flops=2 * B * D * M, streamed=2 * (B * D + B * M + E * M * D) + 8 * (E + 1)
@@ -112,6 +128,8 @@ def test_blocks_follow_from_shape_and_architecture():
     assert row_block(768, lanes=64) == (512, 1)
     assert row_block(16384, lanes=32, max_warps=4) == (1024, 4)
     assert [candidate_block(F, 32) for F in (32, 96, 512, 32768, 65536)] == [1, 2, 4, 32, 64]
+    assert [registers_warps(n, 32) for n in (1, 256, 1024, 2048, 4096, 16384)] == [1, 1, 1, 2, 4, 16]
+    assert [registers_warps(n, 64) for n in (1, 1024, 4096, 16384)] == [1, 1, 2, 8]
     hopper, consumer, amd = Arch(32, 232448), Arch(32, 101376), Arch(64, 65536)
     for arch in (hopper, consumer, amd):
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.triton_backend.adam import adam_rows
 from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices, sparse_decode
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode as decode_dense
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_encode as encode_dense
@@ -16,6 +17,7 @@ from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_we
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
 
 __all__ = [
+    "adam_rows",
     "grouped_decode",
     "grouped_matmul_at_indices",
     "grouped_weight_grad",

@@ -63,6 +63,15 @@ def tile_warps(elements: int, lanes: int) -> int:
     return min(4, max(1, elements // (_PER_LANE * lanes)))
 
 
+# Of a row held in registers: up to here one launch over all of it is used, and beyond, block by block, up to this many.
+ONE_PASS, WIDEST_ROW = 4096, 16384
+
+
+def registers_warps(elements: int, lanes: int) -> int:
+    """Warps that hold a row, 32 numbers per lane. Rows of one warp are counted without a barrier."""
+    return min(16, max(1, elements // (32 * lanes)))
+
+
 def gemm_blocks(
     rows: int,
     columns: int,

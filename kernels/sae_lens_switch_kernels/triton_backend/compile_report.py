@@ -91,7 +91,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
         widths = ",".join(map(str, row["widths"]))
         write(f"{row['kernel']:28}{row['arch']:8}{'/'.join(row['dtypes']):10}{numbers}  {widths}\n")
     write("\nPREDICTED microseconds (bytes and flops over the rates in predict.py; nothing was run). select_topk\n")
-    write("without torch.topk's passes over the candidates.\n\n")
+    write("without the integer steps of its search.\n\n")
     write(f"{'operation':36}{'dtype':7}{'D':>6}" + "".join(f"{name:>12}" for name in GPUS) + "\n")
     for row in found["predictions"]:
         times = "".join(f"{row[name]:12.1f}" for name in GPUS)

@@ -53,6 +53,8 @@ def specialise(launch: Launch, backend: str) -> Specialisation:
             kind, aligned = f"*{_TYPES[argument.dtype]}", True
         elif isinstance(argument, int) and not parameter.is_constexpr and argument != 1:
             kind, aligned = "i32" if argument < 2**31 else "i64", argument % 16 == 0
+        elif isinstance(argument, float) and not parameter.is_constexpr:
+            kind = "fp32"
         signature.append((parameter.name, kind))
         if kind == "constexpr":
             constants.append((i, argument))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.indexing import LatentIndex
+from sae_lens_switch_kernels.triton_backend.adam import adam_rows, adam_rows_traffic
 from sae_lens_switch_kernels.triton_backend.gather import (
     matmul_at_indices,
     matmul_at_indices_traffic,
@@ -22,6 +23,7 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import (
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads, latent_weight_grads_traffic
 from sae_lens_switch_kernels.triton_backend.launch import Traffic
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk, select_topk_traffic
+from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows_traffic
 
 B, K, F, E = 4096, 32, 32768, 32
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -87,6 +89,28 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
         lambda: select_topk(pre, K, vector, vector),
         select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
     )
+    yield Operation("select_topk, one expert", lambda: select_topk(a, K), topk_rows_traffic(B, M, K, size))
+    yield Operation(
+        "select_topk, one expert, bias, scale",
+        lambda: select_topk(a, K, vector[:M], vector[:M]),
+        topk_rows_traffic(B, M, K, size, vectors=2, vector_itemsize=size),
+    )
+    if dtype != "fp32":  # which all weights are stepped in
+        return
+    matrices, number, options = (W, empty(F, D), empty(F, D), empty(F, D)), empty(), (0.9, 0.999, 1e-8)
+    steps: list[tuple[str, float | Tensor, dict[str, Any]]] = [
+        ("adam_rows", 1e-4, {}),
+        ("adam_rows, projected, unit", 1e-4, {"radial_F": vector, "unit_rows": True, "project": True}),
+        ("adam_rows, dots, lr on device", number, {"unit_rows": True, "project": True}),
+    ]
+    for name, lr, constraint in steps:
+        yield Operation(
+            name,
+            lambda lr=lr, constraint=constraint: adam_rows(
+                *matrices, number, lr, *options, number, number, **constraint
+            ),
+            adam_rows_traffic(F, D, bool(constraint)),
+        )
 
 
 def predicted_seconds(traffic: Traffic, gpu: Gpu, unit: str) -> float:

@@ -1,11 +1,11 @@
-"""select_topk: the k largest of every row, exact, without torch.topk ever reading the whole row.
+"""select_topk: the k largest of every row, exact, in one launch for narrow rows and three for wide ones.
 
-The k largest numbers of a row all lie in the k blocks with the largest maxima: whatever lies elsewhere is at most
-its own block's maximum, and k blocks hold a maximum at least as large. So
+Narrow rows: topk_rows.py. Wide ones: the k largest numbers of a row all lie in the k blocks with the largest maxima,
+since whatever lies elsewhere is at most its own block's maximum, and k blocks hold a maximum at least as large. So
 
     1. one read of pre gives the maximum of every block of b latents           [R, F / b]
-    2. torch.topk picks k blocks
-    3. a gather reads those blocks again, torch.topk picks k of them           [R, k b]
+    2. topk_rows picks k blocks
+    3. topk_rows reads those blocks again and picks k of their numbers         [R, k b]
 
 With b near sqrt(F / k) the two selections see 2 sqrt(F k) numbers per row instead of F.
 
@@ -17,16 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_lens_switch_kernels.triton_backend.blocks import candidate_block, cdiv, next_power_of_2, tile_warps
+from sae_lens_switch_kernels.triton_backend.blocks import (
+    ONE_PASS,
+    WIDEST_ROW,
+    candidate_block,
+    cdiv,
+    next_power_of_2,
+    tile_warps,
+)
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
+from sae_lens_switch_kernels.triton_backend.topk_rows import load_vector, topk_rows
 
 _TILE = 2048  # numbers of one row per program
 _ROWS = 4  # rows per program: bias and scale are read once for all of them
-
-
-@triton.jit
-def _vector(vector, columns, inside, absent):
-    return absent if vector is None else load_row(vector + columns, inside).to(tl.float32)
 
 
 @triton.jit
@@ -55,35 +58,12 @@ def _select_topk_maxima_kernel(
 ):
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     columns = block[:, None] * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    shift = _vector(bias, columns, columns < F, 0.0)
-    factor = _vector(scale, columns, columns < F, 1.0)
+    shift = load_vector(bias, columns, columns < F, 0.0)
+    factor = load_vector(scale, columns, columns < F, 1.0)
     for i in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         keys = _keys(pre + row * F + columns, shift, factor, columns < tl.where(row < R, F, 0))
         tl.store(maxima + row * n_blocks + block, tl.max(keys, 1), mask=block < tl.where(row < R, n_blocks, 0))
-
-
-@triton.jit
-def _select_topk_candidates_kernel(
-    pre,  # [R, F]
-    bias,  # [F] or None
-    scale,  # [F] or None
-    blocks,  # [R, k] the winning blocks
-    candidates,  # [R, k * BLOCK_F]
-    F,
-    k,
-    BLOCKS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    block = tl.load(blocks + row * k + j, mask=j < k, other=0).to(tl.int32)
-    within = tl.arange(0, BLOCK_F)[None, :]
-    columns = block[:, None] * BLOCK_F + within
-    shift = _vector(bias, columns, columns < F, 0.0)
-    factor = _vector(scale, columns, columns < F, 1.0)
-    keys = _keys(pre + row * F + columns, shift, factor, columns < F)
-    tl.store(candidates + (row * k + j[:, None]) * BLOCK_F + within, keys, mask=(j < k)[:, None])
 
 
 def select_topk(
@@ -94,51 +74,46 @@ def select_topk(
     Keys are compared in float32. Indices are distinct within a row and in no particular order; the choice between equal
     keys is arbitrary but the same on every run.
     """
+    F = pre_RF.shape[1]
+    block = candidate_block(F, k)
+    widest = max(cdiv(F, block), next_power_of_2(k) * block)
+    pays = cdiv(F, block) + k * block <= F // 2
+    if F <= ONE_PASS or (F <= WIDEST_ROW and not pays):
+        return topk_rows(pre_RF, k, bias_F, scale_F)
+    if pays and widest <= WIDEST_ROW:
+        return select_in_blocks(pre_RF, k, bias_F, scale_F)
+    indices_Rk = _direct_keys(pre_RF, bias_F, scale_F).topk(k, sorted=False).indices
+    values_Rk = pre_RF.gather(1, indices_Rk)
+    return (values_Rk if bias_F is None else values_Rk + bias_F[indices_Rk]).to(pre_RF.dtype), indices_Rk
+
+
+def select_in_blocks(
+    pre_RF: Tensor, k: int, bias_F: Tensor | None = None, scale_F: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``select_topk`` in three launches."""
     R, F = pre_RF.shape
     BLOCK_F = candidate_block(F, k)
     n_blocks = cdiv(F, BLOCK_F)
+    BLOCKS = min(_TILE // BLOCK_F, next_power_of_2(n_blocks))
     pre_RF = pre_RF.contiguous()
-    if n_blocks + k * BLOCK_F > F // 2:
-        indices_Rk = _direct_keys(pre_RF, bias_F, scale_F).topk(k, sorted=False).indices
-    else:
-        lanes = arch_of(pre_RF.device).lanes
-        arguments = {
-            "pre": pre_RF,
-            "bias": None if bias_F is None else bias_F.contiguous(),
-            "scale": None if scale_F is None else scale_F.contiguous(),
-            "F": F,
-            "BLOCK_F": BLOCK_F,
-        }
-        maxima = pre_RF.new_empty(R, n_blocks, dtype=torch.float32)
-        BLOCKS = min(_TILE // BLOCK_F, next_power_of_2(n_blocks))
-        launch(
-            _select_topk_maxima_kernel,
-            (cdiv(R, _ROWS), cdiv(n_blocks, BLOCKS)),
-            tile_warps(BLOCKS * BLOCK_F, lanes),
-            maxima=maxima,
-            R=R,
-            n_blocks=n_blocks,
-            ROWS=_ROWS,
-            BLOCKS=BLOCKS,
-            **arguments,
-        )
-        blocks_Rk = maxima.topk(k, sorted=False).indices
-        candidates = pre_RF.new_empty(R, k * BLOCK_F, dtype=torch.float32)
-        BLOCKS = min(_TILE // BLOCK_F, next_power_of_2(k))
-        launch(
-            _select_topk_candidates_kernel,
-            (R, cdiv(k, BLOCKS)),
-            tile_warps(BLOCKS * BLOCK_F, lanes),
-            blocks=blocks_Rk,
-            candidates=candidates,
-            k=k,
-            BLOCKS=BLOCKS,
-            **arguments,
-        )
-        chosen_Rk = candidates.topk(k, sorted=False).indices
-        indices_Rk = blocks_Rk.gather(1, chosen_Rk // BLOCK_F) * BLOCK_F + chosen_Rk % BLOCK_F
-    values_Rk = pre_RF.gather(1, indices_Rk)
-    return (values_Rk if bias_F is None else values_Rk + bias_F[indices_Rk]).to(pre_RF.dtype), indices_Rk
+    maxima_RN = pre_RF.new_empty(R, n_blocks, dtype=torch.float32)
+    launch(
+        _select_topk_maxima_kernel,
+        (cdiv(R, _ROWS), cdiv(n_blocks, BLOCKS)),
+        tile_warps(BLOCKS * BLOCK_F, arch_of(pre_RF.device).lanes),
+        pre=pre_RF,
+        bias=None if bias_F is None else bias_F.contiguous(),
+        scale=None if scale_F is None else scale_F.contiguous(),
+        maxima=maxima_RN,
+        R=R,
+        F=F,
+        n_blocks=n_blocks,
+        ROWS=_ROWS,
+        BLOCKS=BLOCKS,
+        BLOCK_F=BLOCK_F,
+    )
+    _, blocks_Rk = topk_rows(maxima_RN, k)
+    return topk_rows(pre_RF, k, bias_F, scale_F, blocks_Rk, BLOCK_F)
 
 
 def _direct_keys(pre_RF: Tensor, bias_F: Tensor | None, scale_F: Tensor | None) -> Tensor:
@@ -148,12 +123,15 @@ def _direct_keys(pre_RF: Tensor, bias_F: Tensor | None, scale_F: Tensor | None) 
 
 
 def select_topk_traffic(R: int, F: int, k: int, itemsize: int, vectors: int = 0, vector_itemsize: int = 4) -> Traffic:
-    """Both kernels, with ``vectors`` of bias and scale given; without torch.topk's own passes over the few numbers."""
+    """All launches, with ``vectors`` of bias and scale given; of rows that are selected from in blocks."""
     block = candidate_block(F, k)
     candidates = R * k * block
     return Traffic(
         flops=2 * (R * F + candidates),
-        streamed=R * F * itemsize + 4 * R * cdiv(F, block) + 8 * R * k + candidates * (itemsize + 4),
+        streamed=(R * F + candidates) * itemsize
+        + R * cdiv(F, block) * (4 + 4)
+        + R * k * (4 + 8 + 8)
+        + R * k * (itemsize + 8),
         gathered=vectors * vector_itemsize * (cdiv(R, _ROWS) * F + candidates),
         pool=vectors * vector_itemsize * F,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sae_lens_switch_kernels import RowGrads
+from sae_lens_switch_kernels.backend import kernel
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from torch import Tensor, nn
 from torch.optim.adam import adam
@@ -157,7 +158,13 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
                 step.add_(1)
             for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
                 grad = grad.contiguous()  # torch's fused step assumes the parameter's layout
-                if p is self.unit_rows:
+                adam_rows = _kernel_for(p, grad, m, v)
+                if adam_rows is not None:
+                    numbers = [options[name] for name in ("lr", "beta1", "beta2", "eps")]
+                    unit = p is self.unit_rows
+                    radial = radial_F if unit else None
+                    adam_rows(p, grad, m, v, step, *numbers, grad_scale, found_inf, radial, unit, unit and self.project)
+                elif p is self.unit_rows:
                     self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), radial_F)
                 else:
                     fused([p], [grad], [m], [v], [], [step], **options)
@@ -192,3 +199,10 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
                 grad = project_out_rows(grad, w, scratch[: len(w)], along)
             fused([w], [grad], [m], [v], [], [step])
             normalize_rows_(w)
+
+
+def _kernel_for(*matrices: Tensor) -> Callable[..., None] | None:
+    """One kernel for project, step and renormalise: for float32 matrices on a GPU, where it has proven itself."""
+    if any(t.ndim != 2 or t.dtype != torch.float32 or not t.is_contiguous() for t in matrices):
+        return None
+    return kernel("adam_rows", matrices[0])
