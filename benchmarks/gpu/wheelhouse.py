@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 LIMIT = 64 << 20
 # Without their own requirements, which are there or not needed for what is run.
 PACKAGES = (
-    *("sae-lens>=6.54,<7", "transformer-lens>=3.9,<4", "datasets>=5,<6", "multiprocess", "dill", "simple-parsing"),
+    *("sae-lens>=6.54.3,<7", "transformer-lens>=3.9,<4", "datasets>=5,<6", "multiprocess", "dill", "simple-parsing"),
     *("docstring-parser", "better-abc", "eai-sparsify>=1.3.3,<2", "natsort", "schedulefree"),
 )
 WANDB = '''"""A stand-in for wandb, which is imported and not used."""

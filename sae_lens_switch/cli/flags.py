@@ -75,7 +75,7 @@ def settings_parser(architecture: str, architectures: Iterable[str], flags: Iter
     what.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, named as below; flags override it")
     what.add_argument("--dry-run", action="store_true", help="print all settings, as a file for --config, and stop")
     what.add_argument("--help", "-h", action="store_true", help="this text")
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups: dict[str, argparse._ArgumentGroup] = {}  # pyright: ignore[reportPrivateUsage]
     for flag in flags:
         if flag.subject not in groups:
             groups[flag.subject] = parser.add_argument_group(flag.subject)
@@ -83,7 +83,8 @@ def settings_parser(architecture: str, architectures: Iterable[str], flags: Iter
     return parser
 
 
-def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+# argparse has no public name for the type of its groups.
+def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:  # pyright: ignore[reportPrivateUsage]
     default = f"(default: {flag.default})" if flag.default else "(required)"
     text = f"{flag.doc} {default}".strip().replace("%", "%%")
     shown = argparse.SUPPRESS if flag.name in HIDDEN else text

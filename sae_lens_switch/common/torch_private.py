@@ -4,6 +4,8 @@ A test says which one a new version has broken. Two more are overridden where ne
 ``nn.Module._apply`` and ``nn.Module._load_from_state_dict`` (in saes/).
 """
 
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Callable
 from typing import Any
 

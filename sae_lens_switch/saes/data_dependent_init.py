@@ -52,7 +52,8 @@ def bias_from_batch(x_BD: Tensor, method: str) -> Tensor:
         return x_BD.new_zeros(x_BD.shape[-1])
     x_BD = x_BD.to(torch.promote_types(x_BD.dtype, torch.float32))
     # By a power of two, which rounds nothing, to a size whose squares neither overflow nor are lost.
-    exponent = torch.frexp(x_BD.abs().max()).exponent - 1
+    # Never below that of the smallest normal number: ldexp of older versions of torch overflows at 2**128.
+    exponent = (torch.frexp(x_BD.abs().max()).exponent - 1).clamp_min(-126)
     x_BD = torch.ldexp(x_BD, -exponent)
     return torch.ldexp(x_BD.mean(dim=0) if method == "mean" else geometric_median(x_BD), exponent)
 

@@ -37,7 +37,7 @@ def test_torch_export_and_compile_trace_through():
             return sparse_autoencode(**{**leaves, "x_BD": x_BD}, **constants).out_BD
 
     expected = Module()(leaves["x_BD"])
-    exported = torch.export.export(Module(), (leaves["x_BD"],))
+    exported = torch.export.export(Module(), (leaves["x_BD"],), strict=False)  # as by default since torch 2.7
     assert any("sae_lens_switch.autoencode" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(leaves["x_BD"]), expected, rtol=0, atol=0)
 

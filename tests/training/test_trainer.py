@@ -1,6 +1,7 @@
 """SparseSAETrainer beside SAELens's own trainer, and beside references written out here."""
 
 from dataclasses import fields
+from itertools import product
 
 import pytest
 import torch
@@ -184,9 +185,9 @@ def test_auxk_brings_dead_latents_of_a_switch_sae_back():
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"autocast": True}], ids=str)
 def test_low_precision_ends_within_two_percent_of_float32(options, optimizer):
     batches = activations(400)
-    losses = {}
-    for name, given in (("float32", {}), ("low", options)):
-        torch.manual_seed(0)
+    losses = {"float32": 0.0, "low": 0.0}  # of three seeds: one alone may be 2 percent off, by its rounding
+    for seed, (name, given) in product(range(3), (("float32", {}), ("low", options))):
+        torch.manual_seed(seed)
         cfg = SwitchTrainingSAEConfig(
             d_in=D, d_sae=F, n_experts=E, k=K, dtype=given.get("dtype", "float32"), load_balance_coefficient=0.1
         )
@@ -194,7 +195,7 @@ def test_low_precision_ends_within_two_percent_of_float32(options, optimizer):
             SwitchTrainingSAE(cfg), batches, optimizer=optimizer, lr=3e-3, autocast="autocast" in given
         )
         outputs = run(trainer_, batches)
-        losses[name] = sum(o.losses["mse_loss"].item() for o in outputs[-100:])
+        losses[name] += sum(o.losses["mse_loss"].item() for o in outputs[-100:])
     assert losses["low"] == pytest.approx(losses["float32"], rel=0.02)
 
 
