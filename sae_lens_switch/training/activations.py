@@ -5,11 +5,10 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from typing_extensions import NotRequired
 
 from sae_lens_switch.common.seeds import mixed_seed
 
