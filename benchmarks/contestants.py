@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,7 @@ class BareAdam(AppliesConstraint, torch.optim.Adam):
     """Adam alone: no decoder constraint is applied around its steps."""
 
 
-class Contestant:
+class Contestant(ABC):
     """A training step: forward, backward, clipping, Adam. ``forward`` returns the loss."""
 
     module: nn.Module
@@ -88,8 +89,8 @@ class Contestant:
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=LR, fused=True)
         MasterWeights(self.optimizer, masters=False)
 
-    def forward(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self) -> Tensor: ...
 
     def forward_backward(self) -> None:
         self.forward_backward_ms = timed(lambda: self.forward().backward(), self.args.device)

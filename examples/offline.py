@@ -37,7 +37,7 @@ def language_model_folder(cache_dir: str | Path = "runs/models") -> Path:
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     # A model loaded from a GGUF file cannot be saved, so its weights move to one that was not.
     config = loaded.config
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
 

@@ -9,6 +9,7 @@ import math
 import numbers
 import os
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import UnionType
@@ -22,16 +23,16 @@ _INT32, _INT64 = 2**31 - 1, 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(ABC):
     """What a value must be. ``plain`` gives it as it is kept, or raises ValueError; ``expected`` says what it is."""
 
     optional: bool = False
 
-    def plain(self, value: object) -> object:
-        raise NotImplementedError
+    @abstractmethod
+    def plain(self, value: object) -> object: ...
 
-    def expected(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def expected(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,7 +232,10 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         pass
 
     def _encode_dense(self, inputs_BD: Tensor) -> tuple[Tensor, Tensor, Assignment | None]:
-        """Dense latents [B, F], what was selected [B, K], and the routing, for hooks on the dense latents."""
+        """Dense latents [B, F], what was selected [B, K], and the routing, for hooks on the dense latents.
+
+        Of an SAE that does not leave such a step to SAELens, as sparse_topk does.
+        """
         raise NotImplementedError
 
     def _route(self, inputs_BD: Tensor) -> Assignment | None:  # noqa: ARG002, there is one expert
