@@ -30,6 +30,7 @@ from sae_lens_switch.training.optim.master_weights import MasterWeights
 
 LR = 1e-4
 BASELINE = "SAELens topk"
+LOW = ", bfloat16 encoder"
 
 
 def batch(args: argparse.Namespace) -> Tensor:
@@ -64,10 +65,12 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
     else:
         table["sparsify"] = Sparsify
     table["ours: sparse_topk"] = lambda a: Ours(a, sparse_topk(a))
+    table[f"ours: sparse_topk{LOW}"] = lambda a: Ours(a, in_low_precision(sparse_topk(a)))
     E = 32 if 32 in args.experts else args.experts[0]  # its time does not depend on the number
     table[f"all experts, masked, {E} experts"] = lambda a, E=E: Masked(a, E)
     for E in args.experts:
         table[f"ours: switch, {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E))
+        table[f"ours: switch, {E} experts{LOW}"] = lambda a, E=E: Ours(a, in_low_precision(switch_sae(a, E)))
     return table
 
 
@@ -166,6 +169,11 @@ def switch_sae(args: argparse.Namespace, n_experts: int, d_sae: int | None = Non
     with_weights(sae, args, d_sae)
     with torch.no_grad():
         sae.W_router.copy_(router(args, n_experts))
+    return sae
+
+
+def in_low_precision(sae: Any) -> Any:
+    sae.cfg.encoder_precision = "bfloat16"
     return sae
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import BASELINE, LR, Contestant, Ours, batch, contestants, switch_sae, timed, weights
+from contestants import BASELINE, LOW, LR, Contestant, Ours, batch, contestants, switch_sae, timed, weights
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -125,6 +125,7 @@ def check_closeness(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def truth_of(name: str) -> str:
+    name = name.removesuffix(LOW)
     if "experts" not in name:
         return BASELINE
     return "all experts, masked, " + name.split(", ")[-1]
@@ -133,7 +134,7 @@ def truth_of(name: str) -> str:
 def loop(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Time whole steps of ``fit``, from one batch to the next, beside forward, backward and fused Adam alone."""
     table = contestants(args)
-    ours = {n: table[n](args) for n in names if n.startswith("ours")}
+    ours = {n: table[n](args) for n in names if n.startswith("ours") and not n.endswith(LOW)}
     stock = {n: table[n](args) for n in names if n == BASELINE}
     loops = {n: Loop(SAETrainer, c) for n, c in stock.items()} | {n: Loop(SparseSAETrainer, c) for n, c in ours.items()}
     times: dict[str, list[tuple[float, float]]] = {n: [] for n in loops}

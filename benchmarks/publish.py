@@ -30,6 +30,7 @@ _NAMES = {
     "SAELens topk, sparse mode": "SAELens `topk`, sparse mode, no rescaling",
     "sparsify": "sparsify 1.3.3, eager",
     "ours: sparse_topk": "**`sparse_topk`**",
+    "ours: sparse_topk, bfloat16 encoder": "**`sparse_topk`, bfloat16 encoder**",
     "all experts, masked, 32 experts": "Switch formula, 32 experts, all computed and masked",
 }
 
@@ -44,7 +45,9 @@ def bench_rows() -> dict[str, dict[str, Any]]:
 
 def switch_rows() -> dict[str, dict[str, Any]]:
     """By the number of experts."""
-    return {name.split()[2]: row for name, row in bench_rows().items() if name.startswith("ours: switch")}
+    return {
+        name.split()[2]: row for name, row in bench_rows().items() if re.fullmatch(r"ours: switch, \d+ experts", name)
+    }
 
 
 def times(row: dict[str, Any]) -> str:
@@ -56,7 +59,7 @@ def bench() -> str:
     """Every contestant of `make bench`."""
     rows = []
     for name, row in bench_rows().items():
-        said = _NAMES.get(name) or f"**`switch`, {name.split()[2]} experts**"
+        said = _NAMES.get(name) or f"**`switch`{name.removeprefix('ours: switch')}**"
         both = row["forward_backward_ms"]
         rows.append([said, "" if both is None else f"{both:,.0f} ms", f"{row['step_ms']:,.0f} ms", times(row)])
         rows[-1] += [f"{row['times_the_bare_encoder']:.2f}", f"{row['peak_GB']:.2f} GB"]

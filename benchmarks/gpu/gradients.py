@@ -16,12 +16,13 @@ from gpu.timing import dtype_of, free, normal, use
 TOLERATED = {"fp32": 2e-5, "tf32": 4e-3, "bf16": 2e-2, "autocast": 2e-2}
 
 
-def check(kind: str, s: Shape, precision: str, device: str) -> dict[str, Any]:
+def check(kind: str, s: Shape, precision: str, device: str, encoder_precision: str = "full") -> dict[str, Any]:
     """Loss and all gradients, at the latents that were selected: whether these are right is checked elsewhere."""
     from gpu.correctness import judged, poisoned, relative_error
 
     use(precision)
     leaves, constants = inputs(kind, s, precision, device)
+    constants["encoder_precision"] = encoder_precision
     upstream_BD = normal(s.B, s.D, seed=20, device=device)
 
     def step() -> tuple[list[Tensor], Tensor]:

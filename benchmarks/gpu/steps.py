@@ -38,7 +38,7 @@ FAR = 10**12  # samples: no run gets there
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     def step(kind: str, s: Shape, precision: str, **options: Any) -> Case:
         graph = ", graph" if options.get("cuda_graph") else ""
-        extra = graph + (f", {options['optimizer']}" if "optimizer" in options else "")
+        extra = graph + "".join(f", {options[name]}" for name in ("optimizer", "encoder_precision") if name in options)
         return f"{kind}, {s}, {precision}{extra}", partial(measure, kind, s, precision, args, **options)
 
     if args.tiny:
@@ -52,6 +52,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 yield step("sparse_topk", s, precision, cuda_graph=graph)
                 for E in experts if s != GEMMA else [64]:
                     yield step("switch", s._replace(E=E), precision, cuda_graph=graph)
+        for encoder_precision in ("bfloat16", "float8"):
+            yield step("sparse_topk", s, "fp32", cuda_graph=True, encoder_precision=encoder_precision)
+        E = experts[0] if s != GEMMA else 64
+        yield step("switch", s._replace(E=E), "fp32", cuda_graph=True, encoder_precision="bfloat16")
         if s != GEMMA:
             for precision in ("bf16", "tf32"):
                 yield step("sparsify", s, precision)
@@ -76,6 +80,7 @@ def trainer_of(
     optimizer: str = "adam",
     cuda_graph: bool = False,
     aux_loss_coefficient: float = 0.0,
+    encoder_precision: str = "full",
     window: int = 10**6,
     lr: float = 1e-4,
 ) -> tuple[Any, list[Tensor]]:
@@ -91,6 +96,7 @@ def trainer_of(
     if kind == "SAELens topk":
         sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(**options))
         return SAETrainer(cfg=SAETrainerConfig(**run), sae=sae, data_provider=iter([])), batches
+    options["encoder_precision"] = encoder_precision
     if kind == "switch":
         sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=s.E))
     else:

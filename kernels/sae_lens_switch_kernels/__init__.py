@@ -13,6 +13,7 @@ and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decod
 owns latents ``e * M`` to ``(e + 1) * M``.
 """
 
+from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.functions import (
     Reconstruction,
     latent_weight_grad,
@@ -25,6 +26,7 @@ from sae_lens_switch_kernels.functions import (
 from sae_lens_switch_kernels.indexing import RowGrads
 
 __all__ = [
+    "EncoderPrecision",
     "Reconstruction",
     "RowGrads",
     "latent_weight_grad",

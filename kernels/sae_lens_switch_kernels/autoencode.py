@@ -47,6 +47,7 @@ class Outputs(NamedTuple):
         aux_slots_BA: Their slots in ``DeadLatents``, rows sorted by expert.
         centered_BD: The encoder's input, rows sorted by expert; empty if it is x itself, which an operator may not
             return.
+        doubtful_B: Whether low precision may have missed a latent of the token; empty without candidates.
     """
 
     out_BD: Tensor
@@ -56,6 +57,7 @@ class Outputs(NamedTuple):
     aux_values_BA: Tensor
     aux_slots_BA: Tensor
     centered_BD: Tensor
+    doubtful_B: Tensor
 
 
 class BackwardInputs(NamedTuple):
@@ -102,7 +104,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
 
 
 @custom_op(
-    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=7)
+    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=8)
 )
 def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of Outputs; takes those of EncoderInputs and DecoderInputs one by one."""
@@ -114,7 +116,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
     p, groups = primitives(x_BD), inputs.groups()
     centered_BD = inputs.centered(groups)
     with torch.autocast(x_BD.device.type, enabled=False):
-        values_BK, indices_BK = encode_sorted(inputs, centered_BD, groups)
+        values_BK, indices_BK, doubtful_B = encode_sorted(inputs, centered_BD, groups)
         codes = CodeProducts(p, indices_BK, len(W_dec_FD), groups, inputs.dtype)
         out_BD = codes.decode(_gated(values_BK, gates_B, groups), W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
@@ -133,6 +135,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         aux_values_BA,
         aux_slots_BA,
         x_BD.new_empty(0) if centered_BD is x_BD else centered_BD,
+        groups.unsorted(doubtful_B) if inputs.candidate_dtype is not None else doubtful_B,
     )
 
 
@@ -150,6 +153,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         W_enc_FD.new_empty((B, decoder.aux_k) if has_aux else 0),
         x_BD.new_empty(B, decoder.aux_k, dtype=long) if has_aux else W_dec_FD.new_empty(0),
         x_BD.new_empty(x_BD.shape if has_centered else 0),
+        x_BD.new_empty(0 if inputs.candidate_dtype is None else B, dtype=torch.bool),
     )
 
 
@@ -280,7 +284,9 @@ def _weighted_sum(weights_R: Tensor, rows_R: Tensor, W_FD: Tensor) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     encoder, decoder = _split(inputs)
     outputs = Outputs(*output)
-    ctx.mark_non_differentiable(outputs.indices_BK, outputs.aux_values_BA, outputs.aux_slots_BA, outputs.centered_BD)
+    ctx.mark_non_differentiable(
+        outputs.indices_BK, outputs.aux_values_BA, outputs.aux_slots_BA, outputs.centered_BD, outputs.doubtful_B
+    )
     ctx.set_materialize_grads(False)
     saved = encoder._asdict() | decoder._asdict() | outputs._asdict()
     ctx.save_for_backward(*(saved[name] for name in _SAVED))

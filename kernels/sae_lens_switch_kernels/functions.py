@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels import autoencode, operators
+from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
 from sae_lens_switch_kernels.indexing import RowGrads
 from sae_lens_switch_kernels.inputs import EncoderInputs
 
@@ -21,12 +22,14 @@ class Reconstruction(NamedTuple):
         values_BK: z, after ReLU and before the gate; zero where fewer than k latents are positive.
         indices_BK: i, int64, distinct within a row.
         aux_out_BD: The same sum over the aux_k chosen dead latents, without ReLU; None without ``dead_N``.
+        doubtful_B: Whether the encoder's low precision may have missed a latent of the token; None in full precision.
     """
 
     out_BD: Tensor
     values_BK: Tensor
     indices_BK: Tensor
     aux_out_BD: Tensor | None
+    doubtful_B: Tensor | None = None
 
 
 def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
@@ -107,6 +110,7 @@ def topk_encode(
     pre_bias_D: Tensor | None = None,
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
+    encoder_precision: EncoderPrecision = "full",
 ) -> tuple[Tensor, Tensor]:
     """relu of the k pre-activations ``(x - pre_bias) W_enc^T + bias`` per row that are largest when scaled.
 
@@ -120,6 +124,9 @@ def topk_encode(
         pre_bias_D: Subtracted from x.
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only, and takes no gradient.
+        encoder_precision: "bfloat16" or "float8": the product that selects runs in it and finds somewhat more than k
+            candidates, whose pre-activations are computed again in the dtype of W_enc. Values and gradients are exact;
+            the choice can differ among nearly equal latents.
 
     Returns:
         values [B, K], without the scale, and indices [B, K], int64, distinct within a row and in no particular order.
@@ -128,7 +135,7 @@ def topk_encode(
         ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs))
+    return operators.encode(*_checked(inputs, encoder_precision))
 
 
 def switch_encode(
@@ -139,6 +146,7 @@ def switch_encode(
     n_experts: int,
     *,
     pre_bias_D: Tensor | None = None,
+    encoder_precision: EncoderPrecision = "full",
 ) -> tuple[Tensor, Tensor]:
     """TopK_k(relu((x - pre_bias) W_e^T)) for e = expert[b], where W_e is rows ``e * M : (e + 1) * M`` of W_enc.
 
@@ -151,6 +159,7 @@ def switch_encode(
         k: Active latents per token.
         n_experts: E; every expert owns M = F / E latents.
         pre_bias_D: Subtracted from x.
+        encoder_precision: As in ``topk_encode``.
 
     Returns:
         values [B, K] and indices [B, K], which count over all F latents.
@@ -160,7 +169,7 @@ def switch_encode(
             [0, n_experts).
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, k, n_experts, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs))
+    return operators.encode(*_checked(inputs, encoder_precision))
 
 
 def sparse_autoencode(
@@ -178,6 +187,7 @@ def sparse_autoencode(
     dead_N: Tensor | None = None,
     aux_k: int = 0,
     row_grads: RowGrads | None = None,
+    encoder_precision: EncoderPrecision = "full",
 ) -> Reconstruction:
     """Encode (top-k, or routed if ``expert_B`` is given), scale by the per-token gate, decode: one fused operator.
 
@@ -203,9 +213,10 @@ def sparse_autoencode(
         aux_k: Dead latents per token.
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
+        encoder_precision: As in ``topk_encode``; dead latents are chosen in full precision.
 
     Returns:
-        Reconstruction, values, indices, and the reconstruction from dead latents.
+        Reconstruction, values, indices, the reconstruction from dead latents, and which tokens are in doubt.
 
     Raises:
         ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= aux_k <= N.
@@ -213,7 +224,7 @@ def sparse_autoencode(
     _check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     _check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, k, n_experts, W_enc_FD.dtype)
-    inputs = _checked(inputs)
+    inputs = _checked(inputs, encoder_precision)
     _check_vector("gates_B", gates_B, len(x_BD), W_enc_FD, same_dtype=False)
     if dead_N is not None:
         _check_integers("dead_N", dead_N)
@@ -226,12 +237,18 @@ def sparse_autoencode(
         outputs = autoencode.autoencode(*arguments)
     else:
         outputs = autoencode.AutoencodeRows.apply(row_grads, *arguments)
-    out_BD, values_BK, indices_BK, aux_out_BD, *_ = outputs
-    return Reconstruction(out_BD, values_BK, indices_BK, None if dead_N is None else aux_out_BD)
+    out_BD, values_BK, indices_BK, aux_out_BD, *_, doubtful_B = outputs
+    return Reconstruction(
+        out_BD,
+        values_BK,
+        indices_BK,
+        None if dead_N is None else aux_out_BD,
+        None if inputs.candidate_dtype is None else doubtful_B,
+    )
 
 
-def _checked(inputs: EncoderInputs) -> EncoderInputs:
-    """The inputs with the dtype of the matrix products: autocast's where it is enabled. Raises ValueError."""
+def _checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> EncoderInputs:
+    """The inputs with the dtypes of the matrix products: autocast's where it is enabled. Raises ValueError."""
     x_BD, W_FD, k, n_experts, expert_B = inputs.x_BD, inputs.W_enc_FD, inputs.k, inputs.n_experts, inputs.expert_B
     _check_matrix("x_BD", x_BD)
     _check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
@@ -253,8 +270,8 @@ def _checked(inputs: EncoderInputs) -> EncoderInputs:
     _check_vector("scale_F", inputs.scale_F, F, W_FD)
     device_type = x_BD.device.type
     if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
-        return EncoderInputs(*inputs[:-1], torch.get_autocast_dtype(device_type))
-    return inputs
+        inputs = inputs._replace(dtype=torch.get_autocast_dtype(device_type))
+    return with_candidates(inputs, encoder_precision)
 
 
 def _check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor, same_dtype: bool = True) -> None:

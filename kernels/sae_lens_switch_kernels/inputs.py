@@ -22,6 +22,8 @@ class EncoderInputs(NamedTuple):
         k: Active latents per token.
         n_experts: Number of experts.
         dtype: Dtype of the matrix products.
+        candidate_dtype: Dtype of the product that selects candidates (see candidates.py); None: there are none.
+        n_candidates: How many per token.
     """
 
     x_BD: Tensor
@@ -33,6 +35,8 @@ class EncoderInputs(NamedTuple):
     k: int
     n_experts: int
     dtype: torch.dtype
+    candidate_dtype: torch.dtype | None = None
+    n_candidates: int = 0
 
     def groups(self) -> ExpertGroups:
         return token_groups(self.x_BD, self.expert_B, self.n_experts)
@@ -78,6 +82,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     int: "SymInt",
     bool: "bool",
     torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from sae_lens_switch_kernels.backend import primitives
+from sae_lens_switch_kernels.candidates import Selected, select_from_candidates
 from sae_lens_switch_kernels.indexing import ExpertGroups, latent_index
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
 
@@ -100,17 +101,23 @@ def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
     """values and indices, [B, K]; takes the fields of EncoderInputs one by one."""
     inputs = EncoderInputs(*arguments)
     groups = inputs.groups()
-    values_BK, indices_BK = encode_sorted(inputs, inputs.centered(groups), groups)
+    values_BK, indices_BK, _ = encode_sorted(inputs, inputs.centered(groups), groups)
     return groups.unsorted(values_BK), groups.unsorted(indices_BK)
 
 
-def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> tuple[Tensor, Tensor]:
+def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> Selected:
     """relu of the k largest pre-activations per row, rows sorted by expert."""
+    p = primitives(centered_BD)
     with torch.autocast(centered_BD.device.type, enabled=False):
-        values_BK, indices_BK = primitives(centered_BD).topk_encode(
-            centered_BD, inputs.W_enc_FD, inputs.k, groups, inputs.bias_F, inputs.scale_F, inputs.dtype
-        )
-    return values_BK.relu_(), indices_BK
+        if inputs.candidate_dtype is None:
+            values_BK, indices_BK = p.topk_encode(
+                centered_BD, inputs.W_enc_FD, inputs.k, groups, inputs.bias_F, inputs.scale_F, inputs.dtype
+            )
+            selected = Selected(values_BK, indices_BK, centered_BD.new_empty(0, dtype=torch.bool))
+        else:
+            selected = select_from_candidates(p, inputs, centered_BD, groups)
+    selected.values_BK.relu_()
+    return selected
 
 
 @encode.register_fake
@@ -140,7 +147,7 @@ def _encode_backward(ctx: Any, grad_BK: Tensor, grad_indices: None) -> Gradients
         # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.
         -(d_bias_F @ W_FD) if needs_pre_bias else None,
         d_bias_F if needs_bias else None,
-        *[None] * 5,
+        *[None] * 7,
     )
 
 

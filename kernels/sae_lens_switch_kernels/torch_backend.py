@@ -4,8 +4,7 @@ None of them makes a [B, F] tensor. They know nothing of autograd; operators.py 
 gradients. Where torch offers several routes to a result, the one taken is the fastest measured on a CPU
 (benchmarks/primitives.py).
 
-Letters beside the package's: R here counts the rows of a tile, P the latents of a tile or of a part of one; in
-``_top_indices``, N is the number of blocks and H their height.
+Letters beside the package's: R here counts the rows of a tile, P the latents of a tile or of a part of one.
 """
 
 import warnings
@@ -17,18 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex
 from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
+from sae_lens_switch_kernels.torch_topk import select_topk
 
 # Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
 # that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
-# cache with their weights, and the tile is searched in blocks of rows, for the same reason.
+# cache with their weights, for the same reason.
 _TILE_ROWS = {"cpu": 512}
 _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
 _PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
-_SEARCH_ELEMENTS = 1 << 21
 _MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
 # Gathered rows [rows, K, D] of the generic route also stay in cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -104,8 +104,8 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """The k largest of (x W_e^T + bias) * scale per row: pre-activations without the scale, and indices over all F.
 
-    2BDM flops: only the block of a row's own expert is computed, one tile of rows at a time. ``select`` searches a
-    tile; default: ``select_topk``.
+    2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. ``select``
+    searches a tile; default: ``select_topk``.
     """
     E, device = len(groups.offsets_E1) - 1, x_BD.device
     M = len(W_FD) // E
@@ -115,7 +115,11 @@ def topk_encode(
     alone = E == 1 or M > _TILE_LATENTS or bias_F is not None or scale_F is not None
     rows = _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
     offsets = _offsets(groups, len(x_BD))
-    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=dtype, device=device)
+    # In low precision, the whole of W is converted once: less than half of it is then read once per tile.
+    float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
+    x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
+    product_dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
+    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=product_dtype, device=device)
     for tile in _row_tiles(offsets, rows, alone):
         low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
         found = []
@@ -124,7 +128,7 @@ def topk_encode(
             pre_RP = buffer[: high - low, :width]
             for e, start, end in tile:
                 block = slice(e * M + part, e * M + part + width)
-                _product(x_BD[start:end].to(dtype), W_FD[block].to(dtype), pre_RP[start - low : end - low])
+                _product(x[start:end], W[block], pre_RP[start - low : end - low])
             block = slice(expert * M + part, expert * M + part + width)
             bias, scale = (None if t is None else t[block] for t in (bias_F, scale_F))
             values, indices = (select or select_topk)(pre_RP, min(k, width), bias, scale)
@@ -169,7 +173,12 @@ def _offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
     return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
 
 
-def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> None:
+def _product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor) -> None:
+    if isinstance(x_RD, Float8Rows) or isinstance(W_PD, Float8Rows):
+        assert isinstance(x_RD, Float8Rows)
+        assert isinstance(W_PD, Float8Rows)
+        out_RP.copy_(x_RD.times(W_PD))
+        return
     if len(W_PD) >= _MANY_LATENTS and x_RD.dtype == torch.float32 and has_onednn_linear(x_RD.device):
         # MKL, behind torch.mm, copies the weights first, which does not pay for the few rows of a tile. oneDNN compiles
         # one kernel per number of rows, so that number is rounded up.
@@ -179,7 +188,8 @@ def _product(x_RD: Tensor, W_PD: Tensor, out_RP: Tensor) -> None:
             part_RP = onednn_linear(padded_RD, W_PD[low : low + block])
             out_RP[:, low : low + block].copy_(part_RP[: len(x_RD)])
         return
-    block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" else len(W_PD)
+    # oneDNN's products in 16 bits find their own blocks.
+    block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" and x_RD.dtype.itemsize > 2 else len(W_PD)
     for low in range(0, len(W_PD), block):
         torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])
 
@@ -256,61 +266,6 @@ def _mm(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
-
-
-def select_topk(
-    pre_RF: Tensor, k: int, bias_F: Tensor | None = None, scale_F: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """pre + bias and indices of the k largest (pre + bias) * scale per row, exact and in no particular order.
-
-    May overwrite pre.
-    """
-    rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
-    scratch = pre_RF.new_empty(0 if scale_F is None else min(rows, len(pre_RF)), pre_RF.shape[1])
-    found = []
-    for part in pre_RF.split(rows):
-        ranked = part if bias_F is None else part.add_(bias_F)
-        if scale_F is not None:
-            ranked = torch.mul(ranked, scale_F, out=scratch[: len(part)])
-        indices = _top_indices(ranked, k)
-        found.append((part.gather(1, indices), indices))
-    values_RK, indices_RK = found[0] if len(found) == 1 else (torch.cat(t) for t in zip(*found, strict=True))
-    return values_RK, indices_RK
-
-
-def _top_indices(ranked_RF: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row.
-
-    They lie in the k blocks with the largest maxima. So one pass finds the maxima of n blocks, and two small top-k,
-    over the maxima and over the k winning blocks, replace one over all F.
-    """
-    n = _block_count(ranked_RF.shape[1], k)
-    if n == 0:
-        return ranked_RF.topk(k, dim=1, sorted=False).indices
-    # Block j is columns j, j + n, j + 2n, ...: the maxima are then elementwise maxima of contiguous rows. The
-    # columns left over, fewer than n, are all candidates.
-    height = ranked_RF.shape[1] // n
-    blocks_RHN = ranked_RF[:, : height * n].unflatten(1, (height, n))
-    winners_RK = blocks_RHN.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    candidates = blocks_RHN.gather(2, winners_RK.unsqueeze(1).expand(-1, height, -1)).flatten(1)
-    if height * n < ranked_RF.shape[1]:
-        candidates = torch.cat([candidates, ranked_RF[:, height * n :]], dim=1)
-    place_RK = candidates.topk(k, dim=1, sorted=False).indices
-    in_blocks_RK = winners_RK.gather(1, place_RK % k).add_(place_RK // k, alpha=n)
-    if candidates.shape[1] == height * k:
-        return in_blocks_RK
-    return torch.where(place_RK < height * k, in_blocks_RK, place_RK + height * (n - k))
-
-
-def _block_count(n_latents: int, k: int) -> int:
-    """Blocks for the pruned top-k, or 0 where one top-k over all is as fast.
-
-    Measured on a CPU: from 64 k values on, torch's top-k costs five times less per value. So there are at least that
-    many maxima, and of those counts the one that leaves the fewest columns over.
-    """
-    if n_latents < 4 * 64 * k:
-        return 0
-    return min(range(64 * k, min(128 * k, n_latents // 4) + 1, 64), key=lambda n: n_latents % n)
 
 
 def adam_rows(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
+from sae_lens_switch_kernels import EncoderPrecision
 from typing_extensions import override
 
 from sae_lens_switch.common import rules
@@ -59,6 +60,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         router_start_std (float | None): Standard deviation to which the router's logits are scaled on the first batch, so that routing starts equally sharp for activations of any scale. None: W_router stays as initialised, uniform in +-1/sqrt(d_in), as in the authors' code.
         aux_loss_coefficient (float): Weight of AuxK, in which the dead latents of a token's own expert reconstruct its residual. The paper has none.
         aux_k (int | None): Number of dead latents per token that do so. None: k.
+        encoder_precision (str): Precision of the encoder's product, which only selects latents: "full", that of the weights; "bfloat16" or "float8", with the values of what it selects computed again in full. Values and gradients are exact in either; the choice may differ among nearly equal latents.
         tie_router_bias (bool): The router subtracts b_dec, and b_router is kept equal to it: the authors' checkpoints have one vector for both.
     """
 
@@ -75,6 +77,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     router_start_std: float | None = 1.0
     aux_loss_coefficient: float = 0.0
     aux_k: int | None = None
+    encoder_precision: EncoderPrecision = "full"
     tie_router_bias: bool = False
 
     @override
@@ -98,7 +101,12 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     Config of a TopK SAE trained on sparse kernels: SAELens's TopKTrainingSAEConfig, field by field. use_sparse_activations changes nothing: latents are sparse.
 
     The trained SAE is saved as a plain "topk", which loads without this package.
+
+    Args:
+        encoder_precision (str): Precision of the encoder's product, which only selects latents: "full", that of the weights; "bfloat16" or "float8", with the values of what it selects computed again in full. Values and gradients are exact in either; the choice may differ among nearly equal latents.
     """
+
+    encoder_precision: EncoderPrecision = "full"
 
     @override
     @classmethod

@@ -3,6 +3,7 @@
 from typing import Literal, get_args
 
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens_switch_kernels import EncoderPrecision
 
 from sae_lens_switch.common.rules import Choice, Device, Dtype, Flag, Kind, Number, Rule, Whole
 
@@ -37,10 +38,12 @@ SWITCH: dict[str, Rule] = {
     "router_start_std": Number(above=0, optional=True),
     "aux_loss_coefficient": _coefficient,
     "aux_k": Whole(at_least=1, optional=True),
+    "encoder_precision": Choice(get_args(EncoderPrecision)),
 }
 SPARSE_TOPK: dict[str, Rule] = {
     **SAE,
     "k": _size,
     **dict.fromkeys(("use_sparse_activations", "rescale_acts_by_decoder_norm"), _flag),
     "aux_loss_coefficient": _coefficient,
+    "encoder_precision": Choice(get_args(EncoderPrecision)),
 }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
-from sae_lens_switch_kernels import Reconstruction, RowGrads, sparse_decode
+from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_decode
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -83,6 +83,11 @@ class SparseSAE(SAE[Any], ABC):
     def _selection_scale(self) -> Tensor | None:
         """[F], what latents are multiplied by before they are selected; None: nothing."""
         return None
+
+    @property
+    def encoder_precision(self) -> EncoderPrecision:
+        """The precision of the product that selects latents."""
+        return "full"
 
     @property
     def has_dense_hooks(self) -> bool:
@@ -192,6 +197,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         self._before_forward(x_BD)
         inputs_BD = self.normalized_input(x_BD)
         acts, codes, aux_out_BD, dead = None, None, None, DeadLatents(None, 0)
+        metrics: Metrics = {}
         if self.has_dense_hooks:
             acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
             sae_out = self.decode(acts)
@@ -202,9 +208,12 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
             sae_out, aux_out_BD = self._finish_decoding(result.out_BD + self.b_dec), result.aux_out_BD
             codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae)
+            if result.doubtful_B is not None:
+                doubtful_B = result.doubtful_B
+                metrics["doubtful_tokens"] = lambda: doubtful_B.float().mean()
 
         losses = {"mse_loss": self._reconstruction_error(sae_out, x_BD)}
-        routing, metrics = self._add_routing(losses, step_input, x_BD, assignment)
+        routing = self._add_routing(losses, metrics, step_input, x_BD, assignment)
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
         if dead.indices_N is not None and aux_out_BD is not None:
@@ -258,12 +267,13 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     def _add_routing(
         self,
         losses: dict[str, Tensor],  # noqa: ARG002
+        metrics: Metrics,  # noqa: ARG002
         step_input: TrainStepInput,  # noqa: ARG002
         x_BD: Tensor,  # noqa: ARG002
         assignment: Assignment | None,  # noqa: ARG002
-    ) -> tuple[RoutingStatistics | None, Metrics]:
-        """Add the router's losses; returns statistics of the routing, and metrics to log."""
-        return None, {}
+    ) -> RoutingStatistics | None:
+        """Add the router's losses and metrics; returns statistics of the routing."""
+        return None
 
     def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
         """May raise ValueError for a non-finite loss."""

@@ -3,11 +3,12 @@
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
-from sae_lens_switch_kernels import Reconstruction, RowGrads, sparse_autoencode, topk_encode
+from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode, topk_encode
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.torch_private import has_hooks
+from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import DeadLatents, LatentParameters, SparseTrainingSAE
@@ -41,6 +42,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
             pre_bias_D=self.pre_bias,
             bias_F=self.b_enc,
             scale_F=None if scale_F is None else scale_F.detach(),
+            encoder_precision=self.encoder_precision,
         )
         values = values if scale_F is None else values * scale_F[indices]
         shape = (*x.shape[:-1], self.cfg.k)
@@ -54,6 +56,12 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
     def _selection_scale(self) -> Tensor | None:
         """||W_dec[f]||, by which SAELens multiplies latents before it selects them."""
         return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+
+    @property
+    @override
+    def encoder_precision(self) -> EncoderPrecision:
+        # Under override_topk() the config is SAELens's own, which has no such field.
+        return self.cfg.encoder_precision if isinstance(self.cfg, SparseTopKTrainingSAEConfig) else "full"
 
     @override
     def latent_parameters(self) -> LatentParameters:
@@ -83,6 +91,7 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
             dead_N=dead.indices_N,
             aux_k=dead.aux_k,
             row_grads=row_grads,
+            encoder_precision=self.encoder_precision,
         )
         values = result.values_BK.detach()
         return result, values if scale_F is None else values * scale_F[result.indices_BK]

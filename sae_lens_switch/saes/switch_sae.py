@@ -95,6 +95,7 @@ class SwitchBase(SparseSAE):
             self.cfg.k,
             self.cfg.n_experts,
             pre_bias_D=self.pre_bias,
+            encoder_precision=self.encoder_precision,
         )
         values = self._gated(values.view(*lead, self.cfg.k), assignment)
         return SparseCodes(values, indices.view(*lead, self.cfg.k), self.cfg.d_sae)

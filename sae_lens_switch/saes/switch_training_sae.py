@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
-from sae_lens_switch_kernels import Reconstruction, RowGrads, sparse_autoencode
+from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode
 from torch import Tensor
 from typing_extensions import override
 
@@ -50,6 +50,11 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         """Dense latents [..., F], and the [..., K] pre-activations that were selected."""
         acts, pre, _ = self._encode_dense(self.normalized_input(x))
         return acts, pre
+
+    @property
+    @override
+    def encoder_precision(self) -> EncoderPrecision:
+        return self.cfg.encoder_precision
 
     @property
     @override
@@ -135,19 +140,26 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             dead_N=dead.indices_N,
             aux_k=dead.aux_k,
             row_grads=row_grads,
+            encoder_precision=self.encoder_precision,
         )
         return result, self._gated(result.values_BK.detach(), assignment).detach()
 
     @override
     def _add_routing(
-        self, losses: dict[str, Tensor], step_input: TrainStepInput, x_BD: Tensor, assignment: Assignment | None
-    ) -> tuple[RoutingStatistics, Metrics]:
+        self,
+        losses: dict[str, Tensor],
+        metrics: Metrics,
+        step_input: TrainStepInput,
+        x_BD: Tensor,
+        assignment: Assignment | None,
+    ) -> RoutingStatistics:
         assert assignment is not None
         load_E = expert_load(assignment)
         balance = load_balance_loss(assignment.probs_BE, load_E)
         losses["load_balance_loss"] = step_input.coefficients["load_balance"] * self._load_balance_scale(x_BD) * balance
         statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
-        return statistics, {"load_balance": balance.detach(), **statistics.metrics()}
+        metrics.update(load_balance=balance.detach(), **statistics.metrics())
+        return statistics
 
     @override
     def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
@@ -163,7 +175,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
         losses: dict[str, Tensor] = {}
         x_BD = activation_rows(step_input.sae_in, self.cfg.d_in)
-        self._add_routing(losses, step_input, x_BD, self._route(self.normalized_input(x_BD)))
+        self._add_routing(losses, {}, step_input, x_BD, self._route(self.normalized_input(x_BD)))
         return losses
 
     @torch.no_grad()

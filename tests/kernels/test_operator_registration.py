@@ -9,9 +9,17 @@ OPERATORS = {
     "sparse_decode": lambda t: (t["values"], t["indices"], t["W"]),
     "matmul_at_indices": lambda t: (t["g"], t["W"], t["indices"]),
     "latent_weight_grad": lambda t: (t["values"], t["indices"], t["g"], 8),
-    "encode": lambda t: (t["x"], t["W"], t["bias"], t["scale"], None, None, 3, 1, torch.float64),
+    "encode": lambda t: (t["x"], t["W"], t["bias"], t["scale"], None, None, 3, 1, torch.float64, None, 0),
+    "encode in low precision": lambda t: (
+        *(t["x"], t["W"], t["bias"], t["scale"], None, None, 3, 1, torch.float64),
+        *(torch.bfloat16, 7),
+    ),
     "autoencode": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], 3, 2, torch.float64),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], 3, 2, torch.float64, None, 0),
+        *(t["W_dec"], t["gates"], torch.arange(4), 2),
+    ),
+    "autoencode in low precision": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], 2, 2, torch.float64, torch.bfloat16, 3),
         *(t["W_dec"], t["gates"], torch.arange(4), 2),
     ),
 }
@@ -26,7 +34,8 @@ def test_the_operators_are_torchs_own_citizens(name):
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     tensors |= {"indices": indices, "scale": W.exp()[:, 0].detach(), "gates": values[:, 0].detach()}
     arguments = OPERATORS[name](tensors | {"experts": torch.arange(6) % 2})
-    torch.library.opcheck(getattr(autoencode if name == "autoencode" else operators, name), arguments)
+    operator = name.split()[0]
+    torch.library.opcheck(getattr(autoencode if operator == "autoencode" else operators, operator), arguments)
 
 
 def test_torch_export_and_compile_trace_through():

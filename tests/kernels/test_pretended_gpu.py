@@ -21,9 +21,12 @@ def test_a_copy_from_the_host_is_seen(copies):
     assert copies == ["tensor", "as_tensor", "_to_copy", "copy_"]
 
 
+@pytest.mark.parametrize("low_precision", [(None, 0), (torch.bfloat16, 7)], ids=["full", "bfloat16"])
 @pytest.mark.parametrize("n_experts", [1, 4])
 @pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
-def test_forward_and_backward_copy_nothing_and_wait_for_nothing(copies, n_experts, dense_up_to, monkeypatch):
+def test_forward_and_backward_copy_nothing_and_wait_for_nothing(
+    copies, n_experts, dense_up_to, low_precision, monkeypatch
+):
     pytest.importorskip("triton")
     from sae_lens_switch_kernels import triton_backend
     from sae_lens_switch_kernels.triton_backend.blocks import Arch
@@ -39,8 +42,8 @@ def test_forward_and_backward_copy_nothing_and_wait_for_nothing(copies, n_expert
     gates = on_device(B) if several else None
     pre_bias, bias = on_device(D), None if several else on_device(F)
     with recording(Arch(lanes=32, shared=232448)) as launches:
-        out, values, indices, _, *aux, centered = autoencode.forward(
-            EncoderInputs(x, W_enc, pre_bias, bias, None, expert, K, n_experts, torch.float32),
+        out, values, indices, _, *aux, centered, _ = autoencode.forward(
+            EncoderInputs(x, W_enc, pre_bias, bias, None, expert, K, n_experts, torch.float32, *low_precision),
             autoencode.DecoderInputs(W_dec, gates, None, 0),
         )
         saved = x, centered, W_enc, W_dec, gates, expert, None, values, indices, *aux

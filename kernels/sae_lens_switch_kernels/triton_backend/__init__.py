@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels import torch_backend
+from sae_lens_switch_kernels.float8 import operands
 from sae_lens_switch_kernels.indexing import ExpertGroups
 from sae_lens_switch_kernels.triton_backend.adam import adam_rows
 from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices, sparse_decode
@@ -40,7 +41,7 @@ def topk_encode(
     """With one expert, select_topk over tiles of torch's own matrix product; with several, one grouped product."""
     if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
         return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
-    pre_BM = encode_dense(x_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
+    pre_BM = encode_dense(*operands(x_BD, W_FD, dtype), groups.offsets_E1)
     values_BK, indices_BK = select_topk(pre_BM, k)
     return values_BK.to(W_FD.dtype), indices_BK + torch_backend.first_latents(groups, len(x_BD), len(W_FD))
 

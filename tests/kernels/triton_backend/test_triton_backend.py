@@ -15,7 +15,8 @@ from helpers.triton_checks import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_lens_switch_kernels.indexing import latent_index
+from sae_lens_switch_kernels import torch_backend, triton_backend
+from sae_lens_switch_kernels.indexing import ExpertGroups, latent_index
 from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices, sparse_decode
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode, grouped_encode, grouped_weight_grad
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
@@ -103,3 +104,18 @@ def test_any_small_codes(B, D, F, K, seed):
     check_decode(values, indices, W)
     check_matmul_at_indices(g, W, indices)
     check_latent_weight_grads(values, indices, F, g, d_pre, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bfloat16", "float8"])
+@pytest.mark.parametrize("E", [1, 3])
+def test_a_selection_in_low_precision_is_that_of_plain_torch(dtype, E):
+    B, D, M, K = 40, 32, 48, 6
+    x, W = random(B, D), random(E * M, D)
+    offsets = torch.tensor([0, B] if E == 1 else [0, 25, 25, B], device=DEVICE)
+    arguments = x, W, K, ExpertGroups(None, offsets), None, None, dtype
+    (ours, where), (plain, _) = triton_backend.topk_encode(*arguments), torch_backend.topk_encode(*arguments)
+    torch.testing.assert_close(ours.sort(1).values, plain.sort(1).values, rtol=2**-6, atol=1e-3)
+    exact = torch_backend.matmul_at_indices(x, W, where)
+    tolerance = {torch.bfloat16: 2**-5, torch.float8_e4m3fn: 0.5}[dtype]
+    torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+    assert all(len(set(row)) == K for row in where.tolist())
