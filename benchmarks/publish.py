@@ -3,8 +3,8 @@
 python benchmarks/publish.py            # rewrites the marked parts of the pages
 python benchmarks/publish.py --check    # exit code 1 if a page does not show what the results say
 
-``docs/measured/`` holds what `make bench` and `make quickstart` write to ``runs/`` (to publish new numbers, copy
-``bench.json``, ``row_sparse.json`` and ``quickstart/metrics.json`` there); ``docs/gpu/`` what `make gpu-check` writes.
+``docs/measured/`` holds what `make bench`, `make quickstart` and `recall.py` write to ``runs/`` (to publish new numbers,
+copy ``bench.json``, ``row_sparse.json``, ``quickstart/metrics.json`` and ``recall.json`` there); ``docs/gpu/`` what `make gpu-check` writes.
 A page marks the place of a table by ``<!-- measured: name -->`` and ``<!-- end -->``.
 """
 
@@ -113,7 +113,37 @@ def quickstart() -> str:
     return table([*head, "dead latents"], [row])
 
 
+def recall() -> str:
+    """Of the exactly selected latents, those among each precision's candidates, at the default margin."""
+    rows = []
+    for row in read("recall.json")["recall"]:
+        if row["is_default"]:
+            found = [f"{row[name]:.4%}" for name in ("by_count", "by_weight")]
+            shares = [f"{row[name]:.2%}" for name in ("tokens_that_miss_one", "tokens_in_doubt")]
+            rows.append([f"{row['d_sae']:,}", row["precision"], str(row["candidates"]), *found, *shares])
+    head = ["latents", "precision", "candidates", "found, by count", "by weight", "tokens that miss one", "in doubt"]
+    return table(head, rows)
+
+
+def recall_curves() -> str:
+    """How far the errors of training in low precision are from those in full, step by step."""
+    found = read("recall.json")
+    full = found["curves"]["full"]
+    sentences = []
+    for precision, errors in found["curves"].items():
+        if precision != "full":
+            off = [abs(e / f - 1) for e, f in zip(errors, full, strict=True)]
+            last = sum(errors[-20:]) / sum(full[-20:]) - 1
+            sentences.append(f"in {precision} at most {max(off):.2%}, over the last 20 steps {last:+.3%}")
+    return (
+        f"Training {found['curves_at']:,} latents on the same batches, the error of a step differs from that in full "
+        f"precision {' and '.join(sentences)}."
+    )
+
+
 BLOCKS = {
+    "recall": recall,
+    "recall-curves": recall_curves,
     "bench": bench,
     "speed": speed,
     "speed-up": speed_up,

@@ -9,7 +9,7 @@ How many candidates: let pre-activations have standard deviation s among latents
 border t * s, where k of F latents are larger. In a Gaussian's tail k * (exp(t * e) - 1) latents lie within the error of
 the border, t being 3 to 4 for k / F from 1e-2 to 1e-4. Rounding both factors and the result to bfloat16 makes e = 0.02
 (four standard deviations), so k / 12 latents; to float8 (e4m3), 0.15, so 0.7 k, of which the missed ones are the
-smallest. Measured on trained SAEs in docs/kernels.md.
+smallest. Measured on trained SAEs in docs/training.md.
 
 Letter beside the package's: C is the number of candidates.
 """
