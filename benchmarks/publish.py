@@ -3,8 +3,9 @@
 python benchmarks/publish.py            # rewrites the marked parts of the pages
 python benchmarks/publish.py --check    # exit code 1 if a page does not show what the results say
 
-``docs/measured/`` holds what `make bench`, `make quickstart` and `recall.py` write to ``runs/`` (to publish new numbers,
-copy ``bench.json``, ``row_sparse.json``, ``quickstart/metrics.json`` and ``recall.json`` there); ``docs/gpu/`` what `make gpu-check` writes.
+``docs/measured/`` holds what `make bench`, `make quickstart` and `recall.py` write to ``runs/``; to publish new
+numbers, copy ``bench.json``, ``row_sparse.json``, ``quickstart/metrics.json`` and ``recall.json`` there. ``docs/gpu/``
+holds what `make gpu-check` writes.
 A page marks the place of a table by ``<!-- measured: name -->`` and ``<!-- end -->``.
 """
 
@@ -134,10 +135,10 @@ def recall_curves() -> str:
         if precision != "full":
             off = [abs(e / f - 1) for e, f in zip(errors, full, strict=True)]
             last = sum(errors[-20:]) / sum(full[-20:]) - 1
-            sentences.append(f"in {precision} at most {max(off):.2%}, over the last 20 steps {last:+.3%}")
+            sentences.append(f"at most {max(off):.1%} in {precision} (over the last 20 steps {last:+.2%})")
     return (
-        f"Training {found['curves_at']:,} latents on the same batches, the error of a step differs from that in full "
-        f"precision {' and '.join(sentences)}."
+        f"In training {found['curves_at']:,} latents on the same batches, a step's error differs from that in full "
+        f"precision by {' and '.join(sentences)}."
     )
 
 
