@@ -110,7 +110,7 @@ def recalls(sae: SparseTopKTrainingSAE, x: Tensor) -> list[dict[str, Any]]:
     rows = []
     with torch.no_grad():
         scale = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
-        inputs = EncoderInputs(x, sae.W_enc.T, sae.pre_bias, sae.b_enc, scale, None, sae.cfg.k, 1, torch.float32)
+        inputs = EncoderInputs(x, sae.W_enc.T, sae.pre_bias, sae.b_enc, scale, None, None, sae.cfg.k, 1, torch.float32)
         exact = selected(inputs)
         for precision in PRECISIONS:
             default = with_candidates(inputs, precision)

@@ -24,11 +24,13 @@ from sae_lens_switch_kernels.functions import (
     topk_encode,
 )
 from sae_lens_switch_kernels.indexing import RowGrads
+from sae_lens_switch_kernels.several_experts import code_gates
 
 __all__ = [
     "EncoderPrecision",
     "Reconstruction",
     "RowGrads",
+    "code_gates",
     "latent_weight_grad",
     "matmul_at_indices",
     "sparse_autoencode",

@@ -17,6 +17,7 @@ from sae_lens_switch_kernels.indexing import ExpertGroups, RowGrads
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema, token_groups
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
 from sae_lens_switch_kernels.products import CodeProducts
+from sae_lens_switch_kernels.several_experts import are_several, gate_grads, gates_of_codes
 
 
 class DecoderInputs(NamedTuple):
@@ -24,13 +25,11 @@ class DecoderInputs(NamedTuple):
 
     Attributes:
         W_dec_FD: Decoder weights.
-        gates_B: Multiplies each token's values before decoding.
         dead_N: The dead latents, for AuxK.
         aux_k: How many of them are chosen per token.
     """
 
     W_dec_FD: Tensor
-    gates_B: Tensor | None
     dead_N: Tensor | None
     aux_k: int
 
@@ -112,21 +111,22 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
-    x_BD, (W_dec_FD, gates_B, dead_N, aux_k) = inputs.x_BD, decoder
+    x_BD, E, (W_dec_FD, dead_N, aux_k) = inputs.x_BD, inputs.n_experts, decoder
     p, groups = primitives(x_BD), inputs.groups()
     centered_BD = inputs.centered(groups)
     with torch.autocast(x_BD.device.type, enabled=False):
         values_BK, indices_BK, doubtful_B = encode_sorted(inputs, centered_BD, groups)
         codes = CodeProducts(p, indices_BK, len(W_dec_FD), groups, inputs.dtype)
-        out_BD = codes.decode(_gated(values_BK, gates_B, groups), W_dec_FD)
+        gates_BK = gates_of_codes(inputs.gates_B, inputs.expert_B, indices_BK, len(W_dec_FD) // E, groups)
+        out_BD = codes.decode(_gated(values_BK, gates_BK), W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         if dead_N is not None:
             check_range("dead_N", dead_N, len(inputs.W_enc_FD))
-            dead = dead_latents(dead_N, groups, len(inputs.W_enc_FD), aux_k)
-            aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, aux_k)
+            dead = dead_latents(dead_N, E, len(inputs.W_enc_FD), aux_k)
+            aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
             aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype)
-            aux_acts_BA = _gated(aux_values_BA, gates_B, groups)
-            aux_out_BD = groups.unsorted(aux.decode(aux_acts_BA, W_dec_FD[dead.latents_Z]))
+            gates_BA = gates_of_codes(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.n_slots, groups)
+            aux_out_BD = groups.unsorted(aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z]))
     return Outputs(
         groups.unsorted(out_BD),
         groups.unsorted(values_BK),
@@ -144,7 +144,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, decoder = _split(arguments)
     x_BD, W_enc_FD, W_dec_FD = inputs.x_BD, inputs.W_enc_FD, decoder.W_dec_FD
     B, long, has_aux = x_BD.shape[0], torch.long, decoder.dead_N is not None
-    has_centered = inputs.pre_bias_D is not None or inputs.expert_B is not None
+    is_sorted = inputs.expert_B is not None and not are_several(inputs.expert_B)
+    has_centered = inputs.pre_bias_D is not None or is_sorted
     return (
         W_dec_FD.new_empty(x_BD.shape),
         W_enc_FD.new_empty(B, inputs.k),
@@ -202,14 +203,16 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
         return CodeProducts(p, indices, n_latents, groups, b.dtype, active_only)
 
     values_BK, indices_BK = groups.sorted(b.values_BK), groups.sorted(b.indices_BK)
-    acts_BK = _gated(values_BK, b.gates_B, groups)
+    width = len(b.W_dec_FD) // b.n_experts
+    gates_BK = gates_of_codes(b.gates_B, b.expert_B, indices_BK, width, groups)
+    acts_BK = _gated(values_BK, gates_BK)
     g_BD = b.x_BD.new_zeros(b.x_BD.shape) if b.grad_out_BD is None else groups.sorted(b.grad_out_BD).contiguous()
     codes = products_at(indices_BK, len(b.W_dec_FD))
     d_acts_BK = d_values_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
     d_gates_B = none()
     if b.gates_B is not None:
-        d_gates_B = groups.unsorted((d_acts_BK * values_BK).sum(1).to(b.gates_B.dtype))
-        d_values_BK = _gated(d_acts_BK, b.gates_B, groups)
+        d_gates_B = _gate_grads(b, d_acts_BK * values_BK, width, groups)
+        d_values_BK = _gated(d_acts_BK, gates_BK)
     if b.grad_values_BK is not None:
         d_values_BK = d_values_BK + groups.sorted(b.grad_values_BK)
     # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
@@ -219,9 +222,10 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
     d_x_BD = codes.decode(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
-        dead = dead_latents(b.dead_N, groups, len(b.W_enc_FD), b.aux_slots_BA.shape[1])
-        aux = products_at(b.aux_slots_BA, len(dead.latents_Z))
-        dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, dead, aux, centered_BD, has_radial)
+        dead = dead_latents(b.dead_N, b.n_experts, len(b.W_enc_FD), b.aux_slots_BA.shape[1])
+        aux, g_aux_BD = products_at(b.aux_slots_BA, len(dead.latents_Z)), groups.sorted(b.grad_aux_BD).contiguous()
+        gates_BA = gates_of_codes(b.gates_B, b.expert_B, b.aux_slots_BA, dead.n_slots, groups)
+        dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, g_aux_BD, gates_BA, dead, aux, centered_BD, has_radial)
         rows_R, grads = _merge_rows(rows_R, grads, dead_R, dead_grads)
         d_x_BD = d_x_BD + d_dead_x_BD if b.needs_x else d_x_BD
 
@@ -238,22 +242,35 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     return InputGrads(d_x_BD, dW_enc, dW_dec, d_gates_B, d_pre_bias_D, d_bias)
 
 
+def _gate_grads(b: BackwardInputs, d_gates_BK: Tensor, width: int, groups: ExpertGroups) -> Tensor:
+    assert b.gates_B is not None
+    if b.expert_B is not None and are_several(b.expert_B):
+        expert_BK = torch.div(b.indices_BK, width, rounding_mode="floor")
+        return gate_grads(d_gates_BK, b.expert_B, expert_BK).to(b.gates_B.dtype)
+    return groups.unsorted(d_gates_BK.sum(1).to(b.gates_B.dtype))
+
+
 def _aux_backward(
-    b: BackwardInputs, grad_aux_BD: Tensor, dead: DeadLatents, codes: CodeProducts, centered_BD: Tensor, radial: bool
+    b: BackwardInputs,
+    g_BD: Tensor,
+    gates_BA: Tensor | None,
+    dead: DeadLatents,
+    codes: CodeProducts,
+    centered_BD: Tensor,
+    radial: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """The dead latents that have gradients, those gradients, and the gradient of x."""
-    g_BD = dead.groups.sorted(grad_aux_BD).contiguous()
     d_acts_BA = codes.matmul_at_indices(g_BD, b.W_dec_FD[dead.latents_Z])
-    d_pre_BA = dead.without_padding(_gated(d_acts_BA, b.gates_B, dead.groups), b.aux_slots_BA)
-    acts_BA = _gated(b.aux_values_BA, b.gates_B, dead.groups)
+    d_pre_BA = dead.without_padding(_gated(d_acts_BA, gates_BA), b.aux_slots_BA)
+    acts_BA = _gated(b.aux_values_BA, gates_BA)
     radial_BA = acts_BA * d_acts_BA if radial else None
     rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, centered_BD, radial_BA)
     d_x_BD = codes.decode(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
     return dead.latents_Z if rows_R is None else dead.latents_Z[rows_R], grads, d_x_BD
 
 
-def _gated(values_BK: Tensor, gates_B: Tensor | None, groups: ExpertGroups) -> Tensor:
-    return values_BK if gates_B is None else values_BK * groups.sorted(gates_B).unsqueeze(1).to(values_BK.dtype)
+def _gated(values_BK: Tensor, gates_BK: Tensor | None) -> Tensor:
+    return values_BK if gates_BK is None else values_BK * gates_BK.to(values_BK.dtype)
 
 
 def _merge_rows(

@@ -1,7 +1,7 @@
 """AuxK (Gao et al. 2024, A.2): which dead latents a token may choose, and their encoder.
 
-With experts a token chooses among the dead latents of its own expert, so all experts get equally many slots for them,
-and the encoder's grouped product applies unchanged.
+With experts a token chooses among the dead latents of its own expert or experts, so all experts get equally many slots
+for them, and the encoder's grouped product applies unchanged.
 
 Letters beside the package's: Z is the number of slots, E times those of one expert.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_lens_switch_kernels.backend import SelfChecked
 from sae_lens_switch_kernels.indexing import ExpertGroups
 from sae_lens_switch_kernels.inputs import EncoderInputs
+from sae_lens_switch_kernels.several_experts import times_gates
 
 
 class DeadLatents(NamedTuple):
@@ -24,23 +25,37 @@ class DeadLatents(NamedTuple):
         latents_Z: The latent in each slot. An expert has as many slots as the one with most dead latents, and at least
             aux_k.
         real_Z: Which slots are not padding; None: all.
-        groups: The tokens of each expert.
+        n_slots: Slots per expert.
     """
 
     latents_Z: Tensor
     real_Z: Tensor | None
-    groups: ExpertGroups
+    n_slots: int
 
     def encode(
-        self, p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, aux_k: int
+        self, p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups, aux_k: int
     ) -> tuple[Tensor, Tensor]:
-        """Pre-activations of the aux_k best of each token's own expert, without ReLU, and their slots; both [B, A]."""
+        """Pre-activations of the aux_k best of each token's own experts, without ReLU, and their slots; both [B, A]."""
+        pairs = inputs.pairs()
+        if pairs is None:
+            return self._encode_rows(p, inputs, centered_BD, groups, aux_k)
+        found = self._encode_rows(p, inputs, pairs.rows(centered_BD), pairs.groups, aux_k)
+        values_BN, slots_BN = (pairs.by_token(t) for t in found)
+        ranked_BN = times_gates(values_BN, inputs.gates_B)
+        if self.real_Z is not None:
+            ranked_BN = ranked_BN.masked_fill(~self.real_Z[slots_BN], -torch.inf)
+        place_BA = ranked_BN.topk(aux_k, dim=1, sorted=False).indices
+        return values_BN.gather(1, place_BA), slots_BN.gather(1, place_BA)
+
+    def _encode_rows(
+        self, p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups, aux_k: int
+    ) -> tuple[Tensor, Tensor]:
         W_ZD = inputs.W_enc_FD[self.latents_Z]
         bias_Z, scale_Z = (None if t_F is None else t_F[self.latents_Z] for t_F in (inputs.bias_F, inputs.scale_F))
         if self.real_Z is not None:
             never_Z = W_ZD.new_zeros(len(self.latents_Z)).masked_fill_(~self.real_Z, -torch.inf)
             bias_Z = never_Z if bias_Z is None else bias_Z + never_Z
-        values_BA, slots_BA = p.topk_encode(centered_BD, W_ZD, aux_k, self.groups, bias_Z, scale_Z, inputs.dtype)
+        values_BA, slots_BA = p.topk_encode(centered_BD, W_ZD, aux_k, groups, bias_Z, scale_Z, inputs.dtype)
         return self.without_padding(values_BA, slots_BA), slots_BA
 
     def without_padding(self, values_BA: Tensor, slots_BA: Tensor) -> Tensor:
@@ -48,10 +63,10 @@ class DeadLatents(NamedTuple):
         return values_BA if self.real_Z is None else values_BA.masked_fill(~self.real_Z[slots_BA], 0)
 
 
-def dead_latents(dead_N: Tensor, groups: ExpertGroups, n_latents: int, aux_k: int) -> DeadLatents:
-    E = len(groups.offsets_E1) - 1
+def dead_latents(dead_N: Tensor, n_experts: int, n_latents: int, aux_k: int) -> DeadLatents:
+    E = n_experts
     if E == 1:
-        return DeadLatents(dead_N, None, groups)
+        return DeadLatents(dead_N, None, len(dead_N))
     expert_N = torch.div(dead_N, n_latents // E, rounding_mode="floor")
     by_expert_N, order_N = expert_N.sort(stable=True)
     count_E = torch.bincount(expert_N, minlength=E)
@@ -62,4 +77,4 @@ def dead_latents(dead_N: Tensor, groups: ExpertGroups, n_latents: int, aux_k: in
     latents_Z[slot_N] = dead_N[order_N]
     real_Z = torch.zeros(E * n_slots, dtype=torch.bool, device=dead_N.device)
     real_Z[slot_N] = True
-    return DeadLatents(latents_Z, real_Z, groups)
+    return DeadLatents(latents_Z, real_Z, n_slots)

@@ -134,7 +134,7 @@ def topk_encode(
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
-    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, k, 1, W_enc_FD.dtype)
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
     return operators.encode(*_checked(inputs, encoder_precision))
 
 
@@ -145,30 +145,33 @@ def switch_encode(
     k: int,
     n_experts: int,
     *,
+    gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     encoder_precision: EncoderPrecision = "full",
 ) -> tuple[Tensor, Tensor]:
     """TopK_k(relu((x - pre_bias) W_e^T)) for e = expert[b], where W_e is rows ``e * M : (e + 1) * M`` of W_enc.
 
-    Only the chosen block is computed: 2BDM flops. Otherwise as ``topk_encode``.
+    Only the chosen block is computed: 2BDM flops. With A experts per token, TopK_k over the latents of all of them,
+    each multiplied by the gate of its expert for the selection: 2BDMA flops. Otherwise as ``topk_encode``.
 
     Args:
         x_BD: Tokens.
-        expert_B: The expert of each token, int32 or int64.
+        expert_B: The expert of each token, int32 or int64; or its experts, [B, A], distinct.
         W_enc_FD: Encoder weights.
-        k: Active latents per token.
+        k: Active latents per token, over all its experts.
         n_experts: E; every expert owns M = F / E latents.
+        gates_B: Positive gates, of the shape of ``expert_B``. That of a single expert changes nothing.
         pre_bias_D: Subtracted from x.
         encoder_precision: As in ``topk_encode``.
 
     Returns:
-        values [B, K] and indices [B, K], which count over all F latents.
+        values [B, K], without the gate, and indices [B, K], which count over all F latents.
 
     Raises:
-        ValueError: As ``topk_encode``; also if n_experts does not divide F, if k > M, or if an expert is outside
+        ValueError: As ``topk_encode``; also if n_experts does not divide F, if k > A M, or if an expert is outside
             [0, n_experts).
     """
-    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, k, n_experts, W_enc_FD.dtype)
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
     return operators.encode(*_checked(inputs, encoder_precision))
 
 
@@ -200,16 +203,16 @@ def sparse_autoencode(
         W_enc_FD: Encoder weights.
         W_dec_FD: Decoder weights.
         k: Active latents per token.
-        expert_B: The expert of each token, as in ``switch_encode``.
+        expert_B: The expert of each token, or its experts, as in ``switch_encode``.
         n_experts: Number of experts.
-        gates_B: Multiplies each token's values before decoding.
+        gates_B: Multiplies the values of each token, or of each of its experts, before decoding.
         pre_bias_D: Subtracted from x.
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only.
         dead_N: Dead latents, whose own aux_k largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
             A.2). Only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
-            token's own expert, all of them if it has fewer than aux_k, weighted by the gate, which gets no gradient
-            from them.
+            token's own experts, all of them if there are fewer than aux_k, weighted by the gate, which gets no
+            gradient from them.
         aux_k: Dead latents per token.
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
@@ -223,15 +226,14 @@ def sparse_autoencode(
     """
     _check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     _check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
-    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, k, n_experts, W_enc_FD.dtype)
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
     inputs = _checked(inputs, encoder_precision)
-    _check_vector("gates_B", gates_B, len(x_BD), W_enc_FD, same_dtype=False)
     if dead_N is not None:
         _check_integers("dead_N", dead_N)
         _check_device("dead_N", dead_N, "x_BD", x_BD)
         if not 1 <= aux_k <= len(dead_N):
             raise ValueError(f"aux_k must be between 1 and the {len(dead_N)} dead latents; got aux_k={aux_k}")
-    arguments = *inputs, W_dec_FD, gates_B, dead_N, aux_k
+    arguments = *inputs, W_dec_FD, dead_N, aux_k
     # While compiling, radial_R, a saving that an optimiser can do without, is not worth a graph break.
     if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
         outputs = autoencode.autoencode(*arguments)
@@ -256,15 +258,23 @@ def _checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Enco
     F = len(W_FD)
     if n_experts < 1 or F % n_experts:
         raise ValueError(f"n_experts must divide the number of latents; got n_experts={n_experts}, F={F}")
-    if not 1 <= k <= F // n_experts:
-        raise ValueError(f"k must be between 1 and F / n_experts = {F // n_experts}; got k={k}")
+    n_active = 1
     if expert_B is not None:
-        if expert_B.shape != x_BD.shape[:1]:
-            raise ValueError(f"expert_B must have shape ({len(x_BD)},); got {tuple(expert_B.shape)}")
-        _check_integers("expert_B", expert_B)
-        _check_device("expert_B", expert_B, "x_BD", x_BD)
+        n_active = _check_experts(expert_B, x_BD, n_experts)
+        if expert_B.ndim == 2 and n_active == 1:
+            gates_B = None if inputs.gates_B is None else inputs.gates_B.flatten()
+            inputs = inputs._replace(expert_B=expert_B.flatten(), gates_B=gates_B)
     elif n_experts != 1:
         raise ValueError(f"expert_B must be given for n_experts={n_experts}")
+    width = F // n_experts
+    if not 1 <= k <= n_active * width:
+        several = f"{n_active} F / n_experts" if n_active > 1 else "F / n_experts"
+        raise ValueError(f"k must be between 1 and {several} = {n_active * width}; got k={k}")
+    if inputs.gates_B is not None:
+        expected = x_BD.shape[:1] if inputs.expert_B is None else inputs.expert_B.shape
+        if inputs.gates_B.shape != expected:
+            raise ValueError(f"gates_B must have shape {tuple(expected)}; got {tuple(inputs.gates_B.shape)}")
+        _check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
     _check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
     _check_vector("bias_F", inputs.bias_F, F, W_FD)
     _check_vector("scale_F", inputs.scale_F, F, W_FD)
@@ -274,15 +284,23 @@ def _checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Enco
     return with_candidates(inputs, encoder_precision)
 
 
-def _check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor, same_dtype: bool = True) -> None:
+def _check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:
+    """The number of experts per token. Raises ValueError."""
+    n_active = expert_B.shape[1] if expert_B.ndim == 2 else 1
+    if expert_B.ndim not in (1, 2) or len(expert_B) != len(x_BD) or not 1 <= n_active <= n_experts:
+        expected = f"({len(x_BD)},) or ({len(x_BD)}, n_active) with n_active from 1 to {n_experts}"
+        raise ValueError(f"expert_B must have shape {expected}; got {tuple(expert_B.shape)}")
+    _check_integers("expert_B", expert_B)
+    _check_device("expert_B", expert_B, "x_BD", x_BD)
+    return n_active
+
+
+def _check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor) -> None:
     if t is None:
         return
     if t.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},); got {tuple(t.shape)}")
-    if same_dtype:
-        _check_like(name, t, "W_enc_FD", W_FD)
-    else:
-        _check_device(name, t, "W_enc_FD", W_FD)
+    _check_like(name, t, "W_enc_FD", W_FD)
 
 
 def _check_matrix(name: str, t: Tensor, rows: int | None = None, columns: int | None = None) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, one_group
+from sae_lens_switch_kernels.several_experts import Pairs, are_several, pairs_of
 from sae_lens_switch_kernels.torch_private import assert_on_device
 
 
@@ -18,7 +19,9 @@ class EncoderInputs(NamedTuple):
         pre_bias_D: Subtracted from every token.
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only.
-        expert_B: The expert of each token; None: one expert owns all latents.
+        expert_B: The expert of each token, or its experts [B, A]; None: one expert owns all latents.
+        gates_B: Multiplies the values of each token, or of each of its experts [B, A], before decoding; of several
+            experts, also before the k largest are selected.
         k: Active latents per token.
         n_experts: Number of experts.
         dtype: Dtype of the matrix products.
@@ -32,6 +35,7 @@ class EncoderInputs(NamedTuple):
     bias_F: Tensor | None
     scale_F: Tensor | None
     expert_B: Tensor | None
+    gates_B: Tensor | None
     k: int
     n_experts: int
     dtype: torch.dtype
@@ -39,7 +43,16 @@ class EncoderInputs(NamedTuple):
     n_candidates: int = 0
 
     def groups(self) -> ExpertGroups:
+        """Of the tokens as their codes are decoded: one group where a token has several experts."""
         return token_groups(self.x_BD, self.expert_B, self.n_experts)
+
+    def pairs(self) -> Pairs | None:
+        """Of the tokens as they are encoded, where they have several experts."""
+        if self.expert_B is None or not are_several(self.expert_B):
+            return None
+        check_range("expert_B", self.expert_B, self.n_experts)
+        _check_distinct(self.expert_B)
+        return pairs_of(self.expert_B, self.n_experts)
 
     def centered(self, groups: ExpertGroups) -> Tensor:
         """x - pre_bias, rows sorted by expert; x itself where that changes nothing."""
@@ -51,7 +64,7 @@ class EncoderInputs(NamedTuple):
 
 
 def token_groups(x_BD: Tensor, expert_B: Tensor | None, n_experts: int) -> ExpertGroups:
-    if expert_B is None:
+    if expert_B is None or are_several(expert_B):
         return one_group(len(x_BD), x_BD.device)
     check_range("expert_B", expert_B, n_experts)
     return expert_groups(expert_B, n_experts)
@@ -69,6 +82,16 @@ def check_range(name: str, t: Tensor, end: int) -> None:
     low, high = (int(v) for v in t.aminmax()) if t.numel() else (0, 0)
     if low < 0 or high >= max(end, 1):
         raise ValueError(f"{name} must lie in [0, {end}); got values from {low} to {high}")
+
+
+def _check_distinct(expert_BA: Tensor) -> None:
+    """Require that no token has an expert twice. Raises ValueError on a CPU, as ``check_range``."""
+    is_distinct = (expert_BA.sort(dim=1).values.diff(dim=1) > 0).all()
+    if not _is_readable(expert_BA):
+        assert_on_device(is_distinct, "the experts of a token must be distinct")
+    elif not is_distinct:
+        twice = (expert_BA.sort(dim=1).values.diff(dim=1) == 0).any(1).nonzero().flatten()[0]
+        raise ValueError(f"expert_B must hold distinct experts per token; got {expert_BA[twice].tolist()}")
 
 
 def _is_readable(t: Tensor) -> bool:

@@ -14,6 +14,7 @@ from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.candidates import Selected, select_from_candidates
 from sae_lens_switch_kernels.indexing import ExpertGroups, latent_index
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
+from sae_lens_switch_kernels.several_experts import times_gates
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -106,7 +107,20 @@ def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> Selected:
-    """relu of the k largest pre-activations per row, rows sorted by expert."""
+    """relu of the k largest pre-activations per token, in the order of ``groups``."""
+    pairs = inputs.pairs()
+    if pairs is None:
+        return _encode_rows(inputs, centered_BD, groups)
+    of_one = inputs._replace(k=min(inputs.k, len(inputs.W_enc_FD) // inputs.n_experts))
+    values_RK, indices_RK, doubtful_R = _encode_rows(of_one, pairs.rows(centered_BD), pairs.groups)
+    values_BN, indices_BN = pairs.by_token(values_RK), pairs.by_token(indices_RK)
+    place_BK = times_gates(values_BN, inputs.gates_B).topk(inputs.k, dim=1, sorted=False).indices
+    doubtful_B = doubtful_R if inputs.candidate_dtype is None else pairs.by_token(doubtful_R.unsqueeze(1)).any(1)
+    return Selected(values_BN.gather(1, place_BK), indices_BN.gather(1, place_BK), doubtful_B)
+
+
+def _encode_rows(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> Selected:
+    """relu of the k largest pre-activations per row of one expert each, rows sorted by expert."""
     p = primitives(centered_BD)
     with torch.autocast(centered_BD.device.type, enabled=False):
         if inputs.candidate_dtype is None:
@@ -147,7 +161,7 @@ def _encode_backward(ctx: Any, grad_BK: Tensor, grad_indices: None) -> Gradients
         # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.
         -(d_bias_F @ W_FD) if needs_pre_bias else None,
         d_bias_F if needs_bias else None,
-        *[None] * 7,
+        *[None] * 8,
     )
 
 

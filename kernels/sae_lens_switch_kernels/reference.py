@@ -61,17 +61,20 @@ def switch_encode(
     k: int,
     n_experts: int,
     *,
+    gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per token, the k largest of relu((x - b) W_enc^T) within the token's own expert."""
+    """Per token, relu of the k of (x - b) W_enc^T within its own experts that are largest when gated."""
     M = len(W_enc_FD) // n_experts
     values, indices = [], []
-    for x_D, expert in zip(x_BD, expert_B.tolist(), strict=True):
-        W_MD = W_enc_FD[expert * M : (expert + 1) * M]
-        pre_M = W_MD @ (x_D if pre_bias_D is None else x_D - pre_bias_D)
-        top = pre_M.topk(k)
-        values.append(top.values.relu())
-        indices.append(top.indices + expert * M)
+    for b, x_D in enumerate(x_BD):
+        experts = expert_B[b].flatten()
+        mine = torch.cat([torch.arange(e * M, (e + 1) * M) for e in experts.tolist()])
+        pre = W_enc_FD[mine] @ (x_D if pre_bias_D is None else x_D - pre_bias_D)
+        gates = torch.ones_like(experts) if gates_B is None else gates_B[b].flatten()
+        chosen = (pre.relu() * gates.repeat_interleave(M)).topk(k).indices
+        values.append(pre[chosen].relu())
+        indices.append(mine[chosen])
     if not values:
         return x_BD.new_zeros(0, k), expert_B.new_zeros(0, k)
     return torch.stack(values), torch.stack(indices)
@@ -112,18 +115,35 @@ def sparse_autoencode(
     if expert_B is None:
         values_BK, indices_BK = topk_encode(x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F)
     else:
-        values_BK, indices_BK = switch_encode(x_BD, expert_B, W_enc_FD, k, n_experts, pre_bias_D=pre_bias_D)
-    gated_BK = values_BK if gates_B is None else values_BK * gates_B.unsqueeze(1)
+        options = {"pre_bias_D": pre_bias_D, "gates_B": gates_B}
+        values_BK, indices_BK = switch_encode(x_BD, expert_B, W_enc_FD, k, n_experts, **options)
+    M = len(W_enc_FD) // n_experts
+    gated_BK = values_BK if gates_B is None else values_BK * _gates_at(gates_B, expert_B, indices_BK // M)
     out_BD = sparse_decode(gated_BK, indices_BK, W_dec_FD)
     if dead_N is None:
         return out_BD, values_BK, indices_BK, None
-    M = len(W_enc_FD) // n_experts
     rows = []
     for b, x_D in enumerate(x_BD):
-        mine = dead_N if expert_B is None else dead_N[dead_N // M == expert_B[b]]
+        mine = dead_N if expert_B is None else dead_N[torch.isin(dead_N // M, expert_B[b])]
         pre_N = W_enc_FD[mine] @ (x_D if pre_bias_D is None else x_D - pre_bias_D)
         pre_N = pre_N if bias_F is None else pre_N + bias_F[mine]
-        chosen_A = (pre_N if scale_F is None else pre_N * scale_F[mine]).topk(min(aux_k, len(mine))).indices
-        gate = 1 if gates_B is None else gates_B[b].detach()
-        rows.append(gate * pre_N[chosen_A] @ W_dec_FD[mine[chosen_A]])
+        gates_N = torch.ones_like(pre_N)
+        if gates_B is not None:
+            of_token = None if expert_B is None else expert_B[b : b + 1]
+            gates_N = _gates_at(gates_B[b : b + 1], of_token, (mine // M).unsqueeze(0)).detach().expand(1, len(mine))[0]
+        ranked_N = gates_N * (pre_N if scale_F is None else pre_N * scale_F[mine])
+        chosen_A = ranked_N.topk(min(aux_k, len(mine))).indices
+        rows.append((gates_N * pre_N)[chosen_A] @ W_dec_FD[mine[chosen_A]])
     return out_BD, values_BK, indices_BK, torch.stack(rows) if rows else torch.zeros_like(out_BD)
+
+
+def _gates_at(gates_B: Tensor, expert_B: Tensor | None, expert_BK: Tensor) -> Tensor:
+    """[B, 1], or with several experts per token [B, K]: the gate of each latent's expert."""
+    if expert_B is None or expert_B.ndim == 1:
+        return gates_B.unsqueeze(1)
+    return torch.stack(
+        [
+            torch.stack([gates[experts == e].sum() for e in wanted]) if len(wanted) else gates[:0]
+            for gates, experts, wanted in zip(gates_B, expert_B, expert_BK, strict=True)
+        ]
+    )

@@ -183,7 +183,11 @@ class Routes:
 
     def result(self) -> Routing:
         return Routing(
-            self.tokens_E, self.probability_E / self.n, self.entropy / self.n, self.gates / self.n, self.gate_counts
+            self.tokens_E,
+            self.probability_E / self.n,
+            self.entropy / self.n,
+            self.gates / int(self.tokens_E.sum()),
+            self.gate_counts,
         )
 
 

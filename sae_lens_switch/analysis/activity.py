@@ -133,8 +133,9 @@ def observe(
             if piece.assignment is not None:
                 routes.add(piece.assignment)
                 if ids_B is not None:
-                    experts_B = piece.assignment.experts_BA.flatten().cpu()
-                    seen.add(experts_B, ids_B[piece.start : piece.start + len(experts_B)])
+                    experts_BA = piece.assignment.experts_BA.cpu()
+                    of_piece_B = ids_B[piece.start : piece.start + len(experts_BA)]
+                    seen.add(experts_BA.flatten(), of_piece_B.repeat_interleave(experts_BA.shape[1]))
         n_contexts += len(x)
     if moments.n == 0:
         raise ValueError("there must be activations to observe; got none")

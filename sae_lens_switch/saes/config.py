@@ -22,12 +22,14 @@ class SwitchSAEConfig(SAEConfig):
 
     Args:
         n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
-        k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
-        gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "one": they are not.
+        k (int): Active latents per token, of all its experts together; at most n_active_experts * d_sae / n_experts.
+        n_active_experts (int): Experts that each token is sent to. 1 as in the paper; with more, the k largest latents of all of them are kept, and the encoder costs as many times more.
+        gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "renormalized": by that among the token's own experts, which sum to 1. "one": they are not.
     """
 
     n_experts: int = 16
     k: int = 32
+    n_active_experts: int = 1
     gate: Gate = "probability"
 
     @override
@@ -48,8 +50,9 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
 
     Args:
         n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
-        k (int): Active latents per token, all of one expert; at most d_sae / n_experts.
-        gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "one": they are not, and the router learns from the load balance alone.
+        k (int): Active latents per token, of all its experts together; at most n_active_experts * d_sae / n_experts.
+        n_active_experts (int): Experts that each token is sent to. 1 as in the paper; with more, the k largest latents of all of them are kept, and the encoder costs as many times more.
+        gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "renormalized": by that among the token's own experts, which sum to 1. "one": they are not, and the router learns from the load balance alone, as with "renormalized" and one expert.
         load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in".
         load_balance_scale (str): "variance": the batch's E||x - mean||^2, so that the coefficient means the same for activations of any scale. "d_in": the authors' constant.
         load_balance_warm_up_steps (int): Steps over which the coefficient rises linearly from 0.
@@ -66,6 +69,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
 
     n_experts: int = 16
     k: int = 32
+    n_active_experts: int = 1
     gate: Gate = "probability"
     load_balance_coefficient: float | None = None
     load_balance_scale: LoadBalanceScale = "variance"
@@ -139,11 +143,15 @@ def check_sae(cfg: SAEConfig) -> None:
 def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
     if cfg.d_sae % cfg.n_experts:
         raise ValueError(f"d_sae must be a multiple of n_experts={cfg.n_experts}; got d_sae={cfg.d_sae}")
-    width = cfg.d_sae // cfg.n_experts
-    if cfg.k > width:
+    if cfg.n_active_experts > cfg.n_experts:
+        raise ValueError(f"n_active_experts must be at most n_experts={cfg.n_experts}; got {cfg.n_active_experts}")
+    width, A = cfg.d_sae // cfg.n_experts, cfg.n_active_experts
+    if cfg.k > A * width:
+        several = "" if A == 1 else "n_active_experts * "
+        factor, whose = ("", "one expert") if A == 1 else (f"{A} * ", f"{A} experts")
         raise ValueError(
-            f"k must be at most d_sae / n_experts = {cfg.d_sae} / {cfg.n_experts} = {width}, the latents of one "
-            f"expert; got k={cfg.k}"
+            f"k must be at most {several}d_sae / n_experts = {factor}{cfg.d_sae} / {cfg.n_experts} = {A * width}, the "
+            f"latents of {whose}; got k={cfg.k}"
         )
     if cfg.normalize_activations == "covariance_whitening" and not cfg.apply_b_dec_to_input:
         raise ValueError(

@@ -7,7 +7,7 @@ from sae_lens_switch_kernels import EncoderPrecision
 
 from sae_lens_switch.common.rules import Choice, Device, Dtype, Flag, Kind, Number, Rule, Whole
 
-Gate = Literal["probability", "one"]
+Gate = Literal["probability", "renormalized", "one"]
 LoadBalanceScale = Literal["variance", "d_in"]
 BiasStart = Literal["geometric_median", "mean", "zeros"]
 
@@ -28,7 +28,7 @@ SAE: dict[str, Rule] = {
 }
 SWITCH: dict[str, Rule] = {
     **SAE,
-    **dict.fromkeys(("n_experts", "k"), _size),
+    **dict.fromkeys(("n_experts", "n_active_experts", "k"), _size),
     "gate": Choice(get_args(Gate)),
     "load_balance_coefficient": Number(at_least=0, optional=True),
     "load_balance_scale": Choice(get_args(LoadBalanceScale)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Assignment:
-    """Router logits and probabilities of all experts; indices and gates of the A chosen ones (A = 1)."""
+    """Router logits and probabilities of all experts; indices and probabilities of the A chosen ones, best first."""
 
     logits_BE: Tensor
     probs_BE: Tensor
@@ -29,14 +29,14 @@ def router_logits(x_BD: Tensor, W_router_DE: Tensor, b_router_D: Tensor) -> Tens
         return (x_BD.to(W_router_DE.dtype) - b_router_D) @ W_router_DE
 
 
-def assign(logits_BE: Tensor, probs_BE: Tensor) -> Assignment:
-    """Each token's most probable expert; ties go to the first. The gate is its probability."""
-    experts_BA = probs_BE.argmax(dim=-1, keepdim=True)
+def assign(logits_BE: Tensor, probs_BE: Tensor, n_active: int = 1) -> Assignment:
+    """Each token's most probable experts; of one, ties go to the first. The gates are their probabilities."""
+    experts_BA = probs_BE.argmax(dim=-1, keepdim=True) if n_active == 1 else probs_BE.topk(n_active, dim=-1).indices
     return Assignment(logits_BE, probs_BE, experts_BA, probs_BE.gather(-1, experts_BA))
 
 
 def expert_load(assignment: Assignment) -> Tensor:
-    """Share of the batch that each expert receives, [E], in the router's dtype; sums to 1."""
+    """Share of the tokens' A choices that each expert receives, [E], in the router's dtype; sums to 1."""
     experts = assignment.experts_BA.flatten()
     counts_E = assignment.probs_BE.new_zeros(assignment.probs_BE.shape[-1])
     counts_E.index_add_(0, experts, counts_E.new_ones(()).expand(len(experts)))

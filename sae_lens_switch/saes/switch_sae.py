@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import switch_encode
+from sae_lens_switch_kernels import code_gates, switch_encode
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
@@ -25,6 +25,7 @@ class SwitchBase(SparseSAE):
 
     Router   p = softmax((x - b_router) @ W_router), e = argmax p, in float32 whatever the SAE's dtype
     Encoder  z = TopK_K(relu((x - b_dec) @ W_enc[:, block e])), f = p_e z
+             with A active experts: f = TopK_K(g_e relu((x - b_dec) @ W_enc)) over the blocks of all A, g_e their gates
     Decoder  x_hat = f @ W_dec + b_dec, linear in any dense f
     """
 
@@ -48,7 +49,7 @@ class SwitchBase(SparseSAE):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        """Dense latents [..., F] of x [..., D]: at most k non-zeros per token, all of one expert, gate included."""
+        """Dense latents [..., F] of x [..., D]: at most k non-zeros per token, of its own experts, gate included."""
         return self._encode_dense(self.normalized_input(x))[0]
 
     @override
@@ -56,7 +57,7 @@ class SwitchBase(SparseSAE):
         return self.encode_routed(x)[0]
 
     def encode_routed(self, x: Tensor) -> tuple[SparseCodes, Assignment]:
-        """``encode_sparse``, and which expert each token went to, with what gate."""
+        """``encode_sparse``, and which experts each token went to, with what probabilities."""
         x = self.normalized_input(x)
         assignment = self._route(x)
         return self._encode_codes(x, assignment), assignment
@@ -79,7 +80,7 @@ class SwitchBase(SparseSAE):
 
     def _route(self, inputs_BD: Tensor) -> Assignment:
         logits = self.hook_sae_router_logits(router_logits(inputs_BD, self.W_router, self.effective_router_bias))
-        return assign(logits, self.hook_sae_router_probs(logits.softmax(dim=-1)))
+        return assign(logits, self.hook_sae_router_probs(logits.softmax(dim=-1)), self.cfg.n_active_experts)
 
     @property
     def effective_router_bias(self) -> Tensor:
@@ -88,17 +89,30 @@ class SwitchBase(SparseSAE):
 
     def _encode_codes(self, x: Tensor, assignment: Assignment) -> SparseCodes:
         lead = x.shape[:-1]
+        experts, gates = self._chosen(assignment)
         values, indices = switch_encode(
             x.reshape(-1, x.shape[-1]),
-            assignment.experts_BA.flatten(),
+            experts,
             self.W_enc.T,
             self.cfg.k,
             self.cfg.n_experts,
+            gates_B=None if gates is None else gates.detach(),
             pre_bias_D=self.pre_bias,
             encoder_precision=self.encoder_precision,
         )
-        values = self._gated(values.view(*lead, self.cfg.k), assignment)
-        return SparseCodes(values, indices.view(*lead, self.cfg.k), self.cfg.d_sae)
+        codes = SparseCodes(values.view(*lead, self.cfg.k), indices.view(*lead, self.cfg.k), self.cfg.d_sae)
+        return SparseCodes(self._gated(codes, assignment), codes.indices, self.cfg.d_sae)
+
+    def _chosen(self, assignment: Assignment) -> tuple[Tensor, Tensor | None]:
+        """Experts and gates of every token, [B, A]; no gates if they are 1."""
+        gates, A = self._gates(assignment), self.cfg.n_active_experts
+        return assignment.experts_BA.reshape(-1, A), None if gates is None else gates.reshape(-1, A)
+
+    def _gates(self, assignment: Assignment) -> Tensor | None:
+        if self.cfg.gate == "one":
+            return None
+        gates = assignment.gates_BA
+        return gates / gates.sum(dim=-1, keepdim=True) if self.cfg.gate == "renormalized" else gates
 
     def _encode_hooked(self, x: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
         """As ``_encode_codes``, with pre-activations laid out densely for ``hook_sae_acts_pre`` to see and edit.
@@ -107,22 +121,31 @@ class SwitchBase(SparseSAE):
         """
         E, M = self.cfg.n_experts, self.cfg.d_sae // self.cfg.n_experts
         centered_BD = self._centered(x).reshape(-1, x.shape[-1])
-        expert_B = assignment.experts_BA.flatten()
+        experts_BA, gates_BA = self._chosen(assignment)
         pre_BF = centered_BD.new_zeros(len(centered_BD), self.cfg.d_sae)
         for e in range(E):
-            rows = (expert_B == e).nonzero().flatten()
+            rows = (experts_BA == e).any(1).nonzero().flatten()
             block = slice(e * M, (e + 1) * M)
             pre_BF[rows, block] = (centered_BD[rows] @ self.W_enc[:, block]).to(pre_BF.dtype)
         pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], self.cfg.d_sae))
-        block_indices = assignment.experts_BA * M + torch.arange(M, device=x.device)
-        top = pre.gather(-1, block_indices).topk(self.cfg.k, dim=-1)
-        values = self._gated(top.values.relu(), assignment)
-        return SparseCodes(values, block_indices.gather(-1, top.indices), self.cfg.d_sae).to_dense(), pre
+        blocks = (assignment.experts_BA.unsqueeze(-1) * M + torch.arange(M, device=x.device)).flatten(-2)
+        mine = ranked = pre.gather(-1, blocks)
+        if gates_BA is not None and self.cfg.n_active_experts > 1:
+            gates = gates_BA.detach().to(pre.dtype).repeat_interleave(M, dim=1)
+            ranked = mine.relu() * gates.view(mine.shape)
+        place = ranked.topk(self.cfg.k, dim=-1).indices
+        codes = SparseCodes(mine.gather(-1, place).relu(), blocks.gather(-1, place), self.cfg.d_sae)
+        return SparseCodes(self._gated(codes, assignment), codes.indices, self.cfg.d_sae).to_dense(), pre
 
-    def _gated(self, values: Tensor, assignment: Assignment) -> Tensor:
-        if self.cfg.gate == "one":
-            return values
-        return values * assignment.gates_BA.to(values.dtype)
+    def _gated(self, codes: SparseCodes, assignment: Assignment) -> Tensor:
+        """The values of the codes, times the gates of their experts."""
+        gates = self._gates(assignment)
+        if gates is None:
+            return codes.values
+        if self.cfg.n_active_experts > 1:
+            experts = torch.div(codes.indices, self.cfg.d_sae // self.cfg.n_experts, rounding_mode="floor")
+            gates = code_gates(gates, assignment.experts_BA, experts)
+        return codes.values * gates.to(codes.values.dtype)
 
     # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here
 
@@ -147,17 +170,20 @@ class SwitchBase(SparseSAE):
     @override
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
-        """Fold decoder norms into the encoder where that is exact: when they are equal within each expert.
+        """Fold decoder norms into the encoder where that is exact: when those that compete are equal.
 
-        Raises NotImplementedError otherwise, since rescaled pre-activations would select other latents.
+        These are the norms within each expert, or all where a token has several experts. Raises NotImplementedError
+        otherwise, since rescaled pre-activations would select other latents.
         """
-        norms_EM = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1).view(self.cfg.n_experts, -1)
+        competing = self.cfg.n_experts if self.cfg.n_active_experts == 1 else 1
+        norms_EM = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1).view(competing, -1)
         spread_E = norms_EM.amax(1) / norms_EM.amin(1) - 1
         # Rows of equal norm differ by their rounding to the dtype, and by the rounding of the norms themselves.
         tolerance = 2 * torch.finfo(self.dtype).eps + 16 * torch.finfo(norms_EM.dtype).eps
         if spread_E.max() > tolerance:
             raise NotImplementedError(
-                "fold_W_dec_norm is exact for a Switch SAE only if all decoder rows of an expert have the same norm; "
+                "fold_W_dec_norm is exact for a Switch SAE only if all decoder rows of an expert have the same norm, "
+                "and those of all experts where a token has several; "
                 f"here they differ by up to a factor of {1 + spread_E.max().item():.4g}"
             )
         super().fold_W_dec_norm()

@@ -21,6 +21,7 @@ from sae_lens_switch.saes.decoder_constraint import (
 )
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics, expert_load, load_balance_loss, router_dtype
 from sae_lens_switch.saes.serialization import FRESH
+from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import DeadLatents, LatentParameters, SparseTrainingSAE
 from sae_lens_switch.saes.step import activation_rows, why_not_finite
 from sae_lens_switch.saes.switch_sae import SwitchBase
@@ -30,8 +31,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     """A Switch SAE in training: reconstruction plus load balance, under SAELens's trainer or any loop.
 
     Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; and AuxK
-    (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead latents of a token's own expert, weighted by its
-    gate, reconstruct the token's residual.
+    (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead latents of a token's own experts, weighted by their
+    gates, reconstruct the token's residual.
     A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK is then left out.
     """
 
@@ -128,21 +129,23 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         self, inputs_BD: Tensor, assignment: Assignment | None, dead: DeadLatents, row_grads: RowGrads | None
     ) -> tuple[Reconstruction, Tensor]:
         assert assignment is not None
+        experts_BA, gates_BA = self._chosen(assignment)
         result = sparse_autoencode(
             inputs_BD,
             self.W_enc.T,
             self.W_dec,
             self.cfg.k,
-            expert_B=assignment.experts_BA.flatten(),
+            expert_B=experts_BA,
             n_experts=self.cfg.n_experts,
-            gates_B=assignment.gates_BA.flatten() if self.cfg.gate == "probability" else None,
+            gates_B=gates_BA,
             pre_bias_D=self.pre_bias,
             dead_N=dead.indices_N,
             aux_k=dead.aux_k,
             row_grads=row_grads,
             encoder_precision=self.encoder_precision,
         )
-        return result, self._gated(result.values_BK.detach(), assignment).detach()
+        codes = SparseCodes(result.values_BK.detach(), result.indices_BK, self.cfg.d_sae)
+        return result, self._gated(codes, assignment).detach()
 
     @override
     def _add_routing(
@@ -200,13 +203,15 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @override
     def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:
-        return n_dead if self.cfg.n_experts == 1 else int(dead_F.view(self.cfg.n_experts, -1).sum(1).max())
+        if self.cfg.n_experts == 1:
+            return n_dead
+        return int(dead_F.view(self.cfg.n_experts, -1).sum(1).topk(self.cfg.n_active_experts).values.sum())
 
     @override
     def _n_dead(self, dead_N: Tensor, dead_F: Tensor | None, assignment: Assignment | None) -> Tensor:
         assert dead_F is not None
         assert assignment is not None
-        return dead_F.view(self.cfg.n_experts, -1).sum(1)[assignment.experts_BA.flatten()]
+        return dead_F.view(self.cfg.n_experts, -1).sum(1)[assignment.experts_BA.flatten(0, -2)].sum(-1)
 
     # Around the step of an optimiser that knows nothing of the constraint
 

@@ -55,6 +55,9 @@ OPTIONS = {
     "dead latents alone": {"dead_N"},
     "routed": {"expert_B"},
     "routed and gated": {"expert_B", "gates_B", "pre_bias_D"},
+    "two experts": {"two_experts"},
+    "two experts, gated": {"two_experts", "gates_B", "pre_bias_D"},
+    "dead latents of two experts": {"two_experts", "gates_B", "pre_bias_D", "dead_N"},
     "dead latents by expert": {"expert_B", "gates_B", "pre_bias_D", "dead_N"},
 }
 
@@ -76,6 +79,10 @@ def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[st
         constants["scale_F"] = scale
     if "expert_B" in names:
         constants |= {"expert_B": experts, "n_experts": E}
+    if "two_experts" in names:
+        A = min(2, E)
+        constants |= {"expert_B": torch.rand(B, E, generator=generator).topk(A).indices, "n_experts": E}
+        optional["gates_B"] = normal(B, A).sigmoid()
     if "dead_N" in names:
         constants |= {"dead_N": dead, "aux_k": max(1, len(dead) // 2)}
     return leaves | {n: t for n, t in optional.items() if n in names}, constants

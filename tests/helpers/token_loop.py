@@ -40,20 +40,24 @@ def reference_loss(
         logits = [(x_D - sae.b_router) @ sae.W_router[:, e] for e in range(E)]
         weights = [(logit - max(logits)).exp() for logit in logits]
         p_E = torch.stack([w / sum(weights) for w in weights])
-        e = int(p_E.argmax())
-        pre = [torch.relu((x_D - sae.b_dec) @ sae.W_enc[:, e * M + m]) for m in range(M)]
-        kept = sorted(range(M), key=lambda m: pre[m].item(), reverse=True)[: k or sae.cfg.k]
+        experts = sorted(range(E), key=lambda e: p_E[e].item(), reverse=True)[: sae.cfg.n_active_experts]
+        among = sum(p_E[e] for e in experts)
+        acts = {}
+        for e in experts:
+            gate = {"probability": p_E[e], "renormalized": p_E[e] / among, "one": 1}[sae.cfg.gate]
+            for i in range(e * M, (e + 1) * M):
+                acts[i] = gate * torch.relu((x_D - sae.b_dec) @ sae.W_enc[:, i])
         f = [torch.zeros((), dtype=x.dtype)] * (E * M)
         x_hat = sae.b_dec
-        for m in kept:
-            f[e * M + m] = p_E[e] * pre[m]
-            x_hat = x_hat + f[e * M + m] * sae.W_dec[e * M + m]
+        for i in sorted(acts, key=lambda i: acts[i].item(), reverse=True)[: k or sae.cfg.k]:
+            f[i] = acts[i]
+            x_hat = x_hat + acts[i] * sae.W_dec[i]
         latents.append(torch.stack(f))
         outputs.append(x_hat)
         probs.append(p_E)
-        chosen.append(e)
+        chosen += experts
     out = torch.stack(outputs)
-    load = [chosen.count(e) / len(x) for e in range(E)]
+    load = [chosen.count(e) / len(chosen) for e in range(E)]
     balance = E * sum(load[e] * torch.stack(probs)[:, e].mean() for e in range(E))
     loss = sum(((x_hat - x_D) ** 2).sum() for x_hat, x_D in zip(outputs, x, strict=True)) / len(x)
     return torch.stack(latents), out, loss + coefficient * scale * balance, balance

@@ -34,7 +34,11 @@ def test_outputs_and_all_gradients_are_those_of_full_precision_at_the_selected_l
     elsewhere = torch.full((B, E * M), -1e9, dtype=torch.float64).scatter(1, found.indices_BK, 0)
     centered = truth["x_BD"] - truth.get("pre_bias_D", 0)
     acts = (centered @ truth["W_enc_FD"].T + bias_F + elsewhere).relu()
-    out = acts * truth["gates_B"].unsqueeze(1) @ truth["W_dec_FD"] if "gates_B" in truth else acts @ truth["W_dec_FD"]
+    gates_BF = torch.ones(B, 1, dtype=torch.float64)
+    if "gates_B" in truth:
+        expert_BF = (torch.arange(E * M) // M).expand(B, -1)
+        gates_BF = reference._gates_at(truth["gates_B"], constants.get("expert_B"), expert_BF)
+    out = (acts * gates_BF) @ truth["W_dec_FD"]
     assert_close("out", found.out_BD, out)
     codes = reference.dense_codes(found.values_BK, found.indices_BK, E * M)
     assert_close("codes", codes, acts)
@@ -129,7 +133,7 @@ def test_an_unknown_precision_is_refused():
 @pytest.mark.parametrize("k", [1, 8, 32, 100])
 def test_the_margin_grows_with_k_and_with_the_coarseness_of_the_precision(k):
     inputs = candidates.EncoderInputs(
-        torch.randn(1, 8), torch.randn(1000, 8), None, None, None, None, k, 1, torch.float32
+        torch.randn(1, 8), torch.randn(1000, 8), None, None, None, None, None, k, 1, torch.float32
     )
     bf16, float8 = (candidates.with_candidates(inputs, p).n_candidates for p in ("bfloat16", "float8"))
     assert k + k / 8 <= bf16 < float8

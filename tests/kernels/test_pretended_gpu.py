@@ -43,8 +43,8 @@ def test_forward_and_backward_copy_nothing_and_wait_for_nothing(
     pre_bias, bias = on_device(D), None if several else on_device(F)
     with recording(Arch(lanes=32, shared=232448)) as launches:
         out, values, indices, _, *aux, centered, _ = autoencode.forward(
-            EncoderInputs(x, W_enc, pre_bias, bias, None, expert, K, n_experts, torch.float32, *low_precision),
-            autoencode.DecoderInputs(W_dec, gates, None, 0),
+            EncoderInputs(x, W_enc, pre_bias, bias, None, expert, gates, K, n_experts, torch.float32, *low_precision),
+            autoencode.DecoderInputs(W_dec, None, 0),
         )
         saved = x, centered, W_enc, W_dec, gates, expert, None, values, indices, *aux
         grads = autoencode.backward(

@@ -212,7 +212,7 @@ def test_a_training_step_makes_no_tensor_of_batch_times_width():
         ({"n_experts": 0}, "n_experts must be a whole number, at least 1; got 0"),
         ({"n_experts": 7.0}, "n_experts must be a whole number"),
         ({"d_in": 0}, "d_in must be"),
-        ({"gate": "softmax"}, "gate must be one of 'probability', 'one'; got 'softmax'"),
+        ({"gate": "softmax"}, "gate must be one of 'probability', 'renormalized', 'one'; got 'softmax'"),
         ({"load_balance_scale": "rms"}, "load_balance_scale must be one of"),
         (
             {"load_balance_coefficient": -1.0},

@@ -1,0 +1,85 @@
+"""Several experts per token: its codes are the k largest latents of all A of them.
+
+A token and one of its experts are a pair. Pairs, sorted by expert, are the rows of the encoder's grouped product, which
+costs A times that of one expert. Of the k largest pre-activations of each pair, the k of a token that are largest
+after the gate of their expert are kept. From there on codes may belong to any expert, and are decoded as those of a
+single dictionary, each scaled by its own gate.
+
+Letters: A is the number of active experts per token here, R = B * A the number of pairs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups
+
+
+class Pairs(NamedTuple):
+    """Every token with each of its experts.
+
+    Attributes:
+        groups: The pairs of each expert.
+        n_active: A.
+    """
+
+    groups: ExpertGroups
+    n_active: int
+
+    def rows(self, t_BD: Tensor) -> Tensor:
+        """The token of every pair, sorted by expert."""
+        assert self.groups.order_B is not None
+        return t_BD.index_select(0, torch.div(self.groups.order_B, self.n_active, rounding_mode="floor"))
+
+    def by_token(self, t_RK: Tensor) -> Tensor:
+        """What was found for each pair, [B, A * K], in the order of a token's experts."""
+        return self.groups.unsorted(t_RK).view(-1, self.n_active * t_RK.shape[1])
+
+
+def are_several(expert_B: Tensor | None) -> bool:
+    """Whether it has the form [B, A]."""
+    return expert_B is not None and expert_B.ndim == 2
+
+
+def pairs_of(expert_BA: Tensor, n_experts: int) -> Pairs:
+    return Pairs(expert_groups(expert_BA.flatten(), n_experts), expert_BA.shape[1])
+
+
+def times_gates(values_BN: Tensor, gates_BA: Tensor | None) -> Tensor:
+    """values, in the order of a token's experts, times the gate of their own."""
+    if gates_BA is None:
+        return values_BN
+    per_expert = values_BN.shape[1] // gates_BA.shape[1]
+    return values_BN * gates_BA.to(values_BN.dtype).repeat_interleave(per_expert, dim=1)
+
+
+def code_gates(gates_BA: Tensor, expert_BA: Tensor, expert_BK: Tensor) -> Tensor:
+    """The gate of each code's expert, [..., K]; any leading dimensions in place of B.
+
+    Args:
+        gates_BA: A gate per token and expert.
+        expert_BA: The experts of each token.
+        expert_BK: The expert that each code belongs to, one of the token's own.
+    """
+    return gates_BA.gather(-1, _is_own(expert_BA, expert_BK).int().argmax(-1))
+
+
+def gate_grads(d_gates_BK: Tensor, expert_BA: Tensor, expert_BK: Tensor) -> Tensor:
+    """The sum over the codes of each of a token's experts, [B, A], in a fixed order."""
+    return (d_gates_BK.unsqueeze(2) * _is_own(expert_BA, expert_BK)).sum(1)
+
+
+def gates_of_codes(
+    gates_B: Tensor | None, expert_B: Tensor | None, indices_BK: Tensor, width: int, groups: ExpertGroups
+) -> Tensor | None:
+    """What each code is multiplied by, [B, 1] or [B, K], in the order of ``groups``; ``width`` is an expert's."""
+    if gates_B is None:
+        return None
+    if expert_B is None or not are_several(expert_B):
+        return groups.sorted(gates_B).unsqueeze(1)
+    return code_gates(gates_B, expert_B, torch.div(indices_BK, width, rounding_mode="floor"))
+
+
+def _is_own(expert_BA: Tensor, expert_BK: Tensor) -> Tensor:
+    return expert_BK.unsqueeze(-1) == expert_BA.unsqueeze(-2)
