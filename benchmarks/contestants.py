@@ -68,6 +68,8 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
     table[f"ours: sparse_topk{LOW}"] = lambda a: Ours(a, in_low_precision(sparse_topk(a)))
     E = 32 if 32 in args.experts else args.experts[0]  # its time does not depend on the number
     table[f"all experts, masked, {E} experts"] = lambda a, E=E: Masked(a, E)
+    table[f"all experts, masked, 2 of {E} experts"] = lambda a, E=E: Masked(a, E, n_active=2)
+    table[f"ours: switch, 2 of {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E, n_active_experts=2))
     for E in args.experts:
         table[f"ours: switch, {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E))
         table[f"ours: switch, {E} experts{LOW}"] = lambda a, E=E: Ours(a, in_low_precision(switch_sae(a, E)))
@@ -162,8 +164,11 @@ def sparse_topk(args: argparse.Namespace) -> SparseTopKTrainingSAE:
     return with_weights(SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**fields(args))), args)
 
 
-def switch_sae(args: argparse.Namespace, n_experts: int, d_sae: int | None = None) -> SwitchTrainingSAE:
+def switch_sae(
+    args: argparse.Namespace, n_experts: int, d_sae: int | None = None, n_active_experts: int = 1
+) -> SwitchTrainingSAE:
     options = fields(args) | {"n_experts": n_experts, "d_sae": d_sae or args.d_sae}
+    options["n_active_experts"] = n_active_experts
     sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, load_balance_coefficient=0.0))
     sae.is_fresh = False  # no initialisation from the first batch: all have the same weights
     with_weights(sae, args, d_sae)
@@ -226,7 +231,7 @@ class Stock(Contestant):
 class Masked(Contestant):
     """The Switch formula as in the authors' code: all experts, then a mask, then top-k over all latents."""
 
-    def __init__(self, args: argparse.Namespace, n_experts: int) -> None:
+    def __init__(self, args: argparse.Namespace, n_experts: int, n_active: int = 1) -> None:
         super().__init__(args)
         W_enc, W_dec = weights(args)
         parameters = {
@@ -238,15 +243,16 @@ class Masked(Contestant):
         self.module = nn.Module()
         for name, data in parameters.items():
             self.module.register_parameter(name, nn.Parameter(data.to(args.device, W_enc.dtype)))
-        self.width = args.d_sae // n_experts
+        self.width, self.n_active = args.d_sae // n_experts, n_active
         self.ready()
 
     def forward(self) -> Tensor:
         m: Any = self.module
-        gate, expert = (self.x @ m.W_router).softmax(-1).max(-1)
+        probs = (self.x @ m.W_router).softmax(-1)
+        chosen = probs.topk(self.n_active, dim=-1)
+        gates = torch.zeros_like(probs).scatter(-1, chosen.indices, chosen.values)
         pre = (self.x - m.b_dec) @ m.W_enc
-        owner = torch.arange(pre.shape[1], device=pre.device) // self.width
-        acts = pre.relu() * gate.unsqueeze(1) * (owner == expert.unsqueeze(1))
+        acts = pre.relu() * gates.repeat_interleave(self.width, dim=-1)
         top = acts.topk(self.args.k, dim=-1, sorted=False)
         sparse = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
         return (sparse @ m.W_dec + m.b_dec - self.x).square().sum(-1).mean()

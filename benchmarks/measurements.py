@@ -165,7 +165,8 @@ def cost_of(args: argparse.Namespace, name: str) -> Cost:
         return Cost("topk", **shape)
     if name == "ours: sparse_topk":
         return Cost("sparse_topk", **shape)
-    return Cost("switch", n_experts=int(name.split()[2]), **shape)
+    n_active, n_experts = re.fullmatch(r"ours: switch, (?:(\d+) of )?(\d+) experts", name).groups("1")  # type: ignore[union-attr]
+    return Cost("switch", n_experts=int(n_experts), n_active_experts=int(n_active), **shape)
 
 
 class Loop:

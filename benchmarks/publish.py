@@ -33,6 +33,7 @@ _NAMES = {
     "ours: sparse_topk": "**`sparse_topk`**",
     "ours: sparse_topk, bfloat16 encoder": "**`sparse_topk`, bfloat16 encoder**",
     "all experts, masked, 32 experts": "Switch formula, 32 experts, all computed and masked",
+    "all experts, masked, 2 of 32 experts": "the same with 2 active experts",
 }
 
 

@@ -3,8 +3,8 @@
     python benchmarks/quality.py        # about ten minutes on two CPU cores, no network
 
 The same Switch SAE on the same activations in the same order, with one option changed at a time: lazy instead of dense
-Adam, low precision instead of float32, AuxK instead of none. Reports the fraction of variance unexplained on held-out
-tokens, and dead latents.
+Adam, low precision instead of float32, AuxK instead of none, several active experts instead of one. Reports the
+fraction of variance unexplained on held-out tokens, and dead latents.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "bfloat16 autocast": {"autocast": True},
         "bfloat16 weights": {"dtype": "bfloat16"},
     },
+    "active experts": {
+        "1 of 16, probability": {},
+        "2 of 16, probability": {"n_active_experts": 2},
+        "2 of 16, renormalised": {"n_active_experts": 2, "gate": "renormalized"},
+        "2 of 16, no gate": {"n_active_experts": 2, "gate": "one"},
+        "4 of 16, renormalised": {"n_active_experts": 4, "gate": "renormalized"},
+        "4 of 16, no gate": {"n_active_experts": 4, "gate": "one"},
+    },
     "dead latents at k = 8": {
         "no AuxK": AUX,
         "AuxK of d_in / 2, 1/32": AUX_OF_SAELENS | {"aux_loss_coefficient": 1 / 32},
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model_folder = language_model_folder(args.models)
     contexts = token_contexts(text_datasets(seed=0)[0], model_folder).shuffle(seed=0)
-    x = cached_activations(args.activations, model_folder, contexts, args.tokens + args.held_out)
+    x = cached_activations(args.activations, model_folder, contexts, args.tokens + args.held_out, args.layer)
     held_out, train = x[: args.held_out], x[args.held_out :]
     report: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(args).items()}, "results": []}
     done: dict[str, dict[str, Any]] = {}
@@ -86,6 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n-experts", type=int, default=16)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(GROUPS))
     parser.add_argument("--models", type=Path, default=Path("runs/models"))

@@ -38,6 +38,7 @@ class Cost:
         d_sae: Number of latents, over all experts.
         k: Active latents per token.
         n_experts: Number of experts; 1 unless the architecture is "switch".
+        n_active_experts: Experts per token.
         batch: Activations per training step.
         optimizer: "adam" or "row_sparse_adam".
         bytes_per_weight: 4 for float32, 2 for bfloat16.
@@ -54,11 +55,12 @@ class Cost:
     batch: int = 4096
     optimizer: OptimizerName = "adam"
     bytes_per_weight: int = 4
+    n_active_experts: int = 1
 
     def __post_init__(self) -> None:
         if self.architecture not in ("switch", "sparse_topk", "topk"):
             raise ValueError(f"architecture must be switch, sparse_topk or topk; got {self.architecture!r}")
-        for name in ("d_in", "d_sae", "k", "n_experts", "batch", "bytes_per_weight"):
+        for name in ("d_in", "d_sae", "k", "n_experts", "n_active_experts", "batch", "bytes_per_weight"):
             value = vars(self)[name]
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
@@ -66,13 +68,23 @@ class Cost:
             raise ValueError(f"n_experts must be 1 unless architecture is 'switch'; got {self.n_experts}")
         if self.d_sae % self.n_experts:
             raise ValueError(f"n_experts must divide d_sae={self.d_sae}; got {self.n_experts}")
-        if self.k > self.expert_width:
-            raise ValueError(f"k must be at most d_sae / n_experts = {self.expert_width}; got {self.k}")
+        if self.n_active_experts > self.n_experts:
+            raise ValueError(
+                f"n_active_experts must be at most n_experts={self.n_experts}; got {self.n_active_experts}"
+            )
+        if self.k > self.active_width:
+            several = "" if self.n_active_experts == 1 else "n_active_experts * "
+            raise ValueError(f"k must be at most {several}d_sae / n_experts = {self.active_width}; got {self.k}")
 
     @property
     def expert_width(self) -> int:
         """Latents per expert."""
         return self.d_sae // self.n_experts
+
+    @property
+    def active_width(self) -> int:
+        """Latents of a token's experts together."""
+        return self.n_active_experts * self.expert_width
 
     @property
     def rows(self) -> int:
@@ -92,12 +104,12 @@ class Cost:
     def paper_flops(self) -> int:
         """FLOPs per activation as arXiv 2410.08201 counts them: 2MD, and the router's 2ED."""
         router = 2 * self.n_experts * self.d_in if self.architecture == "switch" else 0
-        return 2 * self.expert_width * self.d_in + router
+        return 2 * self.active_width * self.d_in + router
 
     @property
     def flops(self) -> dict[str, float]:
         """FLOPs per activation, by part."""
-        D, F, K, M, B = self.d_in, self.d_sae, self.k, self.expert_width, self.batch
+        D, F, K, M, B = self.d_in, self.d_sae, self.k, self.active_width, self.batch
         router = 2 * D * self.n_experts if self.architecture == "switch" else 0
         dense = self.architecture == "topk"
         weights = 2 * self.rows * D
@@ -126,7 +138,7 @@ class Cost:
             "weights": self.bytes_per_weight * n,
             "gradients": self.bytes_per_weight * 2 * self.rows * D,
             "optimiser": 2 * 4 * n + masters,
-            "activations": 6 * 4 * B * D,
+            "activations": (5 + self.n_active_experts) * 4 * B * D,
             "latents": latents,
         }
 
@@ -134,7 +146,9 @@ class Cost:
     def bytes_moved(self) -> dict[str, float]:
         """Bytes moved between memory and processor in a step, by part."""
         w, B, D, F, K = self.bytes_per_weight, self.batch, self.d_in, self.d_sae, self.k
-        reached = min(self.n_experts, B) * self.expert_width  # latents of experts with at least one token
+        reached = (
+            min(self.n_experts, B * self.n_active_experts) * self.expert_width
+        )  # latents of experts with at least one token
         touched = 2 * w * self.rows * D
         if self.architecture == "topk":
             return {
@@ -157,7 +171,7 @@ class Cost:
 
     def seconds(self, machine: Machine) -> dict[str, float]:
         """Predicted seconds of a training step, by part."""
-        B, D, M, K = self.batch, self.d_in, self.expert_width, self.k
+        B, D, M, K = self.batch, self.d_in, self.active_width, self.k
         moved, flops = self.bytes_moved, self.flops
         if self.architecture == "topk":
             work = sum(flops[n] for n in flops if n in _MATRIX_PRODUCTS)
@@ -221,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--d-sae", type=int, required=True)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--n-experts", type=int, default=1)
+    parser.add_argument("--n-active-experts", type=int, default=1)
     parser.add_argument("--batch", type=int, default=4096, help="activations per training step")
     parser.add_argument("--optimizer", default="adam", choices=["adam", "row_sparse_adam"])
     parser.add_argument("--bytes-per-weight", type=int, default=4)

@@ -15,6 +15,7 @@ SMALL = ["--batch", "64", "--d-in", "48", "--d-sae", "384", "--k", "4", "--exper
 def test_a_small_benchmark_measures_every_contestant(tmp_path):
     command = [sys.executable, "benchmarks/bench.py", *SMALL, "--output", str(tmp_path / "bench.json")]
     names = ["SAELens topk", "ours: sparse_topk", "all experts, masked, 4 experts", "ours: switch, 4 experts"]
+    names[3:3] = ["all experts, masked, 2 of 4 experts", "ours: switch, 2 of 4 experts"]
     result = subprocess.run([*command, "--no-memory", "--only", *names], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads((tmp_path / "bench.json").read_text())

@@ -52,7 +52,7 @@ def test_the_card_says_what_the_saes_are(hub):
     cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in tables]
     about, routing, evaluation, dead = cells
     assert about == ["switch", "switch", "12", "40", "3", "gpt2-small", "blocks.8.hook_resid_pre", "user/texts"]
-    assert routing == ["switch", str(E), str(F // E), str(K), "probability", "10", "25", "40", "tokens"]
+    assert routing == ["switch", str(E), "1", str(F // E), str(K), "probability", "10", "25", "40", "tokens"]
     assert evaluation == ["switch", "user/texts", "0.8125", "2.5"]
     assert dead == ["switch", "1", str(F)]
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
