@@ -133,6 +133,13 @@ class ExpertGroups(NamedTuple):
     def unsorted(self, t: Tensor) -> Tensor:
         return t if self.order_B is None else torch.empty_like(t).index_copy_(0, self.order_B, t)
 
+    def first_latents(self, n_tokens: int, n_latents: int) -> Tensor:
+        """[B, 1], the first latent of the expert that owns each sorted row."""
+        E1 = self.offsets_E1
+        rows_B = torch.arange(n_tokens, device=E1.device, dtype=E1.dtype)
+        expert_B = torch.searchsorted(E1, rows_B, right=True) - 1
+        return (expert_B * (n_latents // (len(E1) - 1))).unsqueeze(1)
+
 
 def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:
     by_expert, order_B = expert_B.sort(stable=True)
@@ -143,4 +150,6 @@ def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:
 def one_group(n_tokens: int, device: torch.device) -> ExpertGroups:
     """All tokens belong to one expert."""
     # Computed on the device: a copy from the host would synchronise.
-    return ExpertGroups(None, torch.arange(2, device=device) * n_tokens)
+    if n_tokens == 0:
+        return ExpertGroups(None, torch.zeros(2, dtype=torch.long, device=device))
+    return ExpertGroups(None, torch.arange(0, 2 * n_tokens, n_tokens, device=device))

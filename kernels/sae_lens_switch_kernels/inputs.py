@@ -5,7 +5,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, one_group
+from sae_lens_switch_kernels.backend import primitives
+from sae_lens_switch_kernels.indexing import ExpertGroups, one_group
 from sae_lens_switch_kernels.torch_private import assert_on_device
 
 
@@ -37,20 +38,20 @@ class EncoderInputs(NamedTuple):
     def groups(self) -> ExpertGroups:
         return token_groups(self.x_BD, self.expert_B, self.n_experts)
 
-    def centered(self, groups: ExpertGroups) -> Tensor:
-        """x - pre_bias, rows sorted by expert; x itself where that changes nothing."""
-        if self.pre_bias_D is None:
-            return groups.sorted(self.x_BD)
-        if groups.order_B is None:
-            return self.x_BD - self.pre_bias_D
-        return groups.sorted(self.x_BD).sub_(self.pre_bias_D)
+    def centered(self, groups: ExpertGroups, dtype: torch.dtype | None = None) -> Tensor:
+        """x - pre_bias, rows sorted by expert; x itself where that changes nothing. On a GPU in ``dtype``, if given."""
+        return primitives(self.x_BD).sorted_rows(self.x_BD, self.pre_bias_D, groups, dtype or self.x_BD.dtype)
 
 
 def token_groups(x_BD: Tensor, expert_B: Tensor | None, n_experts: int) -> ExpertGroups:
     if expert_B is None:
         return one_group(len(x_BD), x_BD.device)
-    check_range("expert_B", expert_B, n_experts)
-    return expert_groups(expert_B, n_experts)
+    if _is_readable(expert_B):
+        check_range("expert_B", expert_B, n_experts)
+    groups = primitives(x_BD).expert_groups(expert_B, n_experts)
+    if not _is_readable(expert_B):  # a token whose expert is none of these belongs to no group
+        assert_on_device(groups.offsets_E1[-1] == len(expert_B), f"expert_B must lie in [0, {n_experts})")
+    return groups
 
 
 def check_range(name: str, t: Tensor, end: int) -> None:

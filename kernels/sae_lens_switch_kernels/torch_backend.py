@@ -4,8 +4,7 @@ None of them makes a [B, F] tensor. They know nothing of autograd; operators.py 
 gradients. Where torch offers several routes to a result, the one taken is the fastest measured on a CPU
 (benchmarks/primitives.py).
 
-Letters beside the package's: R here counts the rows of a tile, P the latents of a tile or of a part of one; in
-``_top_indices``, N is the number of blocks and H their height.
+Letters beside the package's: R here counts the rows of a tile, P the latents of a tile or of a part of one.
 """
 
 import warnings
@@ -18,17 +17,37 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae_lens_switch_kernels.huge_pages import empty_huge
-from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex
+from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex, expert_groups, latent_index
+from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
 from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
+from sae_lens_switch_kernels.torch_topk import select_topk
+
+__all__ = [
+    "adam_rows",
+    "code_grads",
+    "expert_groups",
+    "grouped_decode",
+    "grouped_matmul_at_indices",
+    "grouped_weight_grad",
+    "grouped_weight_grads",
+    "latent_index",
+    "latent_weight_grads",
+    "matmul_at_indices",
+    "select_topk",
+    "sorted_codes",
+    "sorted_rows",
+    "sparse_decode",
+    "topk_encode",
+    "unsorted_codes",
+]
 
 # Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
 # that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
-# cache with their weights, and the tile is searched in blocks of rows, for the same reason.
+# cache with their weights, for the same reason.
 _TILE_ROWS = {"cpu": 512}
 _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
 _PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
-_SEARCH_ELEMENTS = 1 << 21
 _MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
 # Gathered rows [rows, K, D] of the generic route also stay in cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -131,15 +150,7 @@ def topk_encode(
             found.append((values.to(W_FD.dtype), indices.add_(part)))
         scale = None if scale_F is None else scale_F[expert * M : (expert + 1) * M]
         values_BK[low:high], indices_BK[low:high] = found[0] if len(found) == 1 else _best(found, k, scale)
-    return values_BK, indices_BK if E == 1 else indices_BK.add_(first_latents(groups, len(x_BD), len(W_FD)))
-
-
-def first_latents(groups: ExpertGroups, n_tokens: int, n_latents: int) -> Tensor:
-    """[B, 1], the first latent of the expert that owns each sorted row."""
-    offsets_E1 = groups.offsets_E1
-    rows_B = torch.arange(n_tokens, device=offsets_E1.device, dtype=offsets_E1.dtype)
-    expert_B = torch.searchsorted(offsets_E1, rows_B, right=True) - 1
-    return (expert_B * (n_latents // (len(offsets_E1) - 1))).unsqueeze(1)
+    return values_BK, indices_BK if E == 1 else indices_BK.add_(groups.first_latents(len(x_BD), len(W_FD)))
 
 
 class _Rows(NamedTuple):
@@ -194,12 +205,15 @@ def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) ->
 def grouped_decode(
     values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
-    """sparse_decode as one dense product per expert, 2BMD flops: faster while M / K is small."""
+    """sparse_decode as one dense product per expert, 2BMD flops: faster while M / K is small.
+
+    Codes are sorted by expert, as everywhere; what they decode to is in the order of the tokens.
+    """
     out_BD = W_FD.new_empty(len(values_BK), W_FD.shape[1])
     for block, tile, buffer_RM in _tiles(len(values_BK), len(W_FD), groups, dtype):
         acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
         _mm(out_BD[tile], acts_RM, W_FD[block].to(dtype))
-    return out_BD
+    return groups.unsorted(out_BD)
 
 
 def grouped_matmul_at_indices(
@@ -234,6 +248,22 @@ def grouped_weight_grad(
     return grad_FD
 
 
+def grouped_weight_grads(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    g_BD: Tensor,
+    d_pre_BK: Tensor,
+    x_BD: Tensor,
+    n_latents: int,
+    groups: ExpertGroups,
+    dtype: torch.dtype,
+) -> LatentGrads:
+    """latent_weight_grads as two dense products per expert; in the dtype of the values."""
+    pairs = (values_BK, g_BD), (d_pre_BK, x_BD)
+    dW = [grouped_weight_grad(v_BK, indices_BK, y_BD, n_latents, groups, dtype) for v_BK, y_BD in pairs]
+    return LatentGrads(*dW, latent_sums(d_pre_BK, indices_BK, n_latents))
+
+
 def _tiles(
     n_tokens: int, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -256,61 +286,6 @@ def _mm(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
-
-
-def select_topk(
-    pre_RF: Tensor, k: int, bias_F: Tensor | None = None, scale_F: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """pre + bias and indices of the k largest (pre + bias) * scale per row, exact and in no particular order.
-
-    May overwrite pre.
-    """
-    rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
-    scratch = pre_RF.new_empty(0 if scale_F is None else min(rows, len(pre_RF)), pre_RF.shape[1])
-    found = []
-    for part in pre_RF.split(rows):
-        ranked = part if bias_F is None else part.add_(bias_F)
-        if scale_F is not None:
-            ranked = torch.mul(ranked, scale_F, out=scratch[: len(part)])
-        indices = _top_indices(ranked, k)
-        found.append((part.gather(1, indices), indices))
-    values_RK, indices_RK = found[0] if len(found) == 1 else (torch.cat(t) for t in zip(*found, strict=True))
-    return values_RK, indices_RK
-
-
-def _top_indices(ranked_RF: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row.
-
-    They lie in the k blocks with the largest maxima. So one pass finds the maxima of n blocks, and two small top-k,
-    over the maxima and over the k winning blocks, replace one over all F.
-    """
-    n = _block_count(ranked_RF.shape[1], k)
-    if n == 0:
-        return ranked_RF.topk(k, dim=1, sorted=False).indices
-    # Block j is columns j, j + n, j + 2n, ...: the maxima are then elementwise maxima of contiguous rows. The
-    # columns left over, fewer than n, are all candidates.
-    height = ranked_RF.shape[1] // n
-    blocks_RHN = ranked_RF[:, : height * n].unflatten(1, (height, n))
-    winners_RK = blocks_RHN.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    candidates = blocks_RHN.gather(2, winners_RK.unsqueeze(1).expand(-1, height, -1)).flatten(1)
-    if height * n < ranked_RF.shape[1]:
-        candidates = torch.cat([candidates, ranked_RF[:, height * n :]], dim=1)
-    place_RK = candidates.topk(k, dim=1, sorted=False).indices
-    in_blocks_RK = winners_RK.gather(1, place_RK % k).add_(place_RK // k, alpha=n)
-    if candidates.shape[1] == height * k:
-        return in_blocks_RK
-    return torch.where(place_RK < height * k, in_blocks_RK, place_RK + height * (n - k))
-
-
-def _block_count(n_latents: int, k: int) -> int:
-    """Blocks for the pruned top-k, or 0 where one top-k over all is as fast.
-
-    Measured on a CPU: from 64 k values on, torch's top-k costs five times less per value. So there are at least that
-    many maxima, and of those counts the one that leaves the fewest columns over.
-    """
-    if n_latents < 4 * 64 * k:
-        return 0
-    return min(range(64 * k, min(128 * k, n_latents // 4) + 1, 64), key=lambda n: n_latents % n)
 
 
 def adam_rows(
