@@ -175,7 +175,23 @@ def check_grouped(p: Any, c: SimpleNamespace) -> Pairs:
     yield "decode", p.grouped_decode(c.values, c.indices, c.W, *options), acts_BF @ c.W.double()
     dots_BK = (c.g.double() @ c.W.double().T).gather(1, c.indices)
     yield "at indices", p.grouped_matmul_at_indices(c.g, c.W, c.indices, *options), dots_BK
-    yield "grad", p.grouped_weight_grad(c.values, c.indices, c.g, c.s.F, *options), acts_BF.T @ c.g.double()
+    ours, slopes_BF = (
+        p.grouped_weight_grads(c.values, c.indices, c.g, c.d_pre, c.x, c.s.F, *options),
+        dense(c.d_pre, c.indices, c.s.F),
+    )
+    yield "dW_dec", ours.dW_dec_FD, acts_BF.T @ c.g.double()
+    yield "dW_enc", ours.dW_enc_FD, slopes_BF.T @ c.x.double()
+    yield "d_bias", ours.d_b_enc_F, slopes_BF.sum(0)
+
+
+def check_sorts(p: Any, c: SimpleNamespace) -> Pairs:
+    """Tokens by expert and codes by latent, exactly."""
+    for ours, truth in (
+        (p.expert_groups(c.expert, c.s.E), expert_groups(c.expert, c.s.E)),
+        (p.latent_index(c.indices, c.s.F), latent_index(c.indices, c.s.F)),
+    ):
+        for name, a, b in zip(truth._fields, ours, truth, strict=True):
+            yield name, a.double(), b.double()
 
 
 def check_switch_encode(p: Any, c: SimpleNamespace) -> Pairs:
@@ -239,6 +255,7 @@ CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "matmul_at_indices": check_dots,
     "latent_weight_grads": check_weight_grads,
     "grouped": check_grouped,
+    "sorts": check_sorts,
     "select_topk": check_select_topk,
     "topk_encode, experts": check_switch_encode,
     "topk_encode, bias and scale": check_topk_encode,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens_switch_kernels import products, sparse_autoencode, torch_backend
-from sae_lens_switch_kernels.indexing import latent_index
+from sae_lens_switch_kernels.indexing import expert_groups, latent_index
 from torch import Tensor
 from torch.nn import functional
 
@@ -111,7 +111,11 @@ def primitives_of(s: Shape, precision: str) -> dict[str, Primitive]:
             lambda c: kernels(c.dtype).matmul_at_indices(c.g, c.W, c.indices),
             {"gather, bmm": lambda c: torch_backend.matmul_at_indices(c.g, c.W, c.indices)},
         ),
-        "latent_index": Primitive(shapes.index(s), lambda c: latent_index(c.indices, c.s.F), {}),
+        "latent_index": Primitive(
+            shapes.index(s),
+            lambda c: kernels(c.dtype).latent_index(c.indices, c.s.F),
+            {"torch.sort, searchsorted": lambda c: latent_index(c.indices, c.s.F)},
+        ),
         "latent_weight_grads": Primitive(
             shapes.weight_grads(s, size),
             lambda c: kernels(c.dtype).latent_weight_grads(c.index, c.values, c.g, c.d_pre, c.x),
@@ -130,6 +134,11 @@ def grouped_primitives(s: Shape, size: int) -> dict[str, Primitive]:
     found = {"topk_encode": Primitive(shapes.encode(s, size), ours_encode, {"grouped_mm, topk": grouped_mm_and_topk})}
     found["select_topk"] = Primitive(
         shapes.select(s, size), ours_select, {"torch.topk": lambda c: c.pre.topk(c.s.K, sorted=False)}
+    )
+    found["expert_groups"] = Primitive(
+        shapes.index(s._replace(F=s.E, K=1)),
+        lambda c: kernels(c.dtype).expert_groups(c.expert, c.s.E),
+        {"torch.sort, searchsorted": lambda c: expert_groups(c.expert, c.s.E)},
     )
     if not triton_runs(torch.bfloat16 if size == 2 else torch.float32):
         return found

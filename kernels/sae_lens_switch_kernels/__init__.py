@@ -23,7 +23,7 @@ from sae_lens_switch_kernels.functions import (
     switch_encode,
     topk_encode,
 )
-from sae_lens_switch_kernels.indexing import RowGrads
+from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
 
 __all__ = [

@@ -27,7 +27,13 @@ PRIMITIVES = (
     "topk_encode",
     "grouped_decode",
     "grouped_matmul_at_indices",
-    "grouped_weight_grad",
+    "grouped_weight_grads",
+    "expert_groups",
+    "latent_index",
+    "sorted_rows",
+    "sorted_codes",
+    "unsorted_codes",
+    "code_grads",
     "adam_rows",
 )
 # Where a primitive's results are among its arguments; the others return theirs.
@@ -151,6 +157,10 @@ def _compare_on(arguments: tuple[Any, ...], name: str, dtype: torch.dtype) -> st
         chosen_BK = torch_backend.matmul_at_indices(x_BD, W_FD, indices_BK)
         ours, plain = [values_BK.sort(1).values, values_BK], [plain_BK.sort(1).values, chosen_BK]
     for a, b in zip(ours, plain, strict=True):
+        if not b.is_floating_point():
+            if not torch.equal(a.long(), b):
+                return "disagrees with the plain form"
+            continue
         error = ((a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt()).item()
         if not error <= _TOLERATED[dtype]:
             return f"is off by {error:.2g} of the plain form's size"
@@ -176,21 +186,28 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, t
 
     expert_B = torch.randint(0, E, (B,), generator=generator).clamp(max=E - 2)  # the last has no token
     order_B, offsets_E1 = expert_groups(expert_B.to(device), E)
-    groups = ExpertGroups(None, offsets_E1)
+    groups, mixed = ExpertGroups(None, offsets_E1), ExpertGroups(order_B, offsets_E1)
     first_B1 = expert_B.to(device)[order_B].unsqueeze(1) * M  # type: ignore[index]
     indices_BK = torch.rand(B, M - 1, generator=generator).topk(K, dim=1).indices.to(device) + 1
     indices_BK[:, 0] = 0
     indices_BK += first_B1
     values_BK, x_BD, g_BD, W_FD = normal(B, K), normal(B, D), normal(B, D), normal(E * M, D)
+    d_pre_BK, gates_B = normal(B, K), normal(B)
     index = latent_index(indices_BK, E * M)
     return {
         "sparse_decode": (values_BK, indices_BK, W_FD),
         "matmul_at_indices": (g_BD, W_FD, indices_BK),
-        "latent_weight_grads": (index, values_BK, g_BD, normal(B, K), x_BD),
+        "latent_weight_grads": (index, values_BK, g_BD, d_pre_BK, x_BD),
         "topk_encode": (x_BD, W_FD, K, groups, None, None, dtype),
-        "grouped_decode": (values_BK, indices_BK, W_FD, groups, dtype),
+        "grouped_decode": (values_BK, indices_BK, W_FD, mixed, dtype),
         "grouped_matmul_at_indices": (g_BD, W_FD, indices_BK, groups, dtype),
-        "grouped_weight_grad": (values_BK, indices_BK, g_BD, E * M, groups, dtype),
+        "grouped_weight_grads": (values_BK, indices_BK, g_BD, d_pre_BK, x_BD, E * M, groups, dtype),
+        "expert_groups": (expert_B.to(device), E),
+        "latent_index": (indices_BK, E * M),
+        "sorted_rows": (x_BD, normal(D), mixed, dtype),
+        "sorted_codes": (values_BK, indices_BK, gates_B, mixed),
+        "unsorted_codes": (values_BK, indices_BK, gates_B, mixed),
+        "code_grads": (values_BK, d_pre_BK, gates_B, normal(B, K), mixed),
     }
 
 

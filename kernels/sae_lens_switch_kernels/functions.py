@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_lens_switch_kernels import autoencode, operators
 from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
-from sae_lens_switch_kernels.indexing import RowGrads
 from sae_lens_switch_kernels.inputs import EncoderInputs
+from sae_lens_switch_kernels.row_grads import RowGrads
 
 
 class Reconstruction(NamedTuple):

@@ -1,6 +1,5 @@
 """The tokens of each latent and the tokens of each expert: indices that a step builds once and reads many times."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,67 +40,6 @@ def active_latent_index(indices_BK: Tensor) -> tuple[Tensor, LatentIndex]:
     return rows_R, LatentIndex(order_S, torch.nn.functional.pad(counts_R.cumsum(0), (1, 0)))
 
 
-@dataclass
-class RowGrads:
-    """Where the backward pass of ``sparse_autoencode`` leaves gradients for an optimiser.
-
-    Attributes:
-        active_only: True: the weight gradients of the active latents are left here, and autograd gets none. False:
-            autograd gets all gradients as usual, and only ``radial_R`` is left here, with all F rows.
-        rows_R: The active latents, ascending and distinct; None until a backward pass has run.
-        dW_enc_RD: Their rows of the encoder's gradient. Those of all other latents are zero.
-        dW_dec_RD: Their rows of the decoder's gradient, likewise.
-        d_bias_R: Their entries of the encoder bias's gradient, likewise.
-        radial_R: <dW_dec[r], W_dec[r]>, the radial component that a unit-norm decoder's gradient must lose. It is a
-            by-product of the gradient; None where products run in less than float32.
-    """
-
-    active_only: bool = True
-    rows_R: Tensor | None = None
-    dW_enc_RD: Tensor | None = None
-    dW_dec_RD: Tensor | None = None
-    d_bias_R: Tensor | None = None
-    radial_R: Tensor | None = None
-
-    def clear(self) -> None:
-        self.rows_R = self.dW_enc_RD = self.dW_dec_RD = self.d_bias_R = self.radial_R = None
-
-    def store(
-        self, rows_R: Tensor | None, dW_enc_RD: Tensor, dW_dec_RD: Tensor, d_bias_R: Tensor, radial_R: Tensor | None
-    ) -> None:
-        """Keep what ``active_only`` asks for.
-
-        Raises:
-            RuntimeError: If an earlier backward pass is still held.
-        """
-        if self.rows_R is not None or self.radial_R is not None:
-            raise RuntimeError("row_grads still holds an earlier backward pass: take a step, or clear() it")
-        self.radial_R = radial_R
-        if self.active_only:
-            self.rows_R, self.dW_enc_RD, self.dW_dec_RD, self.d_bias_R = rows_R, dW_enc_RD, dW_dec_RD, d_bias_R
-
-    def plus(self, other: "RowGrads") -> "RowGrads":
-        """The sum of two backward passes, over the latents active in either."""
-        if self.rows_R is None or other.rows_R is None:  # active_only=False: radial_R has F rows, or there is none
-            mine, others = self.radial_R, other.radial_R
-            return RowGrads(self.active_only, radial_R=None if mine is None or others is None else mine + others)
-        rows_R = torch.cat([self.rows_R, other.rows_R]).unique()
-        places = [torch.searchsorted(rows_R, rows) for rows in (self.rows_R, other.rows_R)]
-
-        def total(mine: Tensor | None, others: Tensor | None) -> Tensor | None:
-            if mine is None or others is None:
-                return None
-            total_R = mine.new_zeros(len(rows_R), *mine.shape[1:])
-            for place, part in zip(places, (mine, others), strict=True):
-                total_R[place] += part  # each row once: a sum of fixed order
-            return total_R
-
-        return RowGrads(self.active_only, rows_R, *map(total, self._per_row(), other._per_row()))
-
-    def _per_row(self) -> tuple[Tensor | None, ...]:
-        return self.dW_enc_RD, self.dW_dec_RD, self.d_bias_R, self.radial_R
-
-
 class LatentGrads(NamedTuple):
     """Sums over the entries (b, j) of each latent, from one walk of a LatentIndex.
 
@@ -133,6 +71,13 @@ class ExpertGroups(NamedTuple):
     def unsorted(self, t: Tensor) -> Tensor:
         return t if self.order_B is None else torch.empty_like(t).index_copy_(0, self.order_B, t)
 
+    def first_latents(self, n_tokens: int, n_latents: int) -> Tensor:
+        """[B, 1], the first latent of the expert that owns each sorted row."""
+        E1 = self.offsets_E1
+        rows_B = torch.arange(n_tokens, device=E1.device, dtype=E1.dtype)
+        expert_B = torch.searchsorted(E1, rows_B, right=True) - 1
+        return (expert_B * (n_latents // (len(E1) - 1))).unsqueeze(1)
+
 
 def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:
     by_expert, order_B = expert_B.sort(stable=True)
@@ -143,4 +88,6 @@ def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:
 def one_group(n_tokens: int, device: torch.device) -> ExpertGroups:
     """All tokens belong to one expert."""
     # Computed on the device: a copy from the host would synchronise.
-    return ExpertGroups(None, torch.arange(2, device=device) * n_tokens)
+    if n_tokens == 0:
+        return ExpertGroups(None, torch.zeros(2, dtype=torch.long, device=device))
+    return ExpertGroups(None, torch.arange(0, 2 * n_tokens, n_tokens, device=device))

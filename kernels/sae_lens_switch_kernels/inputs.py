@@ -5,8 +5,9 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, one_group
-from sae_lens_switch_kernels.several_experts import Pairs, are_several, pairs_of
+from sae_lens_switch_kernels.backend import primitives
+from sae_lens_switch_kernels.indexing import ExpertGroups, one_group
+from sae_lens_switch_kernels.several_experts import Pairs, are_several
 from sae_lens_switch_kernels.torch_private import assert_on_device
 
 
@@ -48,26 +49,25 @@ class EncoderInputs(NamedTuple):
 
     def pairs(self) -> Pairs | None:
         """Of the tokens as they are encoded, where they have several experts."""
-        if self.expert_B is None or not are_several(self.expert_B):
+        if not are_several(self.expert_B):
             return None
-        check_range("expert_B", self.expert_B, self.n_experts)
         _check_distinct(self.expert_B)
-        return pairs_of(self.expert_B, self.n_experts)
+        return Pairs(token_groups(self.x_BD, self.expert_B.flatten(), self.n_experts), self.expert_B.shape[1])
 
-    def centered(self, groups: ExpertGroups) -> Tensor:
-        """x - pre_bias, rows sorted by expert; x itself where that changes nothing."""
-        if self.pre_bias_D is None:
-            return groups.sorted(self.x_BD)
-        if groups.order_B is None:
-            return self.x_BD - self.pre_bias_D
-        return groups.sorted(self.x_BD).sub_(self.pre_bias_D)
+    def centered(self, groups: ExpertGroups, dtype: torch.dtype | None = None) -> Tensor:
+        """x - pre_bias, rows sorted by expert; x itself where that changes nothing. On a GPU in ``dtype``, if given."""
+        return primitives(self.x_BD).sorted_rows(self.x_BD, self.pre_bias_D, groups, dtype or self.x_BD.dtype)
 
 
 def token_groups(x_BD: Tensor, expert_B: Tensor | None, n_experts: int) -> ExpertGroups:
     if expert_B is None or are_several(expert_B):
         return one_group(len(x_BD), x_BD.device)
-    check_range("expert_B", expert_B, n_experts)
-    return expert_groups(expert_B, n_experts)
+    if _is_readable(expert_B):
+        check_range("expert_B", expert_B, n_experts)
+    groups = primitives(x_BD).expert_groups(expert_B, n_experts)
+    if not _is_readable(expert_B):  # a token whose expert is none of these belongs to no group
+        assert_on_device(groups.offsets_E1[-1] == len(expert_B), f"expert_B must lie in [0, {n_experts})")
+    return groups
 
 
 def check_range(name: str, t: Tensor, end: int) -> None:

@@ -12,7 +12,7 @@ from torch.library import custom_op
 
 from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.candidates import Selected, select_from_candidates
-from sae_lens_switch_kernels.indexing import ExpertGroups, latent_index
+from sae_lens_switch_kernels.indexing import ExpertGroups
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
 from sae_lens_switch_kernels.several_experts import times_gates
 
@@ -74,8 +74,8 @@ matmul_at_indices.register_autograd(_matmul_at_indices_backward, setup_context=_
 @custom_op("sae_lens_switch::latent_weight_grad", mutates_args=())
 def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int) -> Tensor:
     check_range("indices_BK", indices_BK, n_latents)
-    index = latent_index(indices_BK, n_latents)
-    return primitives(g_BD).latent_weight_grads(index, values_BK, g_BD).dW_dec_FD
+    p = primitives(g_BD)
+    return p.latent_weight_grads(p.latent_index(indices_BK, n_latents), values_BK, g_BD).dW_dec_FD
 
 
 @latent_weight_grad.register_fake

@@ -5,14 +5,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.backend import SelfChecked
-from sae_lens_switch_kernels.indexing import ExpertGroups, active_latent_index, latent_index
+from sae_lens_switch_kernels.indexing import ExpertGroups, active_latent_index
+from sae_lens_switch_kernels.torch_codes import latent_sums
 
 # Dense if the expert has at most this many latents per active one: the matrix product then beats the gather.
 # Measured on a CPU (kernels/README.md); on a GPU predicted from its bandwidth and matrix rate.
 _DENSE_UP_TO = {"cpu": 2}
 _DENSE_UP_TO_ON_GPU = 128
+
+
+def is_dense(n_latents: int, K: int, groups: ExpertGroups, device: torch.device) -> bool:
+    """Whether products within an expert are dense, by its latents per active one."""
+    return K * _DENSE_UP_TO.get(device.type, _DENSE_UP_TO_ON_GPU) >= n_latents // (len(groups.offsets_E1) - 1)
 
 
 class CodeProducts:
@@ -36,15 +41,15 @@ class CodeProducts:
         dtype: torch.dtype,
         active_only: bool = False,
     ) -> None:
-        self.p, self.indices_BK, self.n_latents, self.dense_options = p, indices_BK, n_latents, (groups, dtype)
-        self.active_only = active_only
-        M, K = n_latents // (len(groups.offsets_E1) - 1), indices_BK.shape[1]
-        self.dense = not active_only and K * _DENSE_UP_TO.get(indices_BK.device.type, _DENSE_UP_TO_ON_GPU) >= M
+        self.p, self.indices_BK, self.n_latents, self.groups = p, indices_BK, n_latents, groups
+        self.active_only, self.dense_options = active_only, (groups, dtype)
+        self.dense = not active_only and is_dense(n_latents, indices_BK.shape[1], groups, indices_BK.device)
 
     def decode(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
+        """In the order of the tokens."""
         if self.dense:
             return self.p.grouped_decode(values_BK, self.indices_BK, W_FD, *self.dense_options)
-        return self.p.sparse_decode(values_BK, self.indices_BK, W_FD)
+        return self.groups.unsorted(self.p.sparse_decode(values_BK, self.indices_BK, W_FD))
 
     def matmul_at_indices(self, g_BD: Tensor, W_FD: Tensor) -> Tensor:
         if self.dense:
@@ -61,23 +66,16 @@ class CodeProducts:
             sum per latent.
         """
         if self.dense:
-            dW_dec_FD, dW_enc_FD = (
-                self.p.grouped_weight_grad(v_BK, self.indices_BK, y_BD, self.n_latents, *self.dense_options)
-                for v_BK, y_BD in ((values_BK, g_BD), (d_pre_BK, x_BD))
+            grads = self.p.grouped_weight_grads(
+                values_BK, self.indices_BK, g_BD, d_pre_BK, x_BD, self.n_latents, *self.dense_options
             )
-            sums = [self._dense_sums(t_BK) for t_BK in (d_pre_BK, radial_BK) if t_BK is not None]
-            return None, (dW_dec_FD, dW_enc_FD, *sums)
+            return None, grads if radial_BK is None else (
+                *grads,
+                latent_sums(radial_BK, self.indices_BK, self.n_latents),
+            )
         if self.active_only:
             rows_R, index = active_latent_index(self.indices_BK)
         else:
-            rows_R, index = None, latent_index(self.indices_BK, self.n_latents)
+            rows_R, index = None, self.p.latent_index(self.indices_BK, self.n_latents)
         grads = self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD)
         return rows_R, grads if radial_BK is None else (*grads, index.sums(radial_BK.flatten()[index.order_S]))
-
-    def _dense_sums(self, t_BK: Tensor) -> Tensor:
-        """Each latent's sum, [F], in a fixed order: on a GPU index_add_ has none, and sums in t's dtype."""
-        if t_BK.device.type == "cpu" and self.p is torch_backend:
-            return t_BK.new_zeros(self.n_latents).index_add_(0, self.indices_BK.flatten(), t_BK.flatten())
-        ones_B1 = t_BK.new_ones(len(t_BK), 1)
-        sums_F1 = self.p.grouped_weight_grad(t_BK, self.indices_BK, ones_B1, self.n_latents, *self.dense_options)
-        return sums_F1.squeeze(1)

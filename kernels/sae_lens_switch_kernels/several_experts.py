@@ -8,12 +8,12 @@ single dictionary, each scaled by its own gate.
 Letters: A is the number of active experts per token here, R = B * A the number of pairs.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups
+from sae_lens_switch_kernels.indexing import ExpertGroups
 
 
 class Pairs(NamedTuple):
@@ -37,13 +37,9 @@ class Pairs(NamedTuple):
         return self.groups.unsorted(t_RK).view(-1, self.n_active * t_RK.shape[1])
 
 
-def are_several(expert_B: Tensor | None) -> bool:
+def are_several(expert_B: Tensor | None) -> TypeGuard[Tensor]:
     """Whether it has the form [B, A]."""
     return expert_B is not None and expert_B.ndim == 2
-
-
-def pairs_of(expert_BA: Tensor, n_experts: int) -> Pairs:
-    return Pairs(expert_groups(expert_BA.flatten(), n_experts), expert_BA.shape[1])
 
 
 def times_gates(values_BN: Tensor, gates_BA: Tensor | None) -> Tensor:
@@ -65,18 +61,62 @@ def code_gates(gates_BA: Tensor, expert_BA: Tensor, expert_BK: Tensor) -> Tensor
     return gates_BA.gather(-1, _is_own(expert_BA, expert_BK).int().argmax(-1))
 
 
-def gate_grads(d_gates_BK: Tensor, expert_BA: Tensor, expert_BK: Tensor) -> Tensor:
-    """The sum over the codes of each of a token's experts, [B, A], in a fixed order."""
-    return (d_gates_BK.unsqueeze(2) * _is_own(expert_BA, expert_BK)).sum(1)
+class OwnGates(NamedTuple):
+    """The primitives that multiply codes by gates, of tokens with several experts: each code has a gate of its own.
+
+    Rows are in the order of the tokens.
+
+    Attributes:
+        expert_BA: The experts of each token.
+        expert_BK: The expert of each code.
+    """
+
+    expert_BA: Tensor
+    expert_BK: Tensor
+
+    def sorted_codes(
+        self,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        gates_BA: Tensor | None,
+        groups: ExpertGroups,  # noqa: ARG002, one group
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """values * gate, values and indices."""
+        return self._gated(values_BK, gates_BA), values_BK, indices_BK
+
+    unsorted_codes = sorted_codes
+
+    def code_grads(
+        self,
+        values_BK: Tensor,
+        d_acts_BK: Tensor,
+        gates_BA: Tensor | None,
+        grad_values_BK: Tensor | None,
+        groups: ExpertGroups,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the pre-activations, and of the gates [B, A]."""
+        d_values_BK, d_gates_BA = self._gated(d_acts_BK, gates_BA), None
+        if gates_BA is not None:
+            # Summed over the codes of each expert in a fixed order, which scatter_add_ does not have on a GPU.
+            per_code_BKA = (d_acts_BK * values_BK).unsqueeze(2) * _is_own(self.expert_BA, self.expert_BK)
+            d_gates_BA = per_code_BKA.sum(1).to(gates_BA.dtype)
+        if grad_values_BK is not None:
+            d_values_BK = d_values_BK + grad_values_BK
+        return d_values_BK * (values_BK > 0), d_gates_BA
+
+    def _gated(self, values_BK: Tensor, gates_BA: Tensor | None) -> Tensor:
+        if gates_BA is None:
+            return values_BK
+        return values_BK * code_gates(gates_BA, self.expert_BA, self.expert_BK).to(values_BK.dtype)
 
 
-def gates_of_codes(
+def own_gates(
     gates_B: Tensor | None, expert_B: Tensor | None, indices_BK: Tensor, width: int, groups: ExpertGroups
 ) -> Tensor | None:
     """What each code is multiplied by, [B, 1] or [B, K], in the order of ``groups``; ``width`` is an expert's."""
     if gates_B is None:
         return None
-    if expert_B is None or not are_several(expert_B):
+    if not are_several(expert_B):
         return groups.sorted(gates_B).unsqueeze(1)
     return code_gates(gates_B, expert_B, torch.div(indices_BK, width, rounding_mode="floor"))
 

@@ -18,9 +18,29 @@ from torch.nn import functional
 
 from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
 from sae_lens_switch_kernels.huge_pages import empty_huge
-from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex
+from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex, expert_groups, latent_index
+from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
 from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
 from sae_lens_switch_kernels.torch_topk import select_topk
+
+__all__ = [
+    "adam_rows",
+    "code_grads",
+    "expert_groups",
+    "grouped_decode",
+    "grouped_matmul_at_indices",
+    "grouped_weight_grad",
+    "grouped_weight_grads",
+    "latent_index",
+    "latent_weight_grads",
+    "matmul_at_indices",
+    "select_topk",
+    "sorted_codes",
+    "sorted_rows",
+    "sparse_decode",
+    "topk_encode",
+    "unsorted_codes",
+]
 
 # Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
 # that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
@@ -135,15 +155,7 @@ def topk_encode(
             found.append((values.to(W_FD.dtype), indices.add_(part)))
         scale = None if scale_F is None else scale_F[expert * M : (expert + 1) * M]
         values_BK[low:high], indices_BK[low:high] = found[0] if len(found) == 1 else _best(found, k, scale)
-    return values_BK, indices_BK if E == 1 else indices_BK.add_(first_latents(groups, len(x_BD), len(W_FD)))
-
-
-def first_latents(groups: ExpertGroups, n_tokens: int, n_latents: int) -> Tensor:
-    """[B, 1], the first latent of the expert that owns each sorted row."""
-    offsets_E1 = groups.offsets_E1
-    rows_B = torch.arange(n_tokens, device=offsets_E1.device, dtype=offsets_E1.dtype)
-    expert_B = torch.searchsorted(offsets_E1, rows_B, right=True) - 1
-    return (expert_B * (n_latents // (len(offsets_E1) - 1))).unsqueeze(1)
+    return values_BK, indices_BK if E == 1 else indices_BK.add_(groups.first_latents(len(x_BD), len(W_FD)))
 
 
 class _Rows(NamedTuple):
@@ -204,12 +216,15 @@ def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) ->
 def grouped_decode(
     values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
-    """sparse_decode as one dense product per expert, 2BMD flops: faster while M / K is small."""
+    """sparse_decode as one dense product per expert, 2BMD flops: faster while M / K is small.
+
+    Codes are sorted by expert, as everywhere; what they decode to is in the order of the tokens.
+    """
     out_BD = W_FD.new_empty(len(values_BK), W_FD.shape[1])
     for block, tile, buffer_RM in _tiles(len(values_BK), len(W_FD), groups, dtype):
         acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
         _mm(out_BD[tile], acts_RM, W_FD[block].to(dtype))
-    return out_BD
+    return groups.unsorted(out_BD)
 
 
 def grouped_matmul_at_indices(
@@ -242,6 +257,22 @@ def grouped_weight_grad(
             grad_FD[block] += acts_RM.T @ g_RD
     grad_FD[written:] = 0
     return grad_FD
+
+
+def grouped_weight_grads(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    g_BD: Tensor,
+    d_pre_BK: Tensor,
+    x_BD: Tensor,
+    n_latents: int,
+    groups: ExpertGroups,
+    dtype: torch.dtype,
+) -> LatentGrads:
+    """latent_weight_grads as two dense products per expert; in the dtype of the values."""
+    pairs = (values_BK, g_BD), (d_pre_BK, x_BD)
+    dW = [grouped_weight_grad(v_BK, indices_BK, y_BD, n_latents, groups, dtype) for v_BK, y_BD in pairs]
+    return LatentGrads(*dW, latent_sums(d_pre_BK, indices_BK, n_latents))
 
 
 def _tiles(

@@ -1,6 +1,5 @@
 """Which class SAELens constructs: overrides and options in nested blocks, in threads, and through failures."""
 
-import importlib
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import sae_lens
 from helpers import D, E, F, K, run_fields
+from helpers.reloading import reloaded
 from sae_lens import llm_sae_training_runner as llm_module
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKTrainingSAE
@@ -63,14 +63,10 @@ def test_an_override_can_be_entered_again_and_ends_with_an_exception(stock):  # 
 
 
 def test_a_class_from_before_a_reload_of_its_module_still_gives_back(stock):  # noqa: ARG001
-    before = dict(vars(registration))
-    importlib.reload(registration)
-    try:
+    with reloaded(registration):
         assert registration.override_topk is not override_topk
         with override_topk():
             assert is_overridden()
-    finally:
-        vars(registration).update(before)  # other tests compare the module's names with the package's
 
 
 def test_what_others_register_meanwhile_stays(stock):

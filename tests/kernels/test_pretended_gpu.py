@@ -1,12 +1,11 @@
 """A training step on torch's meta device in place of a GPU: its tensors have no values, so whatever would synchronise
 to read one back raises, and every copy from the host is seen."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
+from helpers.launches import pretended_gpu
 from helpers.pretended_gpu import on_device
-from sae_lens_switch_kernels import RowGrads, autoencode, operators, products
+from sae_lens_switch_kernels import RowGrads, autoencode, products
 from sae_lens_switch_kernels.indexing import one_group
 from sae_lens_switch_kernels.inputs import EncoderInputs
 
@@ -28,30 +27,32 @@ def test_forward_and_backward_copy_nothing_and_wait_for_nothing(
     copies, n_experts, dense_up_to, low_precision, monkeypatch
 ):
     pytest.importorskip("triton")
-    from sae_lens_switch_kernels import triton_backend
-    from sae_lens_switch_kernels.triton_backend.blocks import Arch
-    from sae_lens_switch_kernels.triton_backend.launch import recording
-
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no meta device
-    for module in (operators, autoencode):
-        monkeypatch.setattr(module, "primitives", lambda _: triton_backend)
     monkeypatch.setattr(products, "_DENSE_UP_TO", {"meta": dense_up_to})
     x, W_enc, W_dec = on_device(B, D), on_device(F, D), on_device(F, D)
     several = n_experts > 1
     expert = on_device(B, dtype=torch.int64) if several else None
     gates = on_device(B) if several else None
     pre_bias, bias = on_device(D), None if several else on_device(F)
-    with recording(Arch(lanes=32, shared=232448)) as launches:
-        out, values, indices, _, *aux, centered, _ = autoencode.forward(
-            EncoderInputs(x, W_enc, pre_bias, bias, None, expert, gates, K, n_experts, torch.float32, *low_precision),
-            autoencode.DecoderInputs(W_dec, None, 0),
-        )
-        saved = x, centered, W_enc, W_dec, gates, expert, None, values, indices, *aux
+    encoder = EncoderInputs(x, W_enc, pre_bias, bias, None, expert, gates, K, n_experts, torch.float32, *low_precision)
+    decoder = autoencode.DecoderInputs(W_dec, None, 0)
+    with pretended_gpu(monkeypatch) as launches:
+        outputs = autoencode.forward(encoder, decoder)
+        known = encoder._asdict() | decoder._asdict() | outputs._asdict()
+        saved = {name: known[name] for name in autoencode._SAVED}
         grads = autoencode.backward(
-            autoencode.BackwardInputs(out, None, None, *saved, n_experts, torch.float32, True, True),
+            autoencode.BackwardInputs(
+                outputs.out_BD,
+                None,
+                None,
+                **saved,
+                n_experts=n_experts,
+                dtype=torch.float32,
+                needs_x=True,
+                needs_pre_bias=True,
+            ),
             RowGrads(active_only=False),
         )
-    assert launches
+    assert launches.n
     assert [tuple(g.shape) for g in grads[:3]] == [(B, D), (F, D), (F, D)]
     assert copies == []
 

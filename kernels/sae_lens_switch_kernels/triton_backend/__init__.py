@@ -8,24 +8,39 @@ from torch import Tensor
 
 from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.float8 import operands
-from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads
 from sae_lens_switch_kernels.triton_backend.adam import adam_rows
+from sae_lens_switch_kernels.triton_backend.code_rows import (
+    code_grads,
+    dense_rows,
+    sorted_codes,
+    sorted_rows,
+    take_in_rows,
+    unsorted_codes,
+)
+from sae_lens_switch_kernels.triton_backend.counting_sort import expert_groups, latent_index
 from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices, sparse_decode
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode as decode_dense
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_encode as encode_dense
-from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight_grad as weight_grad_dense
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight_grads as weight_grads_dense
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
 
 __all__ = [
     "adam_rows",
+    "code_grads",
+    "expert_groups",
     "grouped_decode",
     "grouped_matmul_at_indices",
-    "grouped_weight_grad",
+    "grouped_weight_grads",
+    "latent_index",
     "latent_weight_grads",
     "matmul_at_indices",
+    "sorted_codes",
+    "sorted_rows",
     "sparse_decode",
     "topk_encode",
+    "unsorted_codes",
 ]
 
 
@@ -42,35 +57,33 @@ def topk_encode(
     if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
         return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
     pre_BM = encode_dense(*operands(x_BD, W_FD, dtype), groups.offsets_E1)
-    values_BK, indices_BK = select_topk(pre_BM, k)
-    return values_BK.to(W_FD.dtype), indices_BK + torch_backend.first_latents(groups, len(x_BD), len(W_FD))
+    return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype)
 
 
 def grouped_decode(
     values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
-    acts_BM = _dense_in_expert(values_BK, indices_BK, len(W_FD), groups, dtype)
-    return decode_dense(acts_BM, W_FD.to(dtype), groups.offsets_E1).to(W_FD.dtype)
+    (acts_BM,) = dense_rows(values_BK, indices_BK, len(W_FD), groups.offsets_E1, dtype)
+    return decode_dense(acts_BM, W_FD.to(dtype), groups.offsets_E1, groups.order_B, W_FD.dtype)
 
 
 def grouped_matmul_at_indices(
     g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
     out_BM = encode_dense(g_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
-    return out_BM.gather(1, indices_BK - torch_backend.first_latents(groups, len(g_BD), len(W_FD))).to(g_BD.dtype)
+    return take_in_rows(out_BM, indices_BK, groups.offsets_E1, W_FD.dtype)
 
 
-def grouped_weight_grad(
-    values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    acts_BM = _dense_in_expert(values_BK, indices_BK, n_latents, groups, dtype)
-    return weight_grad_dense(acts_BM, g_BD.to(dtype), groups.offsets_E1).to(g_BD.dtype)
-
-
-def _dense_in_expert(
-    values_BK: Tensor, indices_BK: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    """[B, M], each row's codes among the latents of its own expert."""
-    M = n_latents // (len(groups.offsets_E1) - 1)
-    local_BK = indices_BK - torch_backend.first_latents(groups, len(values_BK), n_latents)
-    return values_BK.new_zeros(len(values_BK), M, dtype=dtype).scatter_add_(1, local_BK, values_BK.to(dtype))
+def grouped_weight_grads(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    g_BD: Tensor,
+    d_pre_BK: Tensor,
+    x_BD: Tensor,
+    n_latents: int,
+    groups: ExpertGroups,
+    dtype: torch.dtype,
+) -> LatentGrads:
+    offsets_E1 = groups.offsets_E1
+    acts_BM, d_pre_BM = dense_rows(values_BK, indices_BK, n_latents, offsets_E1, dtype, d_pre_BK)
+    return weight_grads_dense(acts_BM, g_BD.to(dtype), d_pre_BM, x_BD.to(dtype), offsets_E1, values_BK.dtype)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_lens_switch_kernels.indexing import LatentGrads
 from sae_lens_switch_kernels.triton_backend.blocks import cdiv, gemm_blocks, next_power_of_2
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
@@ -26,7 +27,8 @@ def _grouped_matmul_kernel(
     a,  # [B, C]
     W,  # [E * M, D]: C = D and N = M if TRANSPOSED, else C = M and N = D
     offsets,  # [E + 1]
-    out,  # [B, N]
+    order,  # [B] or None
+    out,  # [B, N], row r at order[r]
     E,
     C,
     N,
@@ -60,15 +62,22 @@ def _grouped_matmul_kernel(
         else:
             w_CN = load_row(W + c[:, None].to(tl.int64) * N + n[None, :], (c < C)[:, None] & (n < N)[None, :])
         acc = tl.dot(a_RC, w_CN, acc, input_precision=PRECISION)
-    tl.store(out + r[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), (r < end)[:, None] & (n < N)[None, :])
+    to = r
+    if order is not None:
+        to = tl.load(order + r, mask=r < end, other=0).to(tl.int64)
+    tl.store(out + to[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), (r < end)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
 def _grouped_weight_grad_kernel(
     a,  # [B, M]
     g,  # [B, D]
+    more_a,  # [B, M] or None
+    more_g,  # [B, D] or None
     offsets,  # [E + 1]
     out,  # [E * M, D]
+    more_out,  # [E * M, D] or None
+    sums,  # [E * M] or None, of more_a
     M,
     D,
     PRECISION: tl.constexpr,
@@ -83,14 +92,23 @@ def _grouped_weight_grad_kernel(
     d = tl.program_id(0) % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(offsets + e).to(tl.int64)
     end = tl.load(offsets + e + 1).to(tl.int64)
+    if more_a is not None:  # noqa: SIM102, Triton decides the outer one as it compiles
+        if tl.program_id(1) == 1:
+            a, g, out = more_a, more_g, more_out
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    summed = tl.zeros([BLOCK_M], tl.float32)
     for first in range(start, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         a_RM = load_row(a + r[:, None] * M + m[None, :], (r < end)[:, None] & (m < M)[None, :])
         g_RD = load_row(g + r[:, None] * D + d[None, :], (r < end)[:, None] & (d < D)[None, :])
         acc = tl.dot(tl.trans(a_RM), g_RD, acc, input_precision=PRECISION)
-    rows = (e.to(tl.int64) * M + m)[:, None]
-    tl.store(out + rows * D + d[None, :], acc.to(out.dtype.element_ty), (m < M)[:, None] & (d < D)[None, :])
+        if sums is not None:
+            summed += tl.sum(a_RM.to(tl.float32), 0)
+    rows = e.to(tl.int64) * M + m
+    tl.store(out + rows[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), (m < M)[:, None] & (d < D)[None, :])
+    if sums is not None:  # noqa: SIM102
+        if (tl.program_id(1) == 1) & (tl.program_id(0) % d_tiles == 0):
+            tl.store(sums + rows, summed.to(sums.dtype.element_ty), m < M)
 
 
 def grouped_encode(x_BD: Tensor, W_FD: Tensor, offsets_E1: Tensor) -> Tensor:
@@ -98,16 +116,25 @@ def grouped_encode(x_BD: Tensor, W_FD: Tensor, offsets_E1: Tensor) -> Tensor:
     return _grouped_matmul(x_BD, W_FD, offsets_E1, transposed=True)
 
 
-def grouped_decode(a_BM: Tensor, W_FD: Tensor, offsets_E1: Tensor) -> Tensor:
-    """out[r] = a[r] W_e, shape [B, D], for the expert e that owns row r."""
-    return _grouped_matmul(a_BM, W_FD, offsets_E1, transposed=False)
+def grouped_decode(
+    a_BM: Tensor, W_FD: Tensor, offsets_E1: Tensor, order_B: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """out[order[r]] = a[r] W_e, shape [B, D], for the expert e that owns row r; in ``dtype``, or that of a."""
+    return _grouped_matmul(a_BM, W_FD, offsets_E1, False, order_B, dtype)
 
 
-def _grouped_matmul(a_BC: Tensor, W_FD: Tensor, offsets_E1: Tensor, transposed: bool) -> Tensor:
+def _grouped_matmul(
+    a_BC: Tensor,
+    W_FD: Tensor,
+    offsets_E1: Tensor,
+    transposed: bool,
+    order_B: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     B, C = a_BC.shape
     E = len(offsets_E1) - 1
     N = len(W_FD) // E if transposed else W_FD.shape[1]
-    out_BN = a_BC.new_empty(B, N)
+    out_BN = a_BC.new_empty(B, N, dtype=dtype or a_BC.dtype)
     precision = _dot_precision(a_BC, inner_contiguous=transposed)
     # Tiles of half an expert's average load: few are nearly empty because an expert has a few rows too many.
     blocks = gemm_blocks(
@@ -128,6 +155,7 @@ def _grouped_matmul(a_BC: Tensor, W_FD: Tensor, offsets_E1: Tensor, transposed: 
         a=a_BC.contiguous(),
         W=W_FD.contiguous(),
         offsets=offsets_E1.contiguous(),
+        order=order_B,
         out=out_BN,
         E=E,
         C=C,
@@ -142,21 +170,46 @@ def _grouped_matmul(a_BC: Tensor, W_FD: Tensor, offsets_E1: Tensor, transposed: 
     return out_BN
 
 
-def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor) -> Tensor:
-    """dW_e = a_e^T g_e, shape [F, D]; zero for an expert without rows."""
+def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """dW_e = a_e^T g_e, shape [F, D], in ``dtype``, or that of g; zero for an expert without rows."""
+    return _grouped_weight_grads(a_BM, g_BD, None, None, offsets_E1, dtype or g_BD.dtype)[0]
+
+
+def grouped_weight_grads(
+    a_BM: Tensor, g_BD: Tensor, more_a_BM: Tensor, more_g_BD: Tensor, offsets_E1: Tensor, dtype: torch.dtype
+) -> LatentGrads:
+    """Two such products in one launch, and the sum of each column of ``more_a``."""
+    return LatentGrads(*_grouped_weight_grads(a_BM, g_BD, more_a_BM, more_g_BD, offsets_E1, dtype))
+
+
+def _grouped_weight_grads(
+    a_BM: Tensor,
+    g_BD: Tensor,
+    more_a_BM: Tensor | None,
+    more_g_BD: Tensor | None,
+    offsets_E1: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     M, D, E = a_BM.shape[1], g_BD.shape[1], len(offsets_E1) - 1
-    out_FD = g_BD.new_empty(E * M, D)
+    twice = more_a_BM is not None and more_g_BD is not None
+    out_FD = g_BD.new_empty(E * M, D, dtype=dtype)
+    more_out_FD = torch.empty_like(out_FD) if twice else None
+    sums_F = out_FD.new_empty(E * M) if twice else None
     precision = _precision(g_BD)
     blocks = gemm_blocks(M, D, g_BD.dtype, arch_of(g_BD.device), tf32=precision == "tf32")
     launch(
         _grouped_weight_grad_kernel,
-        (E * cdiv(M, blocks.rows) * cdiv(D, blocks.columns),),
+        (E * cdiv(M, blocks.rows) * cdiv(D, blocks.columns), 2 if twice else 1),
         blocks.num_warps,
         blocks.num_stages,
         a=a_BM.contiguous(),
         g=g_BD.contiguous(),
+        more_a=more_a_BM.contiguous() if more_a_BM is not None and twice else None,
+        more_g=more_g_BD.contiguous() if more_g_BD is not None and twice else None,
         offsets=offsets_E1.contiguous(),
         out=out_FD,
+        more_out=more_out_FD,
+        sums=sums_F,
         M=M,
         D=D,
         PRECISION=precision,
@@ -164,7 +217,7 @@ def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor) -> Tenso
         BLOCK_D=blocks.columns,
         BLOCK_R=blocks.inner,
     )
-    return out_FD
+    return out_FD, more_out_FD, sums_F
 
 
 def _dot_precision(t: Tensor, inner_contiguous: bool) -> str:

@@ -55,7 +55,6 @@ def _sum_entries(
 def _latent_weight_grads_pieces_kernel(
     order,  # [S]
     starts,  # [F + 1]
-    owners,  # [P] the latent that owns position (p + 1) * PIECE
     values,  # [B, K]
     g,  # [B, D]
     d_pre,  # [B, K] or None
@@ -63,6 +62,7 @@ def _latent_weight_grads_pieces_kernel(
     part_dec,  # [P, D]
     part_enc,  # [P, D] or None
     part_bias,  # [P] or None
+    F,
     D,
     K: tl.constexpr,
     PIECE: tl.constexpr,
@@ -70,7 +70,14 @@ def _latent_weight_grads_pieces_kernel(
     BLOCK_D: tl.constexpr,
 ):
     p = tl.program_id(0).to(tl.int64)
-    f = tl.load(owners + p).to(tl.int64)
+    # The latent that owns position (p + 1) * PIECE: the last that starts at or before it.
+    low = p * 0
+    high = low + F
+    while low < high:
+        middle = (low + high + 1) // 2
+        starts_later = tl.load(starts + middle).to(tl.int64) > (p + 1) * PIECE
+        low, high = tl.where(starts_later, low, middle), tl.where(starts_later, middle - 1, high)
+    f = low
     start = tl.load(starts + f).to(tl.int64)
     end = tl.load(starts + f + 1).to(tl.int64)
     begin = start + ((p + 1) * PIECE - start + PIECE - 1) // PIECE * PIECE
@@ -169,9 +176,7 @@ def latent_weight_grads(
         "BLOCK_D": BLOCK_D,
     }
     if n_pieces:
-        positions_P = torch.arange(1, n_pieces + 1, device=g_BD.device, dtype=index.starts_F1.dtype) * PIECE
-        owners_P = torch.searchsorted(index.starts_F1, positions_P, right=True) - 1
-        launch(_latent_weight_grads_pieces_kernel, (n_pieces, slices), num_warps, owners=owners_P, **arguments)
+        launch(_latent_weight_grads_pieces_kernel, (n_pieces, slices), num_warps, F=F, **arguments)
     results = {"dW_dec": out.dW_dec_FD, "dW_enc": out.dW_enc_FD, "d_b_enc": out.d_b_enc_F}
     launch(_latent_weight_grads_kernel, (F, slices), num_warps, **results, **arguments)
     return out

@@ -6,8 +6,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels.indexing import LatentIndex
+from sae_lens_switch_kernels.indexing import ExpertGroups, LatentIndex
 from sae_lens_switch_kernels.triton_backend.adam import adam_rows, adam_rows_traffic
+from sae_lens_switch_kernels.triton_backend.code_rows import (
+    code_grads,
+    code_grads_traffic,
+    codes_traffic,
+    dense_rows,
+    dense_rows_traffic,
+    sorted_codes,
+    sorted_rows,
+    sorted_rows_traffic,
+    take_in_rows,
+    take_in_rows_traffic,
+    unsorted_codes,
+)
+from sae_lens_switch_kernels.triton_backend.counting_sort import expert_groups, latent_index, sorted_places_traffic
 from sae_lens_switch_kernels.triton_backend.gather import (
     matmul_at_indices,
     matmul_at_indices_traffic,
@@ -19,6 +33,7 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import (
     grouped_encode,
     grouped_traffic,
     grouped_weight_grad,
+    grouped_weight_grads,
 )
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads, latent_weight_grads_traffic
 from sae_lens_switch_kernels.triton_backend.launch import Traffic
@@ -26,6 +41,7 @@ from sae_lens_switch_kernels.triton_backend.select_topk import select_topk, sele
 from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows_traffic
 
 B, K, F, E = 4096, 32, 32768, 32
+fp32 = torch.float32
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,10 +78,18 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     x, W, a = empty(B, D), empty(F, D), empty(B, M)
     offsets = empty(E + 1, dtype=torch.int64)
     index = LatentIndex(empty(B * K, dtype=torch.int64), empty(F + 1, dtype=torch.int64))
+    order = empty(B, dtype=torch.int64)
     products = grouped_traffic(B, D, M, E, size)
     yield Operation("grouped_encode", lambda: grouped_encode(x, W, offsets), products, True)
     yield Operation("grouped_decode", lambda: grouped_decode(a, W, offsets), products, True)
+    yield Operation("grouped_decode, unsorted", lambda: grouped_decode(a, W, offsets, order, fp32), products, True)
     yield Operation("grouped_weight_grad", lambda: grouped_weight_grad(a, x, offsets), products, True)
+    yield Operation(
+        "grouped_weight_grads",
+        lambda: grouped_weight_grads(a, x, a, x, offsets, fp32),
+        products._replace(flops=2 * products.flops, streamed=2 * products.streamed),
+        True,
+    )
     if dtype == "tf32":  # only the products run on tensor cores, where fp32 may be TF32
         return
     yield Operation("sparse_decode", lambda: sparse_decode(values, indices, W), sparse_decode_traffic(B, K, F, D, size))
@@ -90,6 +114,13 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
         select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
     )
     yield Operation("select_topk, one expert", lambda: select_topk(a, K), topk_rows_traffic(B, M, K, size))
+    groups = ExpertGroups(order, offsets)
+    yield Operation(
+        "select_topk, by expert",
+        lambda: select_topk(a, K, groups=groups, dtype=fp32),
+        topk_rows_traffic(B, M, K, size),
+    )
+    yield from _around(D, x, values, indices, groups, size)
     yield Operation(
         "select_topk, one expert, bias, scale",
         lambda: select_topk(a, K, vector[:M], vector[:M]),
@@ -111,6 +142,31 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
             ),
             adam_rows_traffic(F, D, bool(constraint)),
         )
+
+
+def _around(D: int, x: Tensor, values: Tensor, indices: Tensor, groups: ExpertGroups, size: int) -> Iterator[Operation]:
+    """What sorts tokens and codes, and works on them one by one."""
+    bias, gates, expert = x.new_empty(D), x.new_empty(B), x.new_empty(B, dtype=torch.int64)
+    more, offsets, M = torch.empty_like(values), groups.offsets_E1, F // E
+    for n in (E, 128):
+        traffic = sorted_places_traffic(B, n, itemsize=8)
+        yield Operation(f"expert_groups, {n} experts", lambda n=n: expert_groups(expert, n), traffic)
+    yield Operation("latent_index", lambda: latent_index(indices, F), sorted_places_traffic(B * K, F))
+    yield Operation("sorted_rows", lambda: sorted_rows(x, bias, groups, x.dtype), sorted_rows_traffic(B, D, size, size))
+    codes = codes_traffic(B, K, size)
+    yield Operation("sorted_codes", lambda: sorted_codes(values, indices, gates, groups), codes)
+    yield Operation("unsorted_codes", lambda: unsorted_codes(values, indices, gates, groups), codes)
+    yield Operation("code_grads", lambda: code_grads(values, more, gates, None, groups), code_grads_traffic(B, K, size))
+    yield Operation(
+        "dense_rows, two",
+        lambda: dense_rows(values, indices, F, offsets, x.dtype, more),
+        dense_rows_traffic(B, K, M, size, size, outputs=2),
+    )
+    yield Operation(
+        "take_in_rows",
+        lambda: take_in_rows(x.new_empty(B, M), indices, offsets, x.dtype),
+        take_in_rows_traffic(B, K, size, size),
+    )
 
 
 def predicted_seconds(traffic: Traffic, gpu: Gpu, unit: str) -> float:

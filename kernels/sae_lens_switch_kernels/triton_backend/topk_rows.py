@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_lens_switch_kernels.triton_backend.blocks import cdiv, next_power_of_2, registers_warps
+from sae_lens_switch_kernels.triton_backend.code_rows import expert_of
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
 
@@ -86,17 +87,23 @@ def _topk_rows_kernel(
     bias,  # [F] or None
     scale,  # [F] or None
     blocks,  # [R, n_blocks], where to look; None: everywhere
+    offsets,  # [E + 1] or None; expert e owns rows offsets[e] to offsets[e + 1], and indices from e * F
     values,  # [R, k]
     indices,  # [R, k]
     F,
     n_blocks,
     k,
+    E,
     SHIFT: tl.constexpr,  # low bits of a key that are always zero
     BLOCKS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     AT_ONCE: tl.constexpr,  # blocks read again and stored at a time: few registers
+    BLOCK_E: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    owner = 0
+    if offsets is not None:
+        owner = expert_of(row, offsets, E, BLOCK_E).to(tl.int64) * F
     pre += row * F
     values += row * k
     indices += row * k
@@ -115,7 +122,7 @@ def _topk_rows_kernel(
         chosen = sure | (border & (ranks >> 16 <= needed))
         place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, needed) - 1
         tl.store(values + place, shifted.to(values.dtype.element_ty), mask=chosen)
-        tl.store(indices + place, columns.to(tl.int64), mask=chosen)
+        tl.store(indices + place, columns.to(tl.int64) + owner, mask=chosen)
 
 
 def topk_rows(
@@ -125,6 +132,8 @@ def topk_rows(
     scale_F: Tensor | None = None,
     blocks_RN: Tensor | None = None,
     block: int = 0,
+    offsets_E1: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``select_topk``, indices in ascending order within a row, or within each of its blocks.
 
@@ -135,6 +144,8 @@ def topk_rows(
         scale_F: Multiplies the keys, not the values.
         blocks_RN: Of each row only these blocks are looked at; default: all of it.
         block: Their length, a power of two.
+        offsets_E1: If given, rows are sorted by expert, and indices count over the latents of all experts.
+        dtype: Of the values; default: that of the rows.
     """
     R, F = pre_RF.shape
     lanes = arch_of(pre_RF.device).lanes
@@ -143,7 +154,9 @@ def topk_rows(
     at_once = min(width, 8 * lanes * num_warps)
     BLOCK_F = at_once if blocks_RN is None else block
     n_blocks = cdiv(F, BLOCK_F) if blocks_RN is None else blocks_RN.shape[1]
-    values_Rk, indices_Rk = pre_RF.new_empty(R, k), pre_RF.new_empty(R, k, dtype=torch.int64)
+    values_Rk = pre_RF.new_empty(R, k, dtype=dtype or pre_RF.dtype)
+    indices_Rk = pre_RF.new_empty(R, k, dtype=torch.int64)
+    E = 0 if offsets_E1 is None else len(offsets_E1) - 1
     launch(
         _topk_rows_kernel,
         (R,),
@@ -152,15 +165,18 @@ def topk_rows(
         bias=None if bias_F is None else bias_F.contiguous(),
         scale=None if scale_F is None else scale_F.contiguous(),
         blocks=blocks_RN,
+        offsets=offsets_E1,
         values=values_Rk,
         indices=indices_Rk,
         F=F,
         n_blocks=n_blocks,
         k=k,
+        E=E,
         SHIFT=16 if pre_RF.dtype == torch.bfloat16 and bias_F is None and scale_F is None else 0,
         BLOCKS=next_power_of_2(n_blocks),
         BLOCK_F=BLOCK_F,
         AT_ONCE=max(1, at_once // BLOCK_F),
+        BLOCK_E=next_power_of_2(E),
     )
     return values_Rk, indices_Rk
 

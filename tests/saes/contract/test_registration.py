@@ -1,6 +1,5 @@
 """SAELens knows ``switch`` once the plugin is imported, and nothing else about SAELens or torch has changed."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import D, random_input, switch_sae
+from helpers.reloading import reloaded
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
     SAE_TRAINING_CLASS_REGISTRY,
@@ -104,9 +104,8 @@ def test_the_registries_hold_our_classes():
 def test_registering_twice_and_reloading_the_package_do_nothing():
     before = dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)
     sae_lens_switch.saes.registration.register()
-    importlib.reload(sae_lens_switch.saes.registration)
-    importlib.reload(sae_lens_switch)
-    assert (dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)) == before
+    with reloaded(sae_lens_switch.saes.registration, sae_lens_switch):
+        assert (dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)) == before
 
 
 def test_the_name_cannot_be_registered_for_another_class():

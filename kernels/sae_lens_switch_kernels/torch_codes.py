@@ -1,0 +1,75 @@
+"""Elementwise work on tokens and codes around the products, in plain torch: primitives like those of torch_backend."""
+
+import torch
+from torch import Tensor
+
+from sae_lens_switch_kernels.indexing import ExpertGroups, latent_index
+
+
+def sorted_rows(t_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
+    """t - bias, rows sorted by expert, contiguous; t itself where that changes nothing.
+
+    A GPU's form writes them in ``dtype``, that of the products which read them. Here they keep their own: each product
+    casts its own tile.
+    """
+    if bias_D is None:
+        return groups.sorted(t_BD).contiguous()
+    if groups.order_B is None:
+        return t_BD - bias_D
+    return groups.sorted(t_BD).sub_(bias_D)
+
+
+def sorted_codes(
+    values_BK: Tensor, indices_BK: Tensor, gates_B: Tensor | None, groups: ExpertGroups
+) -> tuple[Tensor, Tensor, Tensor]:
+    """values * gate, values and indices, rows sorted by expert; gates in the order of the tokens."""
+    values_BK = groups.sorted(values_BK)
+    return gated(values_BK, gates_B, groups), values_BK, groups.sorted(indices_BK)
+
+
+def unsorted_codes(
+    values_BK: Tensor, indices_BK: Tensor, gates_B: Tensor | None, groups: ExpertGroups
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows sorted by expert: values * gate, still sorted; values and indices in the order of the tokens."""
+    return gated(values_BK, gates_B, groups), groups.unsorted(values_BK), groups.unsorted(indices_BK)
+
+
+def gated(values_BK: Tensor, gates_B: Tensor | None, groups: ExpertGroups) -> Tensor:
+    """Rows sorted by expert, times the gate of their token."""
+    return values_BK if gates_B is None else values_BK * groups.sorted(gates_B).unsqueeze(1).to(values_BK.dtype)
+
+
+def code_grads(
+    values_BK: Tensor,
+    d_acts_BK: Tensor,
+    gates_B: Tensor | None,
+    grad_values_BK: Tensor | None,
+    groups: ExpertGroups,
+) -> tuple[Tensor, Tensor | None]:
+    """What follows from the gradient of values * gate, rows sorted by expert.
+
+    Args:
+        values_BK: After ReLU and before the gate, sorted.
+        d_acts_BK: The gradient of values * gate, sorted.
+        gates_B: In the order of the tokens.
+        grad_values_BK: An upstream gradient of the values themselves, in the order of the tokens.
+        groups: The tokens of each expert.
+
+    Returns:
+        The gradients of the pre-activations [B, K], sorted, and of the gates [B], in the order of the tokens.
+    """
+    d_values_BK, d_gates_B = gated(d_acts_BK, gates_B, groups), None
+    if gates_B is not None:
+        d_gates_B = groups.unsorted((d_acts_BK * values_BK).sum(1).to(gates_B.dtype))
+    if grad_values_BK is not None:
+        d_values_BK = d_values_BK + groups.sorted(grad_values_BK)
+    # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
+    return d_values_BK * (values_BK > 0), d_gates_B
+
+
+def latent_sums(t_BK: Tensor, indices_BK: Tensor, n_latents: int) -> Tensor:
+    """The sum of each latent's entries, [F], in a fixed order, which index_add_ has on a CPU alone."""
+    if t_BK.device.type == "cpu":
+        return t_BK.new_zeros(n_latents).index_add_(0, indices_BK.flatten(), t_BK.flatten())
+    index = latent_index(indices_BK, n_latents)
+    return index.sums(t_BK.flatten()[index.order_S])
