@@ -13,6 +13,7 @@ and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decod
 owns latents ``e * M`` to ``(e + 1) * M``.
 """
 
+from sae_lens_switch_kernels.clipping import clip
 from sae_lens_switch_kernels.functions import (
     Reconstruction,
     latent_weight_grad,
@@ -23,14 +24,18 @@ from sae_lens_switch_kernels.functions import (
     topk_encode,
 )
 from sae_lens_switch_kernels.indexing import RowGrads
+from sae_lens_switch_kernels.routing import route, update_loads
 
 __all__ = [
     "Reconstruction",
     "RowGrads",
+    "clip",
     "latent_weight_grad",
     "matmul_at_indices",
+    "route",
     "sparse_autoencode",
     "sparse_decode",
     "switch_encode",
     "topk_encode",
+    "update_loads",
 ]
