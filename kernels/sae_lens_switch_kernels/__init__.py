@@ -14,6 +14,7 @@ owns latents ``e * M`` to ``(e + 1) * M``.
 """
 
 from sae_lens_switch_kernels.candidates import EncoderPrecision
+from sae_lens_switch_kernels.clipping import clip
 from sae_lens_switch_kernels.functions import (
     Reconstruction,
     latent_weight_grad,
@@ -23,6 +24,7 @@ from sae_lens_switch_kernels.functions import (
     switch_encode,
     topk_encode,
 )
+from sae_lens_switch_kernels.routing import route, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
 
@@ -30,11 +32,14 @@ __all__ = [
     "EncoderPrecision",
     "Reconstruction",
     "RowGrads",
+    "clip",
     "code_gates",
     "latent_weight_grad",
     "matmul_at_indices",
+    "route",
     "sparse_autoencode",
     "sparse_decode",
     "switch_encode",
     "topk_encode",
+    "update_loads",
 ]

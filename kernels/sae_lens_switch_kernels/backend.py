@@ -34,10 +34,14 @@ PRIMITIVES = (
     "sorted_codes",
     "unsorted_codes",
     "code_grads",
+    "route",
+    "route_backward",
+    "update_loads",
+    "clip",
     "adam_rows",
 )
 # Where a primitive's results are among its arguments; the others return theirs.
-_IN_PLACE = {"adam_rows": (0, 2, 3)}
+_IN_PLACE = {"adam_rows": (0, 2, 3), "update_loads": (1, 2, 3)}
 # RMS error of a self-check relative to the RMS of the result: TF32 and bf16 keep 10 and 8 bits.
 _TOLERATED = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -207,6 +211,10 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, t
         "sorted_rows": (x_BD, normal(D), mixed, dtype),
         "sorted_codes": (values_BK, indices_BK, gates_B, mixed),
         "unsorted_codes": (values_BK, indices_BK, gates_B, mixed),
+        "route": (normal(B, E),),
+        "route_backward": (normal(B, E).softmax(1), expert_B.to(device), normal(B, E), gates_B, normal(E)),
+        "update_loads": (normal(E), normal(E), normal(E), normal(1)[0] + 1, 0.02, -9.0),
+        "clip": (normal(1)[0].abs() + 1, normal(1)[0], 0.5),
         "code_grads": (values_BK, d_pre_BK, gates_B, normal(B, K), mixed),
     }
 

@@ -19,12 +19,15 @@ from torch.nn import functional
 from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex, expert_groups, latent_index
+from sae_lens_switch_kernels.torch_clipping import clip
 from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
 from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
+from sae_lens_switch_kernels.torch_routing import route, route_backward, update_loads
 from sae_lens_switch_kernels.torch_topk import select_topk
 
 __all__ = [
     "adam_rows",
+    "clip",
     "code_grads",
     "expert_groups",
     "grouped_decode",
@@ -34,12 +37,15 @@ __all__ = [
     "latent_index",
     "latent_weight_grads",
     "matmul_at_indices",
+    "route",
+    "route_backward",
     "select_topk",
     "sorted_codes",
     "sorted_rows",
     "sparse_decode",
     "topk_encode",
     "unsorted_codes",
+    "update_loads",
 ]
 
 # Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents

@@ -23,6 +23,17 @@ def fused_adam(tensor_lr: bool) -> Callable[..., None]:
     return torch.ops.aten._fused_adam_.tensor_lr if tensor_lr else torch.ops.aten._fused_adam_.default
 
 
+def add_to_all(tensors: list[Tensor], number: Tensor | float) -> None:
+    """Add a number to all tensors in place, on a GPU in one launch, which torch offers its own optimisers only.
+
+    The overload is named, since torch would otherwise read a tensor from the device to make it a float.
+    """
+    if isinstance(number, Tensor):
+        torch.ops.aten._foreach_add_.Tensor(tensors, number)
+    else:
+        torch.ops.aten._foreach_add_.Scalar(tensors, number)
+
+
 class OpenAdam(torch.optim.Adam):
     """torch's Adam with the method that collects a step's tensors made public."""
 

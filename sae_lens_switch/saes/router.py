@@ -5,17 +5,26 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from sae_lens_switch_kernels import route
 from torch import Tensor
+
+# Where torch's variance, which reads a batch once, takes half as long again as several passes.
+_IN_PASSES = {"cpu"}
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Router logits and probabilities of all experts; indices and probabilities of the A chosen ones, best first."""
+    """Router logits and probabilities of all experts; indices and probabilities of the A chosen ones, best first.
+
+    In training also the load and the batch mean of the probabilities, where they are by-products.
+    """
 
     logits_BE: Tensor
     probs_BE: Tensor
     experts_BA: Tensor
     gates_BA: Tensor
+    load_E: Tensor | None = None
+    importance_E: Tensor | None = None
 
 
 def router_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,20 +44,38 @@ def assign(logits_BE: Tensor, probs_BE: Tensor, n_active: int = 1) -> Assignment
     return Assignment(logits_BE, probs_BE, experts_BA, probs_BE.gather(-1, experts_BA))
 
 
+def assign_batch(logits_BE: Tensor) -> Assignment:
+    """``assign`` of a whole batch, with its load, in one operator that can be differentiated once."""
+    probs_BE, expert_B, gates_B, load_E, importance_E = route(logits_BE)
+    return Assignment(logits_BE, probs_BE, expert_B.unsqueeze(1), gates_B.unsqueeze(1), load_E, importance_E)
+
+
 def expert_load(assignment: Assignment) -> Tensor:
     """Share of the tokens' A choices that each expert receives, [E], in the router's dtype; sums to 1."""
+    if assignment.load_E is not None:
+        return assignment.load_E
     experts = assignment.experts_BA.flatten()
     counts_E = assignment.probs_BE.new_zeros(assignment.probs_BE.shape[-1])
     counts_E.index_add_(0, experts, counts_E.new_ones(()).expand(len(experts)))
     return counts_E / max(1, len(experts))
 
 
-def load_balance_loss(probs_BE: Tensor, load_E: Tensor) -> Tensor:
+def load_balance_loss(assignment: Assignment, load_E: Tensor) -> Tensor:
     """E * sum_i load_i P_i, P_i the batch mean of p_i: 1 when uniform (arXiv 2410.08201, section 3.3).
 
     The gradient goes through P only.
     """
-    return probs_BE.shape[-1] * (load_E.detach() * probs_BE.mean(dim=0)).sum()
+    importance_E = assignment.importance_E
+    if importance_E is None:
+        importance_E = assignment.probs_BE.mean(dim=0)
+    return len(load_E) * torch.dot(load_E.detach(), importance_E)
+
+
+def spread(x_BD: Tensor) -> Tensor:
+    """Mean squared distance of the rows from their mean."""
+    if x_BD.device.type in _IN_PASSES:
+        return (x_BD - x_BD.mean(dim=0)).square_().sum(dim=-1).mean()
+    return x_BD.var(dim=0, correction=0).sum()
 
 
 class RoutingStatistics:

@@ -1,6 +1,7 @@
 """SparseSAE, the base of our SAEs; and SparseTrainingSAE, all that SparseSAETrainer asks of one in training."""
 
 from abc import ABC, abstractmethod
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +203,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
             sae_out = self.decode(acts)
         else:
-            assignment = self._route(inputs_BD)
+            assignment = self._route_batch(inputs_BD)
             dead = self._dead_latents(step_input.dead_neuron_mask)
             row_grads = None if options is None else options.row_grads
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
@@ -219,7 +220,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         if dead.indices_N is not None and aux_out_BD is not None:
             n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
             losses["auxiliary_reconstruction_loss"] = self._aux_loss(x_BD, sae_out, aux_out_BD, n_dead)
-        loss = sum(losses.values(), start=sae_out.new_zeros(()))
+        loss = reduce(torch.add, losses.values())
         if options is None or options.refuse_non_finite:
             self._check_loss(loss, x_BD, step_input.n_training_steps)
 
@@ -249,6 +250,10 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
 
     def _route(self, inputs_BD: Tensor) -> Assignment | None:  # noqa: ARG002, there is one expert
         return None
+
+    def _route_batch(self, inputs_BD: Tensor) -> Assignment | None:
+        """``_route`` of a training step, whose batch is differentiated once."""
+        return self._route(inputs_BD)
 
     @abstractmethod
     def _autoencode(

@@ -79,8 +79,11 @@ class SwitchBase(SparseSAE):
         return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
 
     def _route(self, inputs_BD: Tensor) -> Assignment:
-        logits = self.hook_sae_router_logits(router_logits(inputs_BD, self.W_router, self.effective_router_bias))
+        logits = self._router_logits(inputs_BD)
         return assign(logits, self.hook_sae_router_probs(logits.softmax(dim=-1)), self.cfg.n_active_experts)
+
+    def _router_logits(self, inputs_BD: Tensor) -> Tensor:
+        return self.hook_sae_router_logits(router_logits(inputs_BD, self.W_router, self.effective_router_bias))
 
     @property
     def effective_router_bias(self) -> Tensor:

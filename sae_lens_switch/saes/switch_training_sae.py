@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.data_dependent_init import FirstBatchStart, start_from_batch
@@ -19,7 +20,15 @@ from sae_lens_switch.saes.decoder_constraint import (
     normalize_rows_,
     project_out_rows_,
 )
-from sae_lens_switch.saes.router import Assignment, RoutingStatistics, expert_load, load_balance_loss, router_dtype
+from sae_lens_switch.saes.router import (
+    Assignment,
+    RoutingStatistics,
+    assign_batch,
+    expert_load,
+    load_balance_loss,
+    router_dtype,
+    spread,
+)
 from sae_lens_switch.saes.serialization import FRESH
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import DeadLatents, LatentParameters, SparseTrainingSAE
@@ -125,6 +134,12 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             constrain_optimizer_steps(self)
 
     @override
+    def _route_batch(self, inputs_BD: Tensor) -> Assignment:
+        if has_hooks(self.hook_sae_router_probs) or self.cfg.n_active_experts > 1:
+            return self._route(inputs_BD)
+        return assign_batch(self._router_logits(inputs_BD))
+
+    @override
     def _autoencode(
         self, inputs_BD: Tensor, assignment: Assignment | None, dead: DeadLatents, row_grads: RowGrads | None
     ) -> tuple[Reconstruction, Tensor]:
@@ -158,7 +173,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     ) -> RoutingStatistics:
         assert assignment is not None
         load_E = expert_load(assignment)
-        balance = load_balance_loss(assignment.probs_BE, load_E)
+        balance = load_balance_loss(assignment, load_E)
         losses["load_balance_loss"] = step_input.coefficients["load_balance"] * self._load_balance_scale(x_BD) * balance
         statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
         metrics.update(load_balance=balance.detach(), **statistics.metrics())
@@ -185,8 +200,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     def _load_balance_scale(self, x_BD: Tensor) -> Tensor | float:
         if self.cfg.load_balance_scale == "d_in":
             return float(self.cfg.d_in)
-        x_BD = x_BD.to(router_dtype(x_BD.dtype))
-        return (x_BD - x_BD.mean(dim=0)).square().sum(dim=-1).mean()
+        return spread(x_BD.to(router_dtype(x_BD.dtype)))
 
     # Dead latents: those of a token's own expert
 

@@ -17,6 +17,7 @@ class FiringCounter:
         self.n_passes = 0
         self.last_fired_F = torch.zeros(d_sae, dtype=torch.int32, device=device)
         self._pass = torch.zeros((), dtype=torch.int32, device=device)  # n_passes, where a captured step sees it
+        self._never = torch.full((), torch.iinfo(torch.int32).min, dtype=torch.int32, device=device)
 
     def begin_pass(self) -> None:
         self.n_passes += 1
@@ -38,8 +39,8 @@ class FiringCounter:
     def count(self, firings: list[Firings], is_finite: Tensor, total_F: Tensor) -> None:
         """Add a step's firings to ``total_F``; none of a non-finite step's. Waits for nothing."""
         for indices, counts in firings:
-            counts = counts * is_finite
-            now = torch.where(counts > 0, self._pass, torch.iinfo(torch.int32).min)
+            counts = counts & is_finite if counts.dtype == torch.bool else counts * is_finite
+            now = torch.where(counts if counts.dtype == torch.bool else counts > 0, self._pass, self._never)
             if indices is None:
                 torch.maximum(self.last_fired_F, now, out=self.last_fired_F)
                 total_F += counts

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import wandb
+from sae_lens_switch_kernels import update_loads
 from torch import Tensor
 
 # EMA decay of the running expert load, per step.
@@ -44,9 +45,7 @@ class RoutingMonitor:
     def update(self, load_E: Tensor) -> None:
         load_E = load_E.to(self.load_E.dtype)
         self.last_load_E = load_E
-        self.load_E.lerp_(load_E, _LOAD_DECAY)
-        self.steps_without_E.add_(1).mul_(load_E == 0)
-        self.steps_too_busy.add_(1).mul_(load_E.max() > self.share)
+        update_loads(load_E, self.load_E, self.steps_without_E, self.steps_too_busy, _LOAD_DECAY, self.share)
 
     @property
     def dead_experts(self) -> Tensor:

@@ -25,8 +25,9 @@ class SkippedSteps:
         return int(self.counts[1])
 
     def update(self, is_finite: Tensor) -> None:
-        self.counts[0].add_(1).mul_(~is_finite)
-        self.counts[1].add_(~is_finite)
+        skipped = ~is_finite
+        self.counts += skipped
+        self.counts[0].mul_(skipped)
 
     def report(self, sae: AnyTrainingSAE, x_BD: Tensor, step: int) -> int | None:
         """Log what was skipped since the last report. Returns how many in a row, if these are too many."""

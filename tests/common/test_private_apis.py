@@ -61,6 +61,13 @@ def test_the_fused_adam_step_is_torchs(tensor_lr):
     assert torch.equal(p, plain)
 
 
+@pytest.mark.parametrize("number", [2, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_one_number_is_added_to_all_tensors(number):
+    tensors = [torch.zeros(()), torch.ones(3)]
+    torch_private.add_to_all(tensors, number)
+    assert [t.tolist() for t in tensors] == [2.0, [3.0, 3.0, 3.0]]
+
+
 def test_a_group_of_adam_is_collected_by_torch_itself():
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)

@@ -6,6 +6,7 @@ from helpers.token_loop import make_batch, make_sae, reference_loss, step_input,
 from torch import Tensor
 
 from sae_lens_switch import SwitchTrainingSAE, SwitchTrainingSAEConfig
+from sae_lens_switch.saes import router
 
 
 def test_tied_router_bias_is_one_vector():
@@ -52,6 +53,13 @@ def test_routing_stays_as_balanced_on_activations_ten_times_as_large():
     assert heaviest_share_after_training(10.0, coefficient=0.0) > 1.8
     shares = [heaviest_share_after_training(scale, coefficient=None) for scale in (0.1, 1.0, 10.0)]
     assert max(shares) < 1.3, shares
+
+
+def test_the_spread_of_a_batch_is_the_same_in_one_pass_and_in_several(monkeypatch):
+    x = make_batch()
+    for in_passes in ({"cpu"}, set()):
+        monkeypatch.setattr(router, "_IN_PASSES", in_passes)
+        assert float(router.spread(x)) == pytest.approx(variance(x), rel=1e-12)
 
 
 def test_the_load_balance_loss_scales_as_the_reconstruction_error_does():

@@ -24,7 +24,7 @@ from sae_lens_switch import (
 )
 from sae_lens_switch.saes.decoder_constraint import project_out_rows, project_out_rows_
 from sae_lens_switch.training import trainer as trainer_module
-from sae_lens_switch.training.optim import constrained_adam
+from sae_lens_switch.training.optim import constrained_adam, gradients
 from sae_lens_switch.training.optim.gradients import total_norm
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 
@@ -103,6 +103,14 @@ def test_projection_and_norm_written_out():
     others = [g.T, torch.randn(5), torch.tensor(3.0)]
     expected = sum(t.double().square().sum() for t in others).sqrt()
     torch.testing.assert_close(total_norm(others).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_the_norm_of_all_gradients_at_once_is_that_of_one_by_one(monkeypatch):
+    grads = [torch.randn(13, 7).T, torch.randn(5), torch.tensor(3.0)]
+    expected = sum(t.double().square().sum() for t in grads).sqrt()
+    for one_by_one in ({"cpu"}, set()):
+        monkeypatch.setattr(gradients, "_ONE_BY_ONE", one_by_one)
+        torch.testing.assert_close(total_norm(grads).double(), expected, rtol=1e-6, atol=0)
 
 
 def lazy_adam(x, rows_grads, lr, betas, eps=1e-8):

@@ -10,6 +10,7 @@ from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.float8 import operands
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads
 from sae_lens_switch_kernels.triton_backend.adam import adam_rows
+from sae_lens_switch_kernels.triton_backend.clipping import clip
 from sae_lens_switch_kernels.triton_backend.code_rows import (
     code_grads,
     dense_rows,
@@ -24,10 +25,12 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_encode as encode_dense
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight_grads as weight_grads_dense
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
+from sae_lens_switch_kernels.triton_backend.routing import route, route_backward, update_loads
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
 
 __all__ = [
     "adam_rows",
+    "clip",
     "code_grads",
     "expert_groups",
     "grouped_decode",
@@ -36,11 +39,14 @@ __all__ = [
     "latent_index",
     "latent_weight_grads",
     "matmul_at_indices",
+    "route",
+    "route_backward",
     "sorted_codes",
     "sorted_rows",
     "sparse_decode",
     "topk_encode",
     "unsorted_codes",
+    "update_loads",
 ]
 
 

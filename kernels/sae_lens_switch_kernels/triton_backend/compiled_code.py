@@ -41,7 +41,7 @@ class Specialisation(NamedTuple):
     num_stages: int
 
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 
 
 def specialise(launch: Launch, backend: str) -> Specialisation:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentIndex
 from sae_lens_switch_kernels.triton_backend.adam import adam_rows, adam_rows_traffic
+from sae_lens_switch_kernels.triton_backend.clipping import clip
 from sae_lens_switch_kernels.triton_backend.code_rows import (
     code_grads,
     code_grads_traffic,
@@ -37,6 +38,13 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import (
 )
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads, latent_weight_grads_traffic
 from sae_lens_switch_kernels.triton_backend.launch import Traffic
+from sae_lens_switch_kernels.triton_backend.routing import (
+    route,
+    route_backward,
+    route_backward_traffic,
+    route_traffic,
+    update_loads,
+)
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk, select_topk_traffic
 from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows_traffic
 
@@ -128,6 +136,7 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     )
     if dtype != "fp32":  # which all weights are stepped in
         return
+    yield from _routing(size)
     matrices, number, options = (W, empty(F, D), empty(F, D), empty(F, D)), empty(), (0.9, 0.999, 1e-8)
     steps: list[tuple[str, float | Tensor, dict[str, Any]]] = [
         ("adam_rows", 1e-4, {}),
@@ -167,6 +176,23 @@ def _around(D: int, x: Tensor, values: Tensor, indices: Tensor, groups: ExpertGr
         lambda: take_in_rows(x.new_empty(B, M), indices, offsets, x.dtype),
         take_in_rows_traffic(B, K, size, size),
     )
+
+
+def _routing(size: int) -> Iterator[Operation]:
+    logits = torch.empty(B, E, dtype=fp32, device="meta")
+    gates, loads, expert = logits.new_empty(B), logits.new_empty(E), logits.new_empty(B, dtype=torch.int64)
+    yield Operation("route", lambda: route(logits), route_traffic(B, E))
+    yield Operation(
+        "route_backward",
+        lambda: route_backward(logits, expert, logits, gates, loads),
+        route_backward_traffic(B, E),
+    )
+    yield Operation(
+        "update_loads",
+        lambda: update_loads(loads, loads, loads, loads[0], 0.02, 0.5),
+        Traffic(flops=3 * E, streamed=5 * E * size),
+    )
+    yield Operation("clip", lambda: clip(loads[0], loads[0], 1.0), Traffic(flops=3, streamed=4 * size))
 
 
 def predicted_seconds(traffic: Traffic, gpu: Gpu, unit: str) -> float:

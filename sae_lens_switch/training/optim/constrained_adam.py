@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import RowGrads
+from sae_lens_switch_kernels import RowGrads, clip
 from sae_lens_switch_kernels.backend import kernel
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from typing_extensions import override
 
-from sae_lens_switch.common.torch_private import OpenAdam, fused_adam
+from sae_lens_switch.common.torch_private import OpenAdam, add_to_all, fused_adam
 from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.decoder_constraint import (
     AppliesConstraint,
@@ -21,7 +21,7 @@ from sae_lens_switch.saes.decoder_constraint import (
     project_out_rows_,
     row_blocks,
 )
-from sae_lens_switch.training.optim.gradients import clipping, gradients, parameters_of, total_norm, trained
+from sae_lens_switch.training.optim.gradients import gradients, parameters_of, total_norm, trained
 from sae_lens_switch.training.optim.master_weights import MasterWeights
 
 # Tuned on a CPU: a block of rows stays in cache while it is projected, stepped and renormalised.
@@ -108,13 +108,13 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         """
         grads = gradients(parameters_of(self))
         norm = total_norm(grads)
-        is_finite, scale = clipping(loss, norm, max_norm)
+        is_finite, found_inf, scale = clip(norm, loss, max_norm)
         if norm.device.type in _READ_AT_ONCE and not is_finite:
             pass
         elif self.is_fused and norm.dtype == torch.float32:
             # The fused step divides by the scale, and changes nothing where something was non-finite.
             radial_F = None if self.row_grads is None else self.row_grads.radial_R
-            self.step(grad_scale=scale, found_inf=(~is_finite).to(torch.float32), radial_F=radial_F, lr=lr)
+            self.step(grad_scale=scale, found_inf=found_inf, radial_F=radial_F, lr=lr)
         elif is_finite:
             for grad in grads:
                 grad.div_(scale)
@@ -154,8 +154,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
                 self._step_not_fused(lists, options)
                 continue
             steps = lists[-1]
-            for step in steps:
-                step.add_(1)
+            add_to_all(steps, 1 if found_inf is None else 1 - found_inf)
             for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
                 grad = grad.contiguous()  # torch's fused step assumes the parameter's layout
                 adam_rows = _kernel_for(p, grad, m, v)
@@ -168,9 +167,6 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
                     self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), radial_F)
                 else:
                     fused([p], [grad], [m], [v], [], [step], **options)
-            if found_inf is not None:
-                for step in steps:
-                    step.sub_(found_inf)
 
     def _step_not_fused(self, lists: Any, options: dict[str, Any]) -> None:
         W = self.unit_rows if self.unit_rows is not None and self.unit_rows.requires_grad else None

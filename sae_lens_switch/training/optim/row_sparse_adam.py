@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens_switch_kernels import RowGrads
+from sae_lens_switch_kernels import RowGrads, clip
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.decoder_constraint import AppliesConstraint, normalize_rows_, project_out_rows
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
-from sae_lens_switch.training.optim.gradients import clipping, gradients, parameters_of, total_norm, trained
+from sae_lens_switch.training.optim.gradients import gradients, parameters_of, total_norm, trained
 
 # Tuned on a CPU: a block of rows stays in cache while it is gathered, stepped and scattered.
 _ROWS_STEPPED = 1024
@@ -58,7 +58,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             Whether there was a step.
         """
         assert lr is None
-        is_finite, scale = clipping(loss, total_norm(self._gradients()), max_norm)
+        is_finite, _, scale = clip(total_norm(self._gradients()), loss, max_norm)
         if is_finite:
             self.step(grad_scale=scale)
             self.sae.after_own_step()

@@ -1,0 +1,64 @@
+"""The router's choice in plain torch: primitives like those of torch_backend."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routed(NamedTuple):
+    """What follows from a router's logits [B, E].
+
+    Attributes:
+        probs_BE: Their softmax.
+        expert_B: Each token's most probable expert, int64; ties go to the first.
+        gates_B: Its probability.
+        load_E: Share of the tokens that each expert receives.
+        importance_E: Batch mean of each expert's probability.
+    """
+
+    probs_BE: Tensor
+    expert_B: Tensor
+    gates_B: Tensor
+    load_E: Tensor
+    importance_E: Tensor
+
+
+def route(logits_BE: Tensor) -> Routed:
+    """See ``Routed``."""
+    probs_BE = logits_BE.softmax(dim=-1)
+    expert_B1 = probs_BE.argmax(dim=-1, keepdim=True)
+    counts_E = probs_BE.new_zeros(probs_BE.shape[-1])
+    counts_E.index_add_(0, expert_B1.flatten(), counts_E.new_ones(()).expand(len(probs_BE)))
+    return Routed(
+        probs_BE,
+        expert_B1.flatten(),
+        probs_BE.gather(-1, expert_B1).flatten(),
+        counts_E / max(1, len(probs_BE)),
+        probs_BE.mean(dim=0),
+    )
+
+
+def route_backward(
+    probs_BE: Tensor,
+    expert_B: Tensor,
+    grad_probs_BE: Tensor | None,
+    grad_gates_B: Tensor | None,
+    grad_importance_E: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits, [B, E]."""
+    d_probs_BE = torch.zeros_like(probs_BE) if grad_probs_BE is None else grad_probs_BE.clone()
+    if grad_gates_B is not None:
+        d_probs_BE.scatter_add_(1, expert_B.unsqueeze(1), grad_gates_B.unsqueeze(1))
+    if grad_importance_E is not None:
+        d_probs_BE += grad_importance_E / max(1, len(probs_BE))
+    return probs_BE * (d_probs_BE - (probs_BE * d_probs_BE).sum(dim=1, keepdim=True))
+
+
+def update_loads(
+    load_E: Tensor, running_E: Tensor, steps_without_E: Tensor, steps_too_busy: Tensor, decay: float, share: float
+) -> None:
+    """The running load, each expert's steps in a row without a token, and the steps in a row with an overloaded one."""
+    running_E.lerp_(load_E, decay)
+    steps_without_E.add_(1).mul_(load_E == 0)
+    steps_too_busy.add_(1).mul_(load_E.max() > share)

@@ -1,0 +1,210 @@
+"""The router's choice on Triton: softmax, expert, gate and shares of the load in two launches, the gradient in one.
+
+Letters: P is the number of programs, each with a few tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_lens_switch_kernels.torch_routing import Routed
+from sae_lens_switch_kernels.triton_backend.blocks import cdiv, next_power_of_2
+from sae_lens_switch_kernels.triton_backend.launch import Traffic, launch
+
+_TILE = 1024  # numbers per program
+_EXPERTS = 32  # per program, of those that add up the shares
+
+
+@triton.jit
+def _route_kernel(
+    logits,  # [B, E]
+    probs,  # [B, E]
+    expert,  # [B]
+    gates,  # [B]
+    parts,  # [P, 2, E]: tokens, and the sum of probabilities
+    B,
+    E,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    p = tl.program_id(0)
+    b = p.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, BLOCK_E)
+    inside = (b < B)[:, None] & (e < E)[None, :]
+    at = b[:, None] * E + e[None, :]
+    logit = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    logit = tl.where((b < B)[:, None], logit, 0.0)
+    weight = tl.exp(logit - tl.max(logit, 1)[:, None])
+    prob = weight / tl.sum(weight, 1)[:, None]
+    prob = tl.where(inside, prob, 0.0)
+    best = tl.max(prob, 1)
+    # The first of equals; the first of all where a logit is not a finite number, and so no probability is one.
+    chosen = tl.min(tl.where((prob == best[:, None]) & inside, e[None, :], E), 1)
+    chosen = tl.where(chosen < E, chosen, 0)
+    is_chosen = (e[None, :] == chosen[:, None]) & inside
+    tl.store(probs + at, prob, mask=inside)
+    tl.store(expert + b, chosen.to(tl.int64), mask=b < B)
+    tl.store(gates + b, tl.sum(tl.where(is_chosen, prob, 0.0), 1), mask=b < B)
+    tl.store(parts + 2 * p * E + e, tl.sum(is_chosen.to(tl.float32), 0), mask=e < E)
+    tl.store(parts + (2 * p + 1) * E + e, tl.sum(prob, 0), mask=e < E)
+
+
+@triton.jit
+def _shares_kernel(
+    parts,  # [P, 2, E]
+    load,  # [E]
+    importance,  # [E]
+    P,
+    B,
+    E,
+    AT_ONCE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    tokens = tl.zeros([BLOCK_E], tl.float32)
+    total = tl.zeros([BLOCK_E], tl.float32)
+    for first in range(0, P, AT_ONCE):
+        p = first + tl.arange(0, AT_ONCE)
+        inside = (p < P)[:, None] & (e < E)[None, :]
+        at = parts + 2 * p[:, None] * E + e[None, :]
+        tokens += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+        total += tl.sum(tl.load(at + E, mask=inside, other=0.0), 0)
+    tl.store(load + e, tokens / B, mask=e < E)
+    tl.store(importance + e, total / B, mask=e < E)
+
+
+@triton.jit
+def _route_backward_kernel(
+    probs,  # [B, E]
+    expert,  # [B]
+    grad_probs,  # [B, E] or None
+    grad_gates,  # [B] or None
+    grad_importance,  # [E] or None
+    d_logits,  # [B, E]
+    B,
+    E,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, BLOCK_E)
+    inside = (b < B)[:, None] & (e < E)[None, :]
+    at = b[:, None] * E + e[None, :]
+    prob = tl.load(probs + at, mask=inside, other=0.0)
+    slope = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    if grad_probs is not None:
+        slope += tl.load(grad_probs + at, mask=inside, other=0.0)
+    if grad_gates is not None:
+        chosen = tl.load(expert + b, mask=b < B, other=0)
+        gate = tl.load(grad_gates + b, mask=b < B, other=0.0)
+        slope += tl.where(e[None, :] == chosen[:, None], gate[:, None], 0.0)
+    if grad_importance is not None:
+        slope += tl.load(grad_importance + e, mask=e < E, other=0.0)[None, :] / B
+    slope = prob * (slope - tl.sum(prob * slope, 1)[:, None])
+    tl.store(d_logits + at, slope, mask=inside)
+
+
+@triton.jit
+def _update_loads_kernel(
+    load,  # [E]
+    running,  # [E]
+    steps_without,  # [E]
+    steps_too_busy,
+    E,
+    decay,
+    share,
+    BLOCK_E: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
+    now = tl.load(load + e, mask=e < E, other=0.0)
+    mean = tl.load(running + e, mask=e < E, other=0.0)
+    tl.store(running + e, mean + decay * (now - mean), mask=e < E)
+    without = tl.load(steps_without + e, mask=e < E, other=0.0)
+    tl.store(steps_without + e, tl.where(now == 0, without + 1, 0.0), mask=e < E)
+    busy = tl.load(steps_too_busy)
+    tl.store(steps_too_busy, tl.where(tl.max(now, 0) > share, busy + 1, 0.0))
+
+
+def route(logits_BE: Tensor) -> Routed:
+    """As torch_routing's; float32."""
+    B, E = logits_BE.shape
+    BLOCK_E = next_power_of_2(E)
+    ROWS = max(1, _TILE // BLOCK_E)
+    P = cdiv(B, ROWS)
+    empty = logits_BE.new_empty
+    found = Routed(empty(B, E), empty(B, dtype=torch.int64), empty(B), empty(E), empty(E))
+    parts = empty(P, 2, E)
+    names = {"logits": logits_BE.contiguous(), "probs": found.probs_BE, "expert": found.expert_B}
+    launch(_route_kernel, (P,), 4, **names, gates=found.gates_B, parts=parts, B=B, E=E, ROWS=ROWS, BLOCK_E=BLOCK_E)
+    launch(
+        _shares_kernel,
+        (cdiv(E, _EXPERTS),),
+        4,
+        parts=parts,
+        load=found.load_E,
+        importance=found.importance_E,
+        P=P,
+        B=max(1, B),
+        E=E,
+        AT_ONCE=_TILE // _EXPERTS,
+        BLOCK_E=_EXPERTS,
+    )
+    return found
+
+
+def route_backward(
+    probs_BE: Tensor,
+    expert_B: Tensor,
+    grad_probs_BE: Tensor | None,
+    grad_gates_B: Tensor | None,
+    grad_importance_E: Tensor | None,
+) -> Tensor:
+    """As torch_routing's; float32."""
+    B, E = probs_BE.shape
+    BLOCK_E = next_power_of_2(E)
+    ROWS = max(1, _TILE // BLOCK_E)
+    d_logits_BE = torch.empty_like(probs_BE)
+    launch(
+        _route_backward_kernel,
+        (cdiv(B, ROWS),),
+        4,
+        probs=probs_BE.contiguous(),
+        expert=expert_B,
+        grad_probs=None if grad_probs_BE is None else grad_probs_BE.contiguous(),
+        grad_gates=None if grad_gates_B is None else grad_gates_B.contiguous(),
+        grad_importance=None if grad_importance_E is None else grad_importance_E.contiguous(),
+        d_logits=d_logits_BE,
+        B=B,
+        E=E,
+        ROWS=ROWS,
+        BLOCK_E=BLOCK_E,
+    )
+    return d_logits_BE
+
+
+def update_loads(
+    load_E: Tensor, running_E: Tensor, steps_without_E: Tensor, steps_too_busy: Tensor, decay: float, share: float
+) -> None:
+    """As torch_routing's; float32."""
+    names = {"load": load_E.contiguous(), "running": running_E, "steps_without": steps_without_E}
+    numbers = {"E": len(load_E), "decay": float(decay), "share": float(share)}
+    launch(
+        _update_loads_kernel,
+        (1,),
+        1,
+        **names,
+        steps_too_busy=steps_too_busy,
+        **numbers,
+        BLOCK_E=next_power_of_2(len(load_E)),
+    )
+
+
+def route_traffic(B: int, E: int) -> Traffic:
+    """Logits read, probabilities, experts and gates written; without the few sums."""
+    return Traffic(flops=6 * B * E, streamed=8 * B * E + 12 * B)
+
+
+def route_backward_traffic(B: int, E: int) -> Traffic:
+    """Of the gates' gradient and the importance's."""
+    return Traffic(flops=6 * B * E, streamed=8 * B * E + 12 * B)

@@ -1,0 +1,59 @@
+"""The router's choice on Triton against plain torch in float64."""
+
+import pytest
+import torch
+from helpers.triton_checks import DEVICE, assert_as_good_as_torch, random
+from sae_lens_switch_kernels import torch_routing
+from sae_lens_switch_kernels.triton_backend import routing
+
+shapes = pytest.mark.parametrize(("B", "E"), [(1, 1), (7, 3), (33, 32), (130, 5), (5, 130), (2, 1500)], ids=str)
+
+
+@shapes
+def test_route(B, E):
+    logits = 3 * random(B, E)
+    ours, exact, plain = routing.route(logits), torch_routing.route(logits.double()), torch_routing.route(logits)
+    assert torch.equal(ours.expert_B, plain.expert_B)
+    assert torch.equal(ours.load_E, plain.load_E)
+    for name in ("probs_BE", "gates_B", "importance_E"):
+        assert_as_good_as_torch(name, *(getattr(found, name) for found in (ours, exact, plain)))
+
+
+@shapes
+@pytest.mark.parametrize("given", [(True, False, False), (False, True, True), (True, True, True)], ids=str)
+def test_its_gradient(B, E, given):
+    probs = random(B, E).softmax(1)
+    upstream = random(B, E, seed=1), random(B, seed=2), random(E, seed=3)
+    grads = [t if is_given else None for t, is_given in zip(upstream, given, strict=True)]
+    ours = routing.route_backward(probs, probs.argmax(1), *grads)
+    plain = torch_routing.route_backward(probs, probs.argmax(1), *grads)
+    double = [None if t is None else t.double() for t in grads]
+    exact = torch_routing.route_backward(probs.double(), probs.argmax(1), *double)
+    if E == 1:  # a softmax of one number has none
+        assert ours.abs().max() <= 1e-6
+    else:
+        assert_as_good_as_torch("d_logits", ours, exact, plain)
+
+
+def test_ties_infinities_and_what_is_not_a_number():
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[1, 2, 2], [0, 0, 0], [0, nan, 1], [1, inf, 0], [nan] * 3, [-inf, 3, 1]], device=DEVICE)
+    ours, plain = routing.route(logits), torch_routing.route(logits)
+    assert torch.equal(ours.expert_B, plain.expert_B)
+    assert torch.equal(ours.gates_B.isnan(), plain.gates_B.isnan())
+    assert torch.equal(ours.load_E, plain.load_E)
+    assert ours.importance_E.isnan().all()
+
+
+def test_loads_are_followed_as_by_torch():
+    states = [
+        [torch.full((5,), 0.2, device=DEVICE), *(torch.zeros(n, device=DEVICE) for n in ((5,), ()))] for _ in "ab"
+    ]
+    for step in range(6):
+        load = random(5, seed=step).relu()
+        routing.update_loads(load, *states[0], 0.02, 1.0)
+        torch_routing.update_loads(load, *states[1], 0.02, 1.0)
+    for ours, theirs in zip(*states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert states[0][1].any()
+    assert states[0][2].shape == ()
