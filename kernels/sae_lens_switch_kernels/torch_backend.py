@@ -276,9 +276,11 @@ def grouped_weight_grads(
     dtype: torch.dtype,
 ) -> LatentGrads:
     """latent_weight_grads as two dense products per expert; in the dtype of the values."""
-    pairs = (values_BK, g_BD), (d_pre_BK, x_BD)
-    dW = [grouped_weight_grad(v_BK, indices_BK, y_BD, n_latents, groups, dtype) for v_BK, y_BD in pairs]
-    return LatentGrads(*dW, latent_sums(d_pre_BK, indices_BK, n_latents))
+    return LatentGrads(
+        grouped_weight_grad(values_BK, indices_BK, g_BD, n_latents, groups, dtype),
+        grouped_weight_grad(d_pre_BK, indices_BK, x_BD, n_latents, groups, dtype),
+        latent_sums(d_pre_BK, indices_BK, n_latents),
+    )
 
 
 def _tiles(

@@ -3,6 +3,9 @@
 Letters: P is the number of programs, each with a few tokens.
 """
 
+# Triton declares that a reduction may return a tuple.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl
@@ -135,8 +138,20 @@ def route(logits_BE: Tensor) -> Routed:
     empty = logits_BE.new_empty
     found = Routed(empty(B, E), empty(B, dtype=torch.int64), empty(B), empty(E), empty(E))
     parts = empty(P, 2, E)
-    names = {"logits": logits_BE.contiguous(), "probs": found.probs_BE, "expert": found.expert_B}
-    launch(_route_kernel, (P,), 4, **names, gates=found.gates_B, parts=parts, B=B, E=E, ROWS=ROWS, BLOCK_E=BLOCK_E)
+    launch(
+        _route_kernel,
+        (P,),
+        4,
+        logits=logits_BE.contiguous(),
+        probs=found.probs_BE,
+        expert=found.expert_B,
+        gates=found.gates_B,
+        parts=parts,
+        B=B,
+        E=E,
+        ROWS=ROWS,
+        BLOCK_E=BLOCK_E,
+    )
     launch(
         _shares_kernel,
         (cdiv(E, _EXPERTS),),
@@ -187,15 +202,17 @@ def update_loads(
     load_E: Tensor, running_E: Tensor, steps_without_E: Tensor, steps_too_busy: Tensor, decay: float, share: float
 ) -> None:
     """As torch_routing's; float32."""
-    names = {"load": load_E.contiguous(), "running": running_E, "steps_without": steps_without_E}
-    numbers = {"E": len(load_E), "decay": float(decay), "share": float(share)}
     launch(
         _update_loads_kernel,
         (1,),
         1,
-        **names,
+        load=load_E.contiguous(),
+        running=running_E,
+        steps_without=steps_without_E,
         steps_too_busy=steps_too_busy,
-        **numbers,
+        E=len(load_E),
+        decay=float(decay),
+        share=float(share),
         BLOCK_E=next_power_of_2(len(load_E)),
     )
 
