@@ -13,6 +13,7 @@ and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decod
 owns latents ``e * M`` to ``(e + 1) * M``.
 """
 
+from sae_lens_switch_kernels.backend import triton_kernel
 from sae_lens_switch_kernels.functions import (
     Reconstruction,
     latent_weight_grad,
@@ -22,15 +23,24 @@ from sae_lens_switch_kernels.functions import (
     switch_encode,
     topk_encode,
 )
+from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from sae_lens_switch_kernels.indexing import RowGrads
+from sae_lens_switch_kernels.torch_private import version_of
+from sae_lens_switch_kernels.working_copy import WorkingCopies, working_copy
 
 __all__ = [
     "Reconstruction",
     "RowGrads",
+    "WorkingCopies",
     "latent_weight_grad",
     "matmul_at_indices",
     "sparse_autoencode",
     "sparse_decode",
     "switch_encode",
+    "to_huge_pages",
     "topk_encode",
+    "triton_kernel",
+    "version_of",
+    "working_copy",
+    "zeros_huge",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def fused_adam(tensor_lr: bool) -> Callable[..., None]:
@@ -32,11 +32,6 @@ class OpenAdam(torch.optim.Adam):
     def collect(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         """Append a group's parameters, gradients, moments, maximal moments and steps to ``lists``, creating state."""
         return super()._init_group(group, *lists)  # type: ignore[arg-type]
-
-
-def version_of(p: Tensor) -> tuple[int, int]:
-    """Changes whenever the tensor is replaced or written to in place, except through ``.data``."""
-    return p.data_ptr(), p._version
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -89,6 +89,27 @@ class SparseSAE(SAE[Any], ABC):
         """Whether hooks observe the dense latents, which must then be materialised."""
         return has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post)
 
+    # Folds: SAELens writes through .data, unseen by whoever keeps something that follows from the weights
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        self._count_writes()
+
+    @override
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        self._count_writes()
+
+    @override
+    def fold_and_get_W_dec_norm(self) -> Tensor:
+        norms_F = super().fold_and_get_W_dec_norm()
+        self._count_writes()
+        return norms_F
+
+    def _count_writes(self) -> None:
+        torch.autograd.graph.increment_version([p for p in self.parameters() if not p.is_inference()])
+
     # Copies and files
 
     def __getstate__(self) -> StateDict:

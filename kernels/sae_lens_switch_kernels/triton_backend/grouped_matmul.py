@@ -142,10 +142,10 @@ def _grouped_matmul(a_BC: Tensor, W_FD: Tensor, offsets_E1: Tensor, transposed: 
     return out_BN
 
 
-def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor) -> Tensor:
-    """dW_e = a_e^T g_e, shape [F, D]; zero for an expert without rows."""
+def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """dW_e = a_e^T g_e, shape [F, D], in ``dtype`` or that of g; zero for an expert without rows."""
     M, D, E = a_BM.shape[1], g_BD.shape[1], len(offsets_E1) - 1
-    out_FD = g_BD.new_empty(E * M, D)
+    out_FD = g_BD.new_empty(E * M, D, dtype=dtype or g_BD.dtype)
     precision = _precision(g_BD)
     blocks = gemm_blocks(M, D, g_BD.dtype, arch_of(g_BD.device), tf32=precision == "tf32")
     launch(
