@@ -41,7 +41,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for label, shape in shapes.items():
         for precision in precisions:
             for name, check in CHECKS.items():
-                if name == "adam_rows" and precision != "fp32":
+                if name in ("adam_rows", "lazy_adam_rows") and precision != "fp32":
                     continue  # all weights are stepped in it
                 yield (
                     f"{name}, {label}, {precision}",
@@ -242,12 +242,44 @@ def check_adam(p: Any, c: SimpleNamespace) -> Pairs:
         for unit, radial in ((False, False), (True, False), (True, True)) if F else ():
             along_F = (given[0] * given[1]).sum(1) if radial else None
             W, grad, m, v = (t.clone() for t in given)
-            p.adam_rows(W, grad, m, v, step, lr, 0.9, 0.999, 1e-8, scale, found, along_F, unit, unit)
+            low = torch.full_like(W, torch.nan, dtype=torch.bfloat16)
+            p.adam_rows(W, grad, m, v, step, lr, 0.9, 0.999, 1e-8, scale, found, along_F, unit, unit, low)
             exact = [t.double() for t in given]
             truths = reference.adam_rows(*exact, 3.0, 0.01, 0.9, 0.999, 1e-8, 2.0, unit, unit)
             constraint = ("unit rows, radial given" if radial else "unit rows") if unit else "no constraint"
             for name, ours, truth in zip("Wmv", (W, m, v), truths, strict=True):
                 yield f"{label}{constraint}, {name}", ours, truth
+            yield f"{label}{constraint}, copy", *equal_bits(low, W.to(low.dtype))
+
+
+def check_lazy_adam(p: Any, c: SimpleNamespace) -> Pairs:
+    """Every third row, each of its own age, moments side by side; all other rows keep their bits."""
+    W_FD, m_FD, v_FD = (normal(c.s.F, c.s.D, seed=i, device=c.x.device) for i in range(3))
+    W_FD, moments_F2D = functional.normalize(W_FD, dim=1), torch.stack([m_FD, v_FD.square()], 1)
+    step_F, rows_R = torch.arange(c.s.F, device=c.x.device) % 1000.0, torch.arange(0, c.s.F, 3, device=c.x.device)
+    grad_RD, scale = normal(len(rows_R), c.s.D, seed=3, device=c.x.device), torch.full((), 2.0, device=c.x.device)
+    options = 0.01, 0.9, 0.999, 1e-8
+    old_W, old_m, old_v = (t[rows_R].double() for t in (W_FD, moments_F2D[:, 0], moments_F2D[:, 1]))
+    exact, age_R1 = (old_W, grad_RD.double(), old_m, old_v), step_F[rows_R].double().unsqueeze(1) + 1
+    rest_F = torch.ones(c.s.F, dtype=torch.bool, device=c.x.device).index_fill_(0, rows_R, False)
+    for unit, radial in ((False, False), (True, False), (True, True)):
+        W, moments, step, low = W_FD.clone(), moments_F2D.clone(), step_F.clone(), W_FD.to(torch.bfloat16)
+        radial_R = (W[rows_R] * grad_RD).sum(1) if radial else None
+        m, v = moments[:, 0], moments[:, 1]
+        p.lazy_adam_rows(W, grad_RD, m, v, step, rows_R, *options, scale, radial_R, unit, unit, low)
+        constraint = ("unit rows, radial given" if radial else "unit rows") if unit else "no constraint"
+        truths = reference.adam_rows(*exact, age_R1, *options, 2.0, unit, unit)
+        for name, ours, truth in zip("Wmv", (W, m, v), truths, strict=True):
+            yield f"{constraint}, {name}", ours[rows_R], truth
+        yield f"{constraint}, copy", *equal_bits(low, W.to(low.dtype))
+        yield f"{constraint}, other rows", *equal_bits(moments[rest_F], moments_F2D[rest_F])
+        yield f"{constraint}, step", step, step_F.double() + ~rest_F
+
+
+def equal_bits(ours: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """As a pair: how many numbers differ, and none."""
+    differ = (ours != expected).sum().unsqueeze(0)
+    return differ, torch.zeros(1, dtype=torch.float64, device=ours.device)
 
 
 CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
@@ -260,6 +292,7 @@ CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "topk_encode, experts": check_switch_encode,
     "topk_encode, bias and scale": check_topk_encode,
     "adam_rows": check_adam,
+    "lazy_adam_rows": check_lazy_adam,
 }
 
 

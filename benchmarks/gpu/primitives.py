@@ -15,7 +15,7 @@ from sae_lens_switch_kernels.indexing import expert_groups, latent_index
 from torch import Tensor
 from torch.nn import functional
 
-from gpu import shapes
+from gpu import optimisers, shapes
 from gpu.correctness import case_of, kernels
 from gpu.record import Case, Record, summary
 from gpu.shapes import Shape, Work
@@ -52,11 +52,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             partial(rows, shape, precision, args),
         )
     yield from of_shapes(narrow, precisions, args)
-    yield f"Adam, {narrow[0]}, fp32", lambda: adam(narrow[0], args)
-    for s in (narrow[0], *([] if args.tiny else [WIDE[0], VERY_WIDE])):
-        for constrained in (True, False):
-            label = "projected, unit" if constrained else "no constraint"
-            yield f"adam_rows, {label}, D {s.D:,} F {s.F:,}, fp32", partial(adam_rows, s, constrained, args)
+    yield from optimisers.cases([narrow[0]] if args.tiny else [narrow[0], WIDE[0], VERY_WIDE], args)
     shape, experts = TINY_SWEEP if args.tiny else SWEEP
     for precision, n in product(precisions, experts):
         swept = shape._replace(E=n)
@@ -247,78 +243,6 @@ def rows(s: Shape, precision: str, args: argparse.Namespace) -> dict[str, Any]:
     floor = shapes.ceilings_of(Record(args.output / "primitives.json").cases).ms(work, precision)
     found = {"ms": ms, "floor_ms": floor, "times_floor": ms / floor, "theirs_ms": theirs}
     return found | {"flops": work.flops, "bytes": work.bytes}
-
-
-def adam(s: Shape, args: argparse.Namespace) -> dict[str, Any]:
-    """Our optimiser's step with the decoder's constraint, and torch's fused one, over both matrices."""
-    from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
-
-    def matrices(seed: int) -> list[torch.nn.Parameter]:
-        found = [torch.nn.Parameter(normal(s.F, s.D, seed=seed + i, device=args.device)) for i in range(2)]
-        for i, p in enumerate(found):
-            p.grad = normal(s.F, s.D, seed=seed + 2 + i, device=args.device)
-        return found
-
-    ours, theirs = matrices(0), matrices(4)
-    steppers = {
-        "ours": ConstrainedAdam(ours, 1e-4, unit_rows=ours[1]),
-        "fused": torch.optim.Adam(theirs, lr=1e-4, fused=True),
-    }
-    ms = {name: median_ms(lambda o: o.step(), [o], args.device) for name, o in steppers.items()}
-    work = shapes.adam(2 * s.F * s.D)
-    floor = shapes.ceilings_of(Record(args.output / "primitives.json").cases).ms(work, "fp32")
-    free()
-    return {
-        "ms": ms["ours"],
-        "floor_ms": floor,
-        "times_floor": ms["ours"] / floor,
-        "theirs_ms": {"torch.optim.Adam, fused": ms["fused"]},
-        "flops": work.flops,
-        "bytes": work.bytes,
-    }
-
-
-def adam_rows(s: Shape, constrained: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """One matrix in one pass, and in torch's: the fused step alone, and between projection and renormalisation."""
-    from sae_lens_switch.common.torch_private import fused_adam
-    from sae_lens_switch.saes.decoder_constraint import normalize_rows_, project_out_rows
-
-    W, grad, m, v = (normal(s.F, s.D, seed=i, device=args.device) for i in range(4))
-    v.square_()
-    normalize_rows_(W)
-    radial = (grad * W).sum(1) if constrained else None
-    scale, found = torch.ones((), device=args.device), torch.zeros((), device=args.device)
-    step, scratch = torch.ones((), device=args.device), torch.empty_like(W) if constrained else W
-    options = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "grad_scale": scale, "found_inf": found}
-    none = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-
-    def ours() -> None:
-        given = {"radial_F": radial, "unit_rows": constrained, "project": constrained}
-        kernels(torch.float32).adam_rows(W, grad, m, v, step, **options, **given)
-
-    def fused() -> None:
-        fused_adam(False)([W], [grad], [m], [v], [], [step], **options, **none)
-
-    def passes() -> None:
-        projected = project_out_rows(grad, W, scratch, radial)
-        fused_adam(False)([W], [projected], [m], [v], [], [step], **options, **none)
-        normalize_rows_(W)
-
-    theirs = {"torch's fused Adam": fused} | ({"project, fused Adam, renormalise": passes} if constrained else {})
-    calls = {"ours": ours, **theirs}
-    ms = {name: median_ms(lambda call: call(), [call], args.device) for name, call in calls.items()}
-    work = shapes.adam(s.F * s.D)
-    floor = shapes.ceilings_of(Record(args.output / "primitives.json").cases).ms(work, "fp32")
-    free()
-    found_ms = ms.pop("ours")
-    return {
-        "ms": found_ms,
-        "floor_ms": floor,
-        "times_floor": found_ms / floor,
-        "theirs_ms": ms,
-        "flops": work.flops,
-        "bytes": work.bytes,
-    }
 
 
 def sweep(s: Shape, precision: str, device: str) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def index(s: Shape) -> Work:
     return Work(0, 3 * 8 * s.B * s.K + 8 * (s.F + 1))
 
 
-def adam(n_parameters: int) -> Work:
-    """Weight and both moments read and written, the gradient read; float32."""
-    return Work(0, 28 * n_parameters)
+def adam(n_parameters: int, copy_size: int = 0) -> Work:
+    """Weight and both moments read and written, the gradient read, all float32; a copy written, if it has a size."""
+    return Work(0, (28 + copy_size) * n_parameters)
 
 
 def step_ms(s: Shape, precision: str, c: Ceilings) -> float:

@@ -13,6 +13,7 @@ and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decod
 owns latents ``e * M`` to ``(e + 1) * M``.
 """
 
+from sae_lens_switch_kernels.backend import triton_kernel
 from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.clipping import clip
 from sae_lens_switch_kernels.functions import (
@@ -24,14 +25,18 @@ from sae_lens_switch_kernels.functions import (
     switch_encode,
     topk_encode,
 )
+from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from sae_lens_switch_kernels.routing import route, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
+from sae_lens_switch_kernels.torch_private import version_of
+from sae_lens_switch_kernels.working_copy import WorkingCopies, working_copy
 
 __all__ = [
     "EncoderPrecision",
     "Reconstruction",
     "RowGrads",
+    "WorkingCopies",
     "clip",
     "code_gates",
     "latent_weight_grad",
@@ -40,6 +45,11 @@ __all__ = [
     "sparse_autoencode",
     "sparse_decode",
     "switch_encode",
+    "to_huge_pages",
     "topk_encode",
+    "triton_kernel",
     "update_loads",
+    "version_of",
+    "working_copy",
+    "zeros_huge",
 ]

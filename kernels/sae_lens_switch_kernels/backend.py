@@ -8,6 +8,7 @@ rest of the process.
 import os
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -39,9 +40,10 @@ PRIMITIVES = (
     "update_loads",
     "clip",
     "adam_rows",
+    "lazy_adam_rows",
 )
 # Where a primitive's results are among its arguments; the others return theirs.
-_IN_PLACE = {"adam_rows": (0, 2, 3), "update_loads": (1, 2, 3)}
+_IN_PLACE = {"adam_rows": (0, 2, 3, -1), "lazy_adam_rows": (0, 2, 3, 4, -1), "update_loads": (1, 2, 3)}
 # RMS error of a self-check relative to the RMS of the result: TF32 and bf16 keep 10 and 8 bits.
 _TOLERATED = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -61,7 +63,7 @@ def primitives(t: Tensor) -> "ModuleType | SelfChecked":
     return SelfChecked(t.device, t.dtype)
 
 
-def kernel(name: str, t: Tensor) -> Callable[..., Any] | None:
+def triton_kernel(name: str, t: Tensor) -> Callable[..., Any] | None:
     """The Triton form of a primitive where ``primitives`` would run it; None where a plain form has to."""
     p = primitives(t)
     return getattr(p, name) if isinstance(p, SelfChecked) and p.is_proven(name) else None
@@ -146,7 +148,8 @@ def _compare(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _compare_at(shape: Shape, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    for arguments in _adam_cases(shape, device) if name == "adam_rows" else [_case(shape, device, dtype)[name]]:
+    cases = _adam_cases(shape, device) if "adam" in name else {name: [_case(shape, device, dtype)[name]]}
+    for arguments in cases[name]:
         failure = _compare_on(arguments, name, dtype)
         if failure:
             return failure
@@ -175,10 +178,11 @@ def _compare_on(arguments: tuple[Any, ...], name: str, dtype: torch.dtype) -> st
 
 def _results(module: ModuleType, name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
     if name in _IN_PLACE:
-        arguments = tuple(t.clone() if isinstance(t, Tensor) else t for t in arguments)
+        arguments = deepcopy(arguments)  # views of one memory stay views of one
         getattr(module, name)(*arguments)
-        return [arguments[i] for i in _IN_PLACE[name]]
-    result = getattr(module, name)(*arguments)
+        result = [arguments[i] for i in _IN_PLACE[name]]
+    else:
+        result = getattr(module, name)(*arguments)
     return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
 
 
@@ -221,7 +225,7 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, t
     }
 
 
-def _adam_cases(shape: Shape, device: torch.device) -> list[tuple[Any, ...]]:
+def _adam_cases(shape: Shape, device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
     """Rows as they are and as wide as they get, with and without a constraint, with numbers of either side."""
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(4, shape.E * shape.M, shape.D, generator=generator).to(device)
@@ -229,10 +233,23 @@ def _adam_cases(shape: Shape, device: torch.device) -> list[tuple[Any, ...]]:
     radial_F, (step, lr, scale, found) = (grad_FD * W_FD).sum(1), torch.tensor([3.0, 0.5, 2.0, 0.0]).to(device)
     rows, options = (W_FD, grad_FD, m_FD, v_FD), (0.9, 0.999, 1e-8)
     wide = tuple(t.view(shape.K - 1, -1) for t in rows)
-    return [
-        (*rows, step, 0.5, *options, None, None, None, False, False),
-        (*rows, step, 0.5, *options, scale, found, radial_F, True, True),
-        (*rows, step, lr, *options, scale, found, None, True, True),
-        (*wide, step, 0.5, *options, None, None, None, True, True),
-        (*rows, step, 0.5, *options, scale, 1 - found, None, True, True),
+    copy_FD, wide_copy = (t.to(torch.bfloat16) for t in (W_FD, wide[0]))
+    dense = [
+        (*rows, step, 0.5, *options, None, None, None, False, False, copy_FD),
+        (*rows, step, 0.5, *options, scale, found, radial_F, True, True, None),
+        (*rows, step, lr, *options, scale, found, None, True, True, copy_FD),
+        (*wide, step, 0.5, *options, None, None, None, True, True, wide_copy),
+        (*rows, step, 0.5, *options, scale, 1 - found, None, True, True, copy_FD),
     ]
+    return {"adam_rows": dense, "lazy_adam_rows": [_of_some_rows(case) for case in dense[:4]]}
+
+
+def _of_some_rows(case: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a dense case a lazy one: every other row, of either age, with moments side by side."""
+    W_FD, grad_FD, m_FD, v_FD, _, lr, *options, _, radial_F, unit_rows, project, copy_FD = case
+    rows_R = torch.arange(len(W_FD) // 2, device=W_FD.device).flip(0) * 2
+    moments_F2D = torch.stack([m_FD, v_FD], 1)
+    step_F = torch.arange(len(W_FD), device=W_FD.device) % 1000 + 1.0
+    matrices = W_FD, grad_FD[rows_R], moments_F2D[:, 0], moments_F2D[:, 1], step_F, rows_R
+    radial_R = None if radial_F is None else radial_F[rows_R]
+    return (*matrices, lr, *options, radial_R, unit_rows, project, copy_FD)

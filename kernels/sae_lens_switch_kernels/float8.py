@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sae_lens_switch_kernels.working_copy import working_copy
+
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max
 _MULTIPLE = 16  # of both dimensions of a weight matrix, for torch's product
@@ -57,7 +59,7 @@ def operands(x_BD: Tensor, W_FD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     """Both factors of a product in ``dtype``; of float8, rounded to it and held in bfloat16."""
     if dtype == FLOAT8:
         return Float8Rows.of(x_BD).to_bfloat16(), Float8Rows.of(W_FD).to_bfloat16()
-    return x_BD.to(dtype), W_FD.to(dtype)
+    return x_BD.to(dtype), working_copy(W_FD, dtype)
 
 
 def float8_operands(x_BD: Tensor, W_FD: Tensor) -> tuple[Float8Rows, Float8Rows] | None:

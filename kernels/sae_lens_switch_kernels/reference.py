@@ -35,7 +35,7 @@ def adam_rows(
     grad_FD: Tensor,
     m_FD: Tensor,
     v_FD: Tensor,
-    step: float,
+    step: float | Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -44,7 +44,10 @@ def adam_rows(
     unit_rows: bool = False,
     project: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W, m and v after clip, project, step number ``step``, renormalise; unlike the primitive not in place."""
+    """W, m and v after clip, project, step number ``step``, renormalise; unlike the primitive not in place.
+
+    ``step`` may be [F, 1], each row's own.
+    """
     g_FD = grad_FD / grad_scale
     if project:
         g_FD = g_FD - (g_FD * W_FD).sum(1, keepdim=True) * W_FD
@@ -52,6 +55,27 @@ def adam_rows(
     corrected_m_FD, corrected_v_FD = m_FD / (1 - beta1**step), v_FD / (1 - beta2**step)
     W_FD = W_FD - lr * corrected_m_FD / (corrected_v_FD.sqrt() + eps)
     return torch.nn.functional.normalize(W_FD, dim=1, eps=1e-30) if unit_rows else W_FD, m_FD, v_FD
+
+
+def lazy_adam_rows(
+    W_FD: Tensor,
+    grad_RD: Tensor,
+    m_FD: Tensor,
+    v_FD: Tensor,
+    step_F: Tensor,
+    rows_R: Tensor,
+    *options: float,
+    unit_rows: bool = False,
+    project: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``adam_rows`` row by row, each by its own count of steps; ``options`` are lr, beta1, beta2, eps, grad_scale."""
+    W_FD, m_FD, v_FD, step_F = (t.clone() for t in (W_FD, m_FD, v_FD, step_F))
+    for grad_D, f in zip(grad_RD, rows_R.tolist(), strict=True):
+        row = slice(f, f + 1)
+        step_F[f] += 1
+        old = W_FD[row], grad_D.unsqueeze(0), m_FD[row], v_FD[row]
+        W_FD[row], m_FD[row], v_FD[row] = adam_rows(*old, float(step_F[f]), *options, unit_rows, project)
+    return W_FD, m_FD, v_FD, step_F
 
 
 def switch_encode(

@@ -19,11 +19,13 @@ from torch.nn import functional
 from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex, expert_groups, latent_index
+from sae_lens_switch_kernels.torch_adam import adam_rows, lazy_adam_rows
 from sae_lens_switch_kernels.torch_clipping import clip
 from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
 from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
 from sae_lens_switch_kernels.torch_routing import route, route_backward, update_loads
 from sae_lens_switch_kernels.torch_topk import select_topk
+from sae_lens_switch_kernels.working_copy import working_copy
 
 __all__ = [
     "adam_rows",
@@ -36,6 +38,7 @@ __all__ = [
     "grouped_weight_grads",
     "latent_index",
     "latent_weight_grads",
+    "lazy_adam_rows",
     "matmul_at_indices",
     "route",
     "route_backward",
@@ -229,7 +232,7 @@ def grouped_decode(
     out_BD = W_FD.new_empty(len(values_BK), W_FD.shape[1])
     for block, tile, buffer_RM in _tiles(len(values_BK), len(W_FD), groups, dtype):
         acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
-        _mm(out_BD[tile], acts_RM, W_FD[block].to(dtype))
+        _mm(out_BD[tile], acts_RM, working_copy(W_FD[block], dtype))
     return groups.unsorted(out_BD)
 
 
@@ -239,7 +242,7 @@ def grouped_matmul_at_indices(
     """matmul_at_indices as one dense product per expert."""
     out_BK = g_BD.new_empty(indices_BK.shape)
     for block, tile, buffer_RM in _tiles(len(g_BD), len(W_FD), groups, dtype):
-        torch.mm(g_BD[tile].to(dtype), W_FD[block].to(dtype).T, out=buffer_RM)
+        torch.mm(g_BD[tile].to(dtype), working_copy(W_FD[block], dtype).T, out=buffer_RM)
         out_BK[tile] = buffer_RM.gather(1, indices_BK[tile] - block.start)
     return out_BK
 
@@ -305,39 +308,3 @@ def _mm(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
-
-
-def adam_rows(
-    W_FD: Tensor,
-    grad_FD: Tensor,
-    m_FD: Tensor,
-    v_FD: Tensor,
-    step: Tensor,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    radial_F: Tensor | None = None,
-    unit_rows: bool = False,
-    project: bool = False,
-) -> None:
-    """Project, step by Adam and renormalise the rows of a matrix in place: what a kernel is checked against.
-
-    ``step`` counts this step too; gradients are divided by ``grad_scale``; nothing changes where ``found_inf`` is 1.
-    ``radial_F`` is <grad, W> per row. An optimiser that has no kernel steps in blocks that stay in cache instead.
-    """
-    g_FD, number = grad_FD, step.double()
-    if project:
-        radial_F = (grad_FD * W_FD).sum(1) if radial_F is None else radial_F
-        g_FD = torch.addcmul(grad_FD, W_FD, radial_F.unsqueeze(1), value=-1)
-    g_FD = g_FD if grad_scale is None else g_FD / grad_scale
-    m, v = beta1 * m_FD + (1 - beta1) * g_FD, beta2 * v_FD + (1 - beta2) * g_FD.square()
-    root = (1 - beta2**number).sqrt().to(v.dtype)
-    W = W_FD - (lr / (1 - beta1**number)).to(m.dtype) * m / (v.sqrt() / root + eps)
-    if unit_rows:
-        info, norms = torch.finfo(W.dtype), torch.linalg.vector_norm(W, dim=1, keepdim=True)
-        W = W / norms.masked_fill((norms - 1).abs() <= 8 * info.eps, 1).clamp_min(info.tiny)
-    for old, new in ((W_FD, W), (m_FD, m), (v_FD, v)):
-        old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))

@@ -19,6 +19,16 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     torch.ops.aten._assert_async.msg(condition, message)
 
 
+def version_of(t: Tensor) -> tuple[int, int]:
+    """Changes when a tensor is given other memory, and when it or a view of it is written to.
+
+    Not by writes through ``.data``, nor by those of torch's fused optimisers.
+    """
+    # NOTE(private API): Tensor._version, checked on torch 2.13: the counter by which autograd knows that a tensor it
+    # has saved was written to since. torch.autograd.graph.increment_version, which is public, sets it.
+    return t.data_ptr(), t._version
+
+
 def onednn_linear(x_BD: Tensor, W_FD: Tensor) -> Tensor:
     """``x @ W.T`` by oneDNN; call it only where ``has_onednn_linear``."""
     # NOTE(private API): mkldnn._linear_pointwise, checked on torch 2.13. It is what torch.compile emits on a CPU, and

@@ -45,11 +45,6 @@ class OpenAdam(torch.optim.Adam):
         return super()._init_group(group, *lists)  # type: ignore[arg-type]
 
 
-def version_of(p: Tensor) -> tuple[int, int]:
-    """Changes whenever the tensor is replaced or written to in place, except through ``.data``."""
-    return p.data_ptr(), p._version
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether any hook is registered: dense latents are only materialised for hooks."""
     return bool(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
@@ -20,7 +20,14 @@ from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
 from sae_lens_switch.saes.serialization import latent_major
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput, activation_rows, differentiable
+from sae_lens_switch.saes.step import (
+    DeadLatents,
+    LatentParameters,
+    SparseStepInput,
+    SparseStepOutput,
+    activation_rows,
+    differentiable,
+)
 
 # SAELens keeps these as closures over the SAE, which cannot be pickled, and which a copy would share.
 _CLOSURES = ("reshape_fn_in", "reshape_fn_out", "run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
@@ -95,6 +102,27 @@ class SparseSAE(SAE[Any], ABC):
         """Whether hooks observe the dense latents, which must then be materialised."""
         return has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post)
 
+    # Folds: SAELens writes through .data, unseen by whoever keeps something that follows from the weights
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        self._count_writes()
+
+    @override
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        self._count_writes()
+
+    @override
+    def fold_and_get_W_dec_norm(self) -> Tensor:
+        norms_F = super().fold_and_get_W_dec_norm()
+        self._count_writes()
+        return norms_F
+
+    def _count_writes(self) -> None:
+        torch.autograd.graph.increment_version([p for p in self.parameters() if not p.is_inference()])
+
     # Copies and files
 
     def __getstate__(self) -> StateDict:
@@ -123,21 +151,6 @@ class SparseSAE(SAE[Any], ABC):
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """As SAELens's, with each file replaced atomically."""
         return replace_files(path, super().save_model)
-
-
-class LatentParameters(NamedTuple):
-    """The parameters with a row per latent: W_enc [D, F], W_dec [F, D] and, where there is one, b_enc [F]."""
-
-    W_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_enc: nn.Parameter | None
-
-
-class DeadLatents(NamedTuple):
-    """Indices of the dead latents [N], and how many of them reconstruct each token's residual (AuxK)."""
-
-    indices_N: Tensor | None
-    aux_k: int
 
 
 class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):

@@ -11,8 +11,8 @@ from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.sparse_sae import DeadLatents, LatentParameters, SparseTrainingSAE
-from sae_lens_switch.saes.step import activation_rows, differentiable
+from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
+from sae_lens_switch.saes.step import DeadLatents, LatentParameters, activation_rows, differentiable
 
 
 class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):

@@ -1,15 +1,30 @@
 """What goes into a training step of a sparse SAE, and what comes out of it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens_switch_kernels import RowGrads
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lens_switch.saes.router import RoutingStatistics
 from sae_lens_switch.saes.sparse_codes import SparseCodes
+
+
+class LatentParameters(NamedTuple):
+    """The parameters with a row per latent: W_enc [D, F], W_dec [F, D] and, where there is one, b_enc [F]."""
+
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter | None
+
+
+class DeadLatents(NamedTuple):
+    """Indices of the dead latents [N], and how many of them reconstruct each token's residual (AuxK)."""
+
+    indices_N: Tensor | None
+    aux_k: int
 
 
 @dataclass

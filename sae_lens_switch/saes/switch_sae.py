@@ -156,8 +156,8 @@ class SwitchBase(SparseSAE):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
-        self.W_router.data *= scaling_factor
-        self.b_router.data /= scaling_factor
+        self.W_router.mul_(scaling_factor)
+        self.b_router.div_(scaling_factor)
 
     @override
     @torch.no_grad()

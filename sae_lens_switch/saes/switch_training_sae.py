@@ -31,8 +31,8 @@ from sae_lens_switch.saes.router import (
 )
 from sae_lens_switch.saes.serialization import FRESH
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.sparse_sae import DeadLatents, LatentParameters, SparseTrainingSAE
-from sae_lens_switch.saes.step import activation_rows, why_not_finite
+from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
+from sae_lens_switch.saes.step import DeadLatents, LatentParameters, activation_rows, why_not_finite
 from sae_lens_switch.saes.switch_sae import SwitchBase
 
 

@@ -9,7 +9,6 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from sae_lens_switch_kernels import RowGrads
-from sae_lens_switch_kernels.huge_pages import to_huge_pages
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,8 +27,8 @@ from sae_lens_switch.training.history import History
 from sae_lens_switch.training.interruption import Interruption
 from sae_lens_switch.training.loop import LoopingTrainer
 from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
-from sae_lens_switch.training.optim.gradients import trained
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
+from sae_lens_switch.training.optim.selection import optimizer_for
 from sae_lens_switch.training.routing_monitor import RoutingMonitor
 from sae_lens_switch.training.skipped_steps import SkippedSteps, TrainingDivergedError, non_finite_parameters
 from sae_lens_switch.training.step_graph import StepGraph
@@ -85,7 +84,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         data_provider = activation_batches(data_provider, cfg.train_batch_size_samples)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn, **kwargs)
         self._sparse_sae = sae if isinstance(sae, SparseTrainingSAE) else None
-        self.optimizer = self._make_optimizer()
+        self.optimizer = optimizer_for(sae, cfg)
         self.lr_scheduler = self._make_schedule(cfg)
         self._graph, self._scalars = self._make_graph()
         self.n_batches_drawn = 0
@@ -98,28 +97,6 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._interruption = Interruption()
         self.history = History(cfg.total_training_steps)
         self.session = checkpoints.Session()
-
-    def _make_optimizer(self) -> ConstrainedAdam | RowSparseAdam:
-        """In place of SAELens's Adam, under the same schedule."""
-        cfg, sae, sparse = self.cfg, self.sae, self._sparse_sae
-        assert cfg.lr is not None
-        if not trained(sae.parameters()):
-            raise ValueError("an SAE to train must have a parameter with requires_grad=True; this one has none")
-        sae.to(cfg.device)
-        for p in sae.parameters():
-            p.data = to_huge_pages(p.data)  # every step goes through all of it
-        betas = cfg.adam_beta1, cfg.adam_beta2
-        if cfg.optimizer == "row_sparse_adam":
-            return RowSparseAdam(sae, cfg.lr, betas)
-        constraint = None if sparse is None else sparse.decoder_constraint
-        return ConstrainedAdam(
-            sae.parameters(),
-            cfg.lr,
-            betas,
-            unit_rows=None if constraint is None else constraint.W_dec,
-            project=constraint is not None and constraint.project,
-            after_step=None if sparse is None else sparse.after_own_step,
-        )
 
     def _make_graph(self) -> tuple[StepGraph[TrainStepOutput] | None, dict[str, Tensor]]:
         """What captures a step, and the numbers on the device that it reads. Raises ValueError if none can be."""
@@ -194,13 +171,14 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         sae.train()
         dead_mask = self._dead_mask()
         self.firing.begin_pass()
-        if self._graph is None:
-            output = self._on_device(sae_in, dead_mask)
-        else:
+        graph = self._graph
+        if graph is not None:
             for name, value in self._numbers().items():
                 self._scalars[name].fill_(value)
-            replays = dead_mask is None and not (self._sparse_sae is not None and self._sparse_sae.is_fresh)
-            output = self._graph(sae_in) if replays else self._on_device(sae_in, dead_mask)
+            if dead_mask is not None or (self._sparse_sae is not None and self._sparse_sae.is_fresh):
+                graph = None  # this step is not the one to replay
+        with self.optimizer.copies.offered():
+            output = self._on_device(sae_in, dead_mask) if graph is None else graph(sae_in)
         self.n_frac_active_samples += len(sae_in)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():

@@ -79,14 +79,6 @@ def test_a_group_of_adam_is_collected_by_torch_itself():
     assert [len(first), len(second), len(steps)] == [1, 1, 1]
 
 
-def test_a_tensors_version_changes_with_it():
-    t = torch.zeros(2)
-    before = torch_private.version_of(t)
-    assert torch_private.version_of(t) == before
-    t.add_(1)
-    assert torch_private.version_of(t) != before
-
-
 @pytest.mark.parametrize(
     "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
 )

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from sae_lens_switch_kernels.triton_backend.adam import adam_rows_traffic, lazy_adam_rows_traffic  # noqa: E402
 from sae_lens_switch_kernels.triton_backend.blocks import (  # noqa: E402
     Arch,
     candidate_block,
@@ -54,8 +55,6 @@ KERNELS = {
 }
 # The router is float32 whatever the SAE's dtype, and knows nothing of D.
 ROUTER = {"route", "shares", "route_backward", "update_loads", "clip"}
-# All weights are stepped in float32; rows that do not fit in registers have a kernel of their own.
-ADAM = {"adam_rows": range(4097), "adam_wide_rows": range(4097, 1 << 20)}
 
 
 def compile_all(file, *arguments: str) -> list[dict]:
@@ -75,10 +74,9 @@ def assert_good_code(rows: list[dict], archs: set[str], widths: set[int]) -> Non
         assert {dtype for row in mine for dtype in row["dtypes"]} >= {"fp32", "bf16"}, name
     for name in ROUTER:
         assert {row["arch"] for row in rows if row["kernel"] == name} == archs, name
-    for name, mine in ADAM.items():
-        stepped = [row for row in rows if row["kernel"] == name and set(row["widths"]) & set(mine)]
-        assert {D for row in stepped for D in row["widths"]} >= widths & set(mine), name
-        assert {row["arch"] for row in stepped} == (archs if widths & set(mine) else set()), name
+    stepped = [row for row in rows if row["kernel"] == "adam_rows"]  # all weights are stepped in float32
+    assert {row["arch"] for row in stepped} == archs
+    assert {D for row in stepped for D in row["widths"]} == widths
     for row in rows:
         assert row["spill_bytes"] == row["local_bytes"] == 0, f"spills: {row}"
         assert row["atomics"] == 0, f"atomics, so the order of a sum would be open: {row}"
@@ -144,6 +142,12 @@ def test_traffic_is_what_the_formulas_say():
     assert sorted_rows_traffic(B, D, 4, 2).streamed == B * D * (4 + 2) + 8 * B + 4 * D
     assert codes_traffic(B, K, 4).streamed == B * K * (3 * 4 + 2 * 8) + B * (8 + 4)
     assert dense_rows_traffic(B, K, M, 4, 2, outputs=2).streamed == B * K * (2 * (4 + 2) + 8) + 2 * B * M * 2
+    assert adam_rows_traffic(F, D, constrained=True, copy_itemsize=2) == Traffic(
+        flops=22 * F * D, streamed=(7 * 4 + 2) * F * D + 4 * F
+    )
+    assert lazy_adam_rows_traffic(K, D, constrained=False) == Traffic(
+        flops=16 * K * D, streamed=7 * 4 * K * D + (8 + 4 + 4) * K
+    )
     assert grouped_traffic(B, D, M, E, itemsize=2) == Traffic(
         flops=2 * B * D * M, streamed=2 * (B * D + B * M + E * M * D) + 8 * (E + 1)
     )

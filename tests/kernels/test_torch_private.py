@@ -44,6 +44,16 @@ def test_the_assertion_on_a_device_raises_its_message_or_nothing():
         torch_private.assert_on_device(torch.tensor(False), "expert_B must lie in [0, 3)")
 
 
+def test_a_tensors_version_changes_with_it_and_can_be_counted_up():
+    t = torch.zeros(2)
+    seen = [torch_private.version_of(t)]
+    assert torch_private.version_of(t) == seen[0]
+    for write in (lambda: t.add_(1), lambda: t.detach()[1:].zero_(), lambda: torch.autograd.graph.increment_version(t)):
+        write()
+        assert torch_private.version_of(t) not in seen
+        seen.append(torch_private.version_of(t))
+
+
 def test_no_other_file_of_the_kernels_calls_an_operator_by_its_private_name():
     folder = Path(sae_lens_switch_kernels.__file__).parent
     files = {file.name for file in folder.rglob("*.py") if re.search(r"torch\.(ops|_C|_\w+)\b", file.read_text())}

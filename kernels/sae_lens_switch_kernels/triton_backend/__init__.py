@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.float8 import operands
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads
-from sae_lens_switch_kernels.triton_backend.adam import adam_rows
+from sae_lens_switch_kernels.triton_backend.adam import adam_rows, lazy_adam_rows
 from sae_lens_switch_kernels.triton_backend.clipping import clip
 from sae_lens_switch_kernels.triton_backend.code_rows import (
     code_grads,
@@ -27,6 +27,7 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
 from sae_lens_switch_kernels.triton_backend.routing import route, route_backward, update_loads
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
+from sae_lens_switch_kernels.working_copy import working_copy
 
 __all__ = [
     "adam_rows",
@@ -38,6 +39,7 @@ __all__ = [
     "grouped_weight_grads",
     "latent_index",
     "latent_weight_grads",
+    "lazy_adam_rows",
     "matmul_at_indices",
     "route",
     "route_backward",
@@ -70,13 +72,13 @@ def grouped_decode(
     values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
     (acts_BM,) = dense_rows(values_BK, indices_BK, len(W_FD), groups.offsets_E1, dtype)
-    return decode_dense(acts_BM, W_FD.to(dtype), groups.offsets_E1, groups.order_B, W_FD.dtype)
+    return decode_dense(acts_BM, working_copy(W_FD, dtype), groups.offsets_E1, groups.order_B, W_FD.dtype)
 
 
 def grouped_matmul_at_indices(
     g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
 ) -> Tensor:
-    out_BM = encode_dense(g_BD.to(dtype), W_FD.to(dtype), groups.offsets_E1)
+    out_BM = encode_dense(g_BD.to(dtype), working_copy(W_FD, dtype), groups.offsets_E1)
     return take_in_rows(out_BM, indices_BK, groups.offsets_E1, W_FD.dtype)
 
 

@@ -1,10 +1,13 @@
-"""Adam over a matrix in one pass: projection, step and renormalisation of a row while it is in registers.
+"""Adam over rows of a matrix in one pass: projection, step and renormalisation of a row while it is in registers.
 
-Gradient, weight and both moments are read once, weight and moments written once: 28 bytes per float32 weight. A row
-too wide for registers is looped over instead; what is read again then comes from cache. Without a constraint rows mean
-nothing, and the matrix is one line of numbers.
+Gradient, weight and both moments are read once, weight and moments written once: 28 bytes per float32 weight, and two
+more for a copy in bfloat16. A row too wide for registers is looped over instead; what is read again then comes from
+cache. Without a constraint rows of a whole matrix mean nothing, and it is one line of numbers.
 
-Letters: D and F as in the package.
+Dense Adam steps all rows by one count of steps; lazy Adam steps some, each by its own, and reads their gradients from a
+matrix of those rows alone. Both are one kernel.
+
+Letters: D, F and R as in the package.
 """
 
 import math
@@ -30,13 +33,27 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _scalars(step, lr, grad_scale, found_inf, log_beta1, log_beta2, LR_ON_DEVICE: tl.constexpr):
-    """Step size, root of the second moment's correction, the gradients' scale, and whether to step at all."""
-    t = tl.load(step)
+def _step_sizes(t, lr, log_beta1, log_beta2, LR_ON_DEVICE: tl.constexpr):
+    """Step size, and the root of the second moment's correction, of step number t."""
     rate = tl.load(lr) if LR_ON_DEVICE else lr
-    scale = 1.0 if grad_scale is None else tl.load(grad_scale)
-    steps = True if found_inf is None else tl.load(found_inf) == 0
-    return rate / _one_minus_exp(t * log_beta1), tl.sqrt(_one_minus_exp(t * log_beta2)), scale, steps
+    return rate / _one_minus_exp(t * log_beta1), tl.sqrt(_one_minus_exp(t * log_beta2))
+
+
+@triton.jit
+def _load_tile(W, grad, exp_avg, exp_avg_sq, w_at, g_at, m_at, inside):
+    return (
+        load_row(W + w_at, inside),
+        load_row(grad + g_at, inside).to(tl.float32),
+        load_row(exp_avg + m_at, inside),
+        load_row(exp_avg_sq + m_at, inside),
+    )
+
+
+@triton.jit
+def _store_weights(W, copy, at, w, inside):
+    tl.store(W + at, w, mask=inside)
+    if copy is not None:
+        tl.store(copy + at, w.to(copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -57,11 +74,13 @@ def _to_unit(squares):
 @triton.jit
 def _adam_rows_kernel(
     W,  # [F, D]
-    grad,  # [F, D]
+    copy,  # [F, D] or None
+    grad,  # [F, D], or [R, D] of the rows
     exp_avg,  # [F, D]
     exp_avg_sq,  # [F, D]
-    radial,  # [F] or None
-    step,
+    rows,  # [R] or None: all
+    radial,  # [F] or [R], or None
+    step,  # this step's number; with rows, [F]: how many steps each row has taken
     lr,
     grad_scale,
     found_inf,
@@ -72,94 +91,71 @@ def _adam_rows_kernel(
     rest1,
     rest2,
     eps,
-    F,
+    n_rows,  # F or R
     D,
     last,  # numbers in the last row
+    moments_stride,  # from row to row
     LR_ON_DEVICE: tl.constexpr,
     PROJECT: tl.constexpr,
     UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    step_size, root, scale, steps = _scalars(step, lr, grad_scale, found_inf, log_beta1, log_beta2, LR_ON_DEVICE)
-    row = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(0).to(tl.int64)
+    f = r if rows is None else tl.load(rows + r).to(tl.int64)
+    t = tl.load(step) if rows is None else tl.load(step + f) + 1.0
+    step_size, root = _step_sizes(t, lr, log_beta1, log_beta2, LR_ON_DEVICE)
+    scale = 1.0 if grad_scale is None else tl.load(grad_scale)
+    width = tl.where(r < n_rows - 1, D, last)
+    if found_inf is not None:
+        width = tl.where(tl.load(found_inf) == 0, width, 0)
     d = tl.arange(0, BLOCK_D)
-    inside = d < tl.where(steps, tl.where(row < F - 1, D, last), 0)
-    at = row * D + d
-    w = load_row(W + at, inside)
-    g = load_row(grad + at, inside)
-    m = load_row(exp_avg + at, inside)
-    v = load_row(exp_avg_sq + at, inside)
-    if PROJECT:
-        along = tl.sum(g * w, 0) if radial is None else tl.load(radial + row)
-        g -= along * w
-    w, m, v = _adam(w, g / scale, m, v, step_size, root, beta1, beta2, rest1, rest2, eps)
-    if UNIT:
-        w *= _to_unit(tl.sum(tl.where(inside, w * w, 0.0), 0))
-    tl.store(W + at, w, mask=inside)
-    tl.store(exp_avg + at, m, mask=inside)
-    tl.store(exp_avg_sq + at, v, mask=inside)
-
-
-@triton.jit
-def _adam_wide_rows_kernel(
-    W,  # [F, D]
-    grad,  # [F, D]
-    exp_avg,  # [F, D]
-    exp_avg_sq,  # [F, D]
-    radial,  # [F] or None
-    step,
-    lr,
-    grad_scale,
-    found_inf,
-    log_beta1,
-    log_beta2,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    eps,
-    D,
-    LR_ON_DEVICE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    step_size, root, scale, steps = _scalars(step, lr, grad_scale, found_inf, log_beta1, log_beta2, LR_ON_DEVICE)
-    row = tl.program_id(0).to(tl.int64)
-    width = tl.where(steps, D, 0)
+    w_at, g_at, m_at = f * D + d, r * D + d, f * moments_stride + d
     along = 0.0
-    if PROJECT:
-        if radial is None:
-            dots = tl.zeros([BLOCK_D], tl.float32)
-            for start in range(0, width, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                at = row * D + d
-                dots += load_row(W + at, d < D) * load_row(grad + at, d < D)
-            along = tl.sum(dots, 0)
-        else:
-            along = tl.load(radial + row)
-    squares = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        at = row * D + d
-        w = load_row(W + at, d < D)
-        g = load_row(grad + at, d < D)
-        m = load_row(exp_avg + at, d < D)
-        v = load_row(exp_avg_sq + at, d < D)
+    if PROJECT and radial is not None:
+        along = tl.load(radial + r)
+    if not WIDE:
+        w, g, m, v = _load_tile(W, grad, exp_avg, exp_avg_sq, w_at, g_at, m_at, d < width)
         if PROJECT:
+            along = tl.sum(g * w, 0) if radial is None else along
             g -= along * w
         w, m, v = _adam(w, g / scale, m, v, step_size, root, beta1, beta2, rest1, rest2, eps)
-        squares += tl.where(d < D, w * w, 0.0)
-        tl.store(W + at, w, mask=d < D)
-        tl.store(exp_avg + at, m, mask=d < D)
-        tl.store(exp_avg_sq + at, v, mask=d < D)
-    if UNIT:
-        factor = _to_unit(tl.sum(squares, 0))
-        tl.debug_barrier()  # the row that other threads have just written is read
+        if UNIT:
+            w *= _to_unit(tl.sum(tl.where(d < width, w * w, 0.0), 0))
+        _store_weights(W, copy, w_at, w, d < width)
+        tl.store(exp_avg + m_at, m, mask=d < width)
+        tl.store(exp_avg_sq + m_at, v, mask=d < width)
+    else:
+        if PROJECT and radial is None:
+            dots = tl.zeros([BLOCK_D], tl.float32)
+            for start in range(0, width, BLOCK_D):
+                inside = start + d < width
+                g = load_row(grad + g_at + start, inside).to(tl.float32)
+                dots += load_row(W + w_at + start, inside) * g
+            along = tl.sum(dots, 0)
+        squares = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, width, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            at = row * D + d
-            tl.store(W + at, load_row(W + at, d < D) * factor, mask=d < D)
+            inside = start + d < width
+            w, g, m, v = _load_tile(W, grad, exp_avg, exp_avg_sq, w_at + start, g_at + start, m_at + start, inside)
+            if PROJECT:
+                g -= along * w
+            w, m, v = _adam(w, g / scale, m, v, step_size, root, beta1, beta2, rest1, rest2, eps)
+            if UNIT:
+                squares += tl.where(inside, w * w, 0.0)
+                tl.store(W + w_at + start, w, mask=inside)
+            else:
+                _store_weights(W, copy, w_at + start, w, inside)
+            tl.store(exp_avg + m_at + start, m, mask=inside)
+            tl.store(exp_avg_sq + m_at + start, v, mask=inside)
+        if UNIT:
+            factor = _to_unit(tl.sum(squares, 0))
+            tl.debug_barrier()  # the row that other threads have just written is read
+            for start in range(0, width, BLOCK_D):
+                inside = start + d < width
+                _store_weights(W, copy, w_at + start, load_row(W + w_at + start, inside) * factor, inside)
+    if rows is not None:
+        tl.debug_barrier()  # all threads have read the count
+        tl.store(step + f, t)
 
 
 def adam_rows(
@@ -177,25 +173,91 @@ def adam_rows(
     radial_F: Tensor | None = None,
     unit_rows: bool = False,
     project: bool = False,
+    copy_FD: Tensor | None = None,
 ) -> None:
-    """As torch_backend's; everything float32, the matrices contiguous."""
-    F, D = W_FD.shape
+    """As torch_backend's; everything but the copy float32, the matrices contiguous."""
     by_row = unit_rows or project
-    n_rows, width = (F, D) if by_row else (cdiv(W_FD.numel(), _TILE), _TILE)
     if not W_FD.numel():
         return
-    in_registers = width <= _WIDEST_IN_REGISTERS
-    BLOCK_D = next_power_of_2(min(width, _WIDEST_IN_REGISTERS))
-    sizes = {"F": n_rows, "last": W_FD.numel() - (n_rows - 1) * width} if in_registers else {}
+    n_rows, width = W_FD.shape if by_row else (cdiv(W_FD.numel(), _TILE), _TILE)
+    _launch(
+        *(W_FD, copy_FD, grad_FD, m_FD, v_FD, None, radial_F, step, lr, grad_scale, found_inf, beta1, beta2, eps),
+        n_rows=n_rows,
+        D=width,
+        last=W_FD.numel() - (n_rows - 1) * width,
+        moments_stride=width,
+        UNIT=unit_rows,
+        PROJECT=project,
+    )
+
+
+def lazy_adam_rows(
+    W_FD: Tensor,
+    grad_RD: Tensor,
+    m_FD: Tensor,
+    v_FD: Tensor,
+    step_F: Tensor,
+    rows_R: Tensor,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: Tensor | None = None,
+    radial_R: Tensor | None = None,
+    unit_rows: bool = False,
+    project: bool = False,
+    copy_FD: Tensor | None = None,
+) -> None:
+    """As torch_backend's; weights, moments and counts float32, the rows of both moments equally far apart."""
+    R, D = grad_RD.shape
+    if not D:
+        return
+    _launch(
+        *(W_FD, copy_FD, grad_RD.contiguous(), m_FD, v_FD, rows_R.contiguous(), radial_R, step_F, lr, grad_scale),
+        *(None, beta1, beta2, eps),
+        n_rows=R,
+        D=D,
+        last=D,
+        moments_stride=m_FD.stride(0),
+        UNIT=unit_rows,
+        PROJECT=project,
+    )
+
+
+def _launch(
+    W: Tensor,
+    copy: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor | None,
+    radial: Tensor | None,
+    step: Tensor,
+    lr: float | Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *,
+    n_rows: int,
+    D: int,
+    PROJECT: bool,
+    **sizes: int,
+) -> None:
+    """One program per row."""
+    BLOCK_D = next_power_of_2(min(D, _WIDEST_IN_REGISTERS))
     launch(
-        _adam_rows_kernel if in_registers else _adam_wide_rows_kernel,
+        _adam_rows_kernel,
         (n_rows,),
-        _warps(BLOCK_D, arch_of(W_FD.device).lanes),
-        W=W_FD,
-        grad=grad_FD,
-        exp_avg=m_FD,
-        exp_avg_sq=v_FD,
-        radial=None if radial_F is None or not project else radial_F.contiguous(),
+        _warps(BLOCK_D, arch_of(W.device).lanes),
+        W=W,
+        copy=copy,
+        grad=grad,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        rows=rows,
+        radial=None if radial is None or not PROJECT else radial.contiguous(),
         step=step,
         lr=lr if isinstance(lr, Tensor) else float(lr),
         grad_scale=grad_scale,
@@ -207,10 +269,11 @@ def adam_rows(
         rest1=1.0 - beta1,
         rest2=1.0 - beta2,
         eps=float(eps),
-        D=width,
+        n_rows=n_rows,
+        D=D,
         LR_ON_DEVICE=isinstance(lr, Tensor),
-        PROJECT=project,
-        UNIT=unit_rows,
+        PROJECT=PROJECT,
+        WIDE=D > _WIDEST_IN_REGISTERS,
         BLOCK_D=BLOCK_D,
         **sizes,
     )
@@ -225,6 +288,13 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e4
 
 
-def adam_rows_traffic(F: int, D: int, constrained: bool) -> Traffic:
+def adam_rows_traffic(F: int, D: int, constrained: bool, copy_itemsize: int = 0) -> Traffic:
     """Sixteen operations per weight, six more with the constraint, whose component along a row is given."""
-    return Traffic(flops=(22 if constrained else 16) * F * D, streamed=28 * F * D + (4 * F if constrained else 0))
+    streamed = (28 + copy_itemsize) * F * D + (4 * F if constrained else 0)
+    return Traffic(flops=(22 if constrained else 16) * F * D, streamed=streamed)
+
+
+def lazy_adam_rows_traffic(R: int, D: int, constrained: bool, copy_itemsize: int = 0) -> Traffic:
+    """As dense Adam over R rows; each also reads its index, and reads and writes its count of steps."""
+    dense = adam_rows_traffic(R, D, constrained, copy_itemsize)
+    return dense._replace(streamed=dense.streamed + (8 + 4 + 4) * R)

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentIndex
-from sae_lens_switch_kernels.triton_backend.adam import adam_rows, adam_rows_traffic
+from sae_lens_switch_kernels.triton_backend.adam import (
+    adam_rows,
+    adam_rows_traffic,
+    lazy_adam_rows,
+    lazy_adam_rows_traffic,
+)
 from sae_lens_switch_kernels.triton_backend.clipping import clip
 from sae_lens_switch_kernels.triton_backend.code_rows import (
     code_grads,
@@ -137,19 +142,41 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     if dtype != "fp32":  # which all weights are stepped in
         return
     yield from _routing(size)
-    matrices, number, options = (W, empty(F, D), empty(F, D), empty(F, D)), empty(), (0.9, 0.999, 1e-8)
+    yield from _optimisers(D)
+
+
+def _optimisers(D: int) -> Iterator[Operation]:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    W, grad, m, v, number, radial = *(empty(F, D) for _ in range(4)), empty(), empty(F)
+    copy, options, numbers = empty(F, D, dtype=torch.bfloat16), (0.9, 0.999, 1e-8), (number, number)
+    constraint: dict[str, Any] = {"unit_rows": True, "project": True}
     steps: list[tuple[str, float | Tensor, dict[str, Any]]] = [
         ("adam_rows", 1e-4, {}),
-        ("adam_rows, projected, unit", 1e-4, {"radial_F": vector, "unit_rows": True, "project": True}),
-        ("adam_rows, dots, lr on device", number, {"unit_rows": True, "project": True}),
+        ("adam_rows, bf16 copy", 1e-4, {"copy_FD": copy}),
+        ("adam_rows, projected, unit", 1e-4, {"radial_F": radial, **constraint}),
+        ("adam_rows, projected, unit, bf16 copy", 1e-4, {"radial_F": radial, "copy_FD": copy, **constraint}),
+        ("adam_rows, dots, lr on device", number, constraint),
     ]
-    for name, lr, constraint in steps:
+    for name, lr, given in steps:
         yield Operation(
             name,
-            lambda lr=lr, constraint=constraint: adam_rows(
-                *matrices, number, lr, *options, number, number, **constraint
-            ),
-            adam_rows_traffic(F, D, bool(constraint)),
+            lambda lr=lr, given=given: adam_rows(W, grad, m, v, number, lr, *options, *numbers, **given),
+            adam_rows_traffic(F, D, "project" in given, 2 if "copy_FD" in given else 0),
+        )
+    R = F // 4
+    moments, grad_RD, rows, steps_F = empty(F, 2, D), empty(R, D), empty(R, dtype=torch.int64), empty(F)
+    stepped = grad_RD, moments[:, 0], moments[:, 1], steps_F, rows
+    lazy: list[tuple[str, dict[str, Any]]] = [
+        ("lazy_adam_rows, a quarter", {}),
+        ("lazy_adam_rows, projected, unit, copy", {"radial_R": radial[:R], "copy_FD": copy, **constraint}),
+    ]
+    for name, given in lazy:
+        yield Operation(
+            name,
+            lambda given=given: lazy_adam_rows(W, *stepped, 1e-4, *options, number, **given),
+            lazy_adam_rows_traffic(R, D, "project" in given, 2 if "copy_FD" in given else 0),
         )
 
 

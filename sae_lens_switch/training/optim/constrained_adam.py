@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from sae_lens_switch_kernels import RowGrads, clip
-from sae_lens_switch_kernels.backend import kernel
-from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
+from sae_lens_switch_kernels import RowGrads, WorkingCopies, clip, to_huge_pages, triton_kernel, zeros_huge
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from typing_extensions import override
@@ -40,6 +38,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         unit_rows: The matrix [F, D] whose rows are projected before and renormalised after the step, block by block, so
             that each block is read from and written to memory once. None: no constraint.
         project: Whether to remove the gradient's component along each of its rows.
+        copied: Matrices whose working copies in low precision, if products use any, are written as they are stepped.
         after_step: Called at the end of a step, while parameters are still swapped.
     """
 
@@ -51,6 +50,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         *,
         unit_rows: nn.Parameter | None = None,
         project: bool = True,
+        copied: Iterable[nn.Parameter] = (),
         after_step: Callable[[], None] | None = None,
     ) -> None:
         parameters = list(parameters)
@@ -60,7 +60,8 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             super().__init__(parameters, lr=lr, betas=betas)
         self.unit_rows, self.project = unit_rows, project
         self.row_grads = RowGrads(active_only=False) if unit_rows is not None and project else None
-        MasterWeights(self, masters=True, after_step=after_step)
+        self.copies = WorkingCopies(copied)
+        self._masters = MasterWeights(self, masters=True, after_step=after_step, copies=self.copies)
 
     @property
     def is_fused(self) -> bool:
@@ -156,17 +157,10 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             steps = lists[-1]
             add_to_all(steps, 1 if found_inf is None else 1 - found_inf)
             for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
-                grad = grad.contiguous()  # torch's fused step assumes the parameter's layout
-                adam_rows = _kernel_for(p, grad, m, v)
-                if adam_rows is not None:
-                    numbers = [options[name] for name in ("lr", "beta1", "beta2", "eps")]
-                    unit = p is self.unit_rows
-                    radial = radial_F if unit else None
-                    adam_rows(p, grad, m, v, step, *numbers, grad_scale, found_inf, radial, unit, unit and self.project)
-                elif p is self.unit_rows:
-                    self._step_unit_rows(p, grad, m, v, step, partial(fused, **options), radial_F)
-                else:
-                    fused([p], [grad], [m], [v], [], [step], **options)
+                # torch's fused step assumes the parameter's layout
+                state = _State(p, grad.contiguous(), m, v, step)
+                with self._masters.written(p) as copy:
+                    self._step_fused(state, copy, options, radial_F if p is self.unit_rows else None, fused)
 
     def _step_not_fused(self, lists: Any, options: dict[str, Any]) -> None:
         W = self.unit_rows if self.unit_rows is not None and self.unit_rows.requires_grad else None
@@ -176,29 +170,64 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         if W is not None:
             normalize_rows_(W)
 
-    def _step_unit_rows(
+    def _step_fused(
         self,
-        W_FD: Tensor,
-        grad_FD: Tensor,
-        m_FD: Tensor,
-        v_FD: Tensor,
-        step: Tensor,
-        fused: Callable[..., Any],
+        state: "_State",
+        copy: Tensor | None,
+        options: dict[str, Any],
         radial_F: Tensor | None,
+        fused: Callable[..., None],
     ) -> None:
-        blocks = [row_blocks(t, _ROWS_STEPPED) for t in (W_FD, grad_FD, m_FD, v_FD)]
+        """Step one parameter, and write its copy: by a kernel, in blocks that stay in cache, or as a whole."""
+        p, grad, m, v, step = state
+        unit = p is self.unit_rows
+        adam_rows = _kernel_for(p, grad, m, v)
+        if adam_rows is not None:
+            numbers = [options[name] for name in ("lr", "beta1", "beta2", "eps", "grad_scale", "found_inf")]
+            adam_rows(p, grad, m, v, step, *numbers, radial_F, unit, unit and self.project, copy)
+        elif p.ndim and (unit or copy is not None):
+            self._step_blocks(state, copy, partial(fused, **options), radial_F, unit)
+        else:
+            fused([p], [grad], [m], [v], [], [step], **options)
+            if copy is not None:
+                copy.copy_(p)
+
+    def _step_blocks(
+        self,
+        state: "_State",
+        copy_FD: Tensor | None,
+        fused: Callable[..., None],
+        radial_F: Tensor | None,
+        unit: bool,
+    ) -> None:
+        W_FD, _, _, _, step = state
+        blocks = [row_blocks(t, _ROWS_STEPPED) for t in state[:4]]
         n = len(blocks[0][0])
+        copies = [None] * len(blocks[0]) if copy_FD is None else row_blocks(copy_FD, _ROWS_STEPPED)
         scratch = torch.empty_like(W_FD[:n])
-        for i, (w, grad, m, v) in enumerate(zip(*blocks, strict=True)):
-            if self.project:
+        for i, (w, grad, m, v, copy) in enumerate(zip(*blocks, copies, strict=True)):
+            if unit and self.project:
                 along = None if radial_F is None else radial_F[i * n : (i + 1) * n]
                 grad = project_out_rows(grad, w, scratch[: len(w)], along)
             fused([w], [grad], [m], [v], [], [step])
-            normalize_rows_(w)
+            if unit:
+                normalize_rows_(w)
+            if copy is not None:
+                copy.copy_(w)
+
+
+class _State(NamedTuple):
+    """A parameter with all that a fused step of it takes, as memory holds them."""
+
+    p: nn.Parameter
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
 
 
 def _kernel_for(*matrices: Tensor) -> Callable[..., None] | None:
     """One kernel for project, step and renormalise: for float32 matrices on a GPU, where it has proven itself."""
     if any(t.ndim != 2 or t.dtype != torch.float32 or not t.is_contiguous() for t in matrices):
         return None
-    return kernel("adam_rows", matrices[0])
+    return triton_kernel("adam_rows", matrices[0])

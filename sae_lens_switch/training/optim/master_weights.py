@@ -1,12 +1,13 @@
 """What an optimiser steps in place of the parameters: float32 masters of low-precision weights, in memory order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from sae_lens_switch_kernels import WorkingCopies, version_of
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sae_lens_switch.common.torch_private import version_of
 from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.training.optim.gradients import parameters_of, trained
 
@@ -17,16 +18,26 @@ class MasterWeights:
     Transposed matrices, such as W_enc, are shown as memory holds them: elementwise nothing changes, but torch's fused
     steps copy a whole matrix whose rows are not contiguous. With ``masters``, parameters of less than float32 are
     stepped in float32, kept here and saved with the optimiser's state: updates smaller than a weight's rounding then
-    add up instead of being lost.
+    add up instead of being lost. A parameter with a master, and the working copy of one without, are the same to a
+    step: numbers of low precision to be written beside those that are stepped (``written``).
 
     Args:
         optimizer: From now on, every one of its steps is preceded by ``swap_in`` and followed by ``swap_out``.
         masters: Whether low-precision parameters have float32 masters.
         after_step: Called at the end of a step, before the parameters are swapped back.
+        copies: The working copies of the parameters.
     """
 
-    def __init__(self, optimizer: Optimizer, masters: bool, after_step: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        masters: bool,
+        after_step: Callable[[], None] | None = None,
+        copies: WorkingCopies | None = None,
+    ) -> None:
         self.optimizer, self.has_masters, self.after_step = optimizer, masters, after_step
+        self.copies = WorkingCopies() if copies is None else copies
+        self.has_written: set[nn.Parameter] = set()
         self.masters: dict[nn.Parameter, Tensor] = {}
         self.versions: dict[nn.Parameter, tuple[int, int]] = {}
         self.low_precision: dict[nn.Parameter, Tensor] = {}
@@ -51,6 +62,19 @@ class MasterWeights:
         self.transposed = []
         self._swap_out_masters()
 
+    @contextmanager
+    def written(self, p: nn.Parameter) -> Iterator[Tensor | None]:
+        """Around a step of one parameter, while swapped: what to write beside it in lower precision, laid out alike."""
+        low = self.low_precision.get(p)
+        if low is None:
+            with self.copies.written(p) as copy:
+                yield copy
+        elif low.stride() != self.masters[p].stride():
+            yield None
+        else:
+            yield low.as_strided(p.shape, p.stride())
+            self.has_written.add(p)
+
     def _transpose(self) -> None:
         for p in self.transposed:
             _transpose(p, self.optimizer.state.get(p, {}))
@@ -68,9 +92,10 @@ class MasterWeights:
     def _swap_out_masters(self) -> None:
         for p, low in self.low_precision.items():
             p.grad = None
-            p.data = low.copy_(p.data)
+            p.data = low if p in self.has_written else low.copy_(p.data)
+            torch.autograd.graph.increment_version(p)
             self.versions[p] = version_of(p)
-        self.low_precision = {}
+        self.low_precision, self.has_written = {}, set()
 
     def saved_masters(self) -> dict[int, Tensor]:
         return {i: self.masters[p] for i, p in enumerate(parameters_of(self.optimizer)) if p in self.masters}

@@ -1,11 +1,10 @@
 """Row-sparse Adam: a step whose cost does not grow with the width of the dictionary."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens_switch_kernels import RowGrads, clip
-from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
+from sae_lens_switch_kernels import RowGrads, WorkingCopies, clip, to_huge_pages, triton_kernel, zeros_huge
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -44,6 +43,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.sae = sae
         self.row_grads = RowGrads()
+        self.copies = WorkingCopies((sae.W_enc, sae.W_dec))
 
     @torch.no_grad()
     def clipped_step(self, loss: Tensor, max_norm: float | None, lr: Tensor | None = None) -> Tensor:
@@ -100,33 +100,18 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
     def _step_rows(
         self, p: nn.Parameter, data: Tensor, grad: Tensor, rows_R: Tensor, group: dict[str, Any], scale: Tensor | float
     ) -> None:
-        """Step rows [R] of the parameter, seen as ``data`` [rows, columns]."""
+        """Step rows [R] of the parameter, seen as ``data`` [rows, columns], and write them in low precision as well."""
         state = self._state(p, data)
-        weights, moments = state.get("master", data), state["moments"]
+        weights = state.get("master", data)
         constraint = self.sae.decoder_constraint if p is self.sae.W_dec else None
-        project, radial_R = constraint is not None and constraint.project, self.row_grads.radial_R
-        step_R = state["step"][rows_R] + 1
-        state["step"][rows_R] = step_R
-        block = min(_ROWS_STEPPED if data.device.type == "cpu" else len(rows_R), len(rows_R))
-        w_buffer, moments_buffer = (t.new_empty(block, *t.shape[1:]) for t in (weights, moments))
-        buffers = [torch.empty_like(w_buffer) for _ in range(2)]
-        parts = zip(rows_R.split(block), grad.split(block), step_R.split(block), strict=True)
-        for i, (rows, grad_part, step) in enumerate(parts):
-            w, both = w_buffer[: len(rows)], moments_buffer[: len(rows)]
-            g, scratch = (t[: len(rows)] for t in buffers)
-            torch.index_select(weights, 0, rows, out=w)
-            torch.index_select(moments, 0, rows, out=both)
-            torch.div(grad_part, scale, out=g)
-            if project:
-                along = None if radial_R is None else radial_R[i * block : (i + 1) * block] / scale
-                g, scratch = project_out_rows(g, w, scratch, along), g
-            _adam_update(w, g, both[:, 0], both[:, 1], step, group, scratch)
-            if constraint is not None:
-                normalize_rows_(w)
-            scatter_rows_(moments, rows, both)
-            scatter_rows_(weights, rows, w)
-            if weights is not data:
-                data[rows] = w.to(data.dtype)
+        project = constraint is not None and constraint.project
+        options = _Options(*group["betas"], group["lr"], group["eps"], scale, constraint is not None, project)
+        radial_R = self.row_grads.radial_R if project else None
+        with self.copies.written(p) as copy:
+            copy = copy.T if copy is not None and p is self.sae.W_enc else copy
+            rows = _Rows(weights, grad, state["moments"], state["step"], rows_R, copy if weights is data else data)
+            if not _step_by_kernel(rows, options, radial_R):
+                _step_blocks(rows, options, radial_R)
 
     def _state(self, p: nn.Parameter, data: Tensor) -> dict[str, Tensor]:
         """step [rows], moments [rows, 2, columns], and weights to step where those of the SAE are less than float32."""
@@ -135,7 +120,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         if not state:
             # First and second moment of a row lie side by side, since they are always read and written together.
             state["moments"] = zeros_huge(len(data), 2, data.shape[1], dtype=dtype, device=p.device)
-            state["step"] = torch.zeros(len(data), device=p.device)
+            state["step"] = torch.zeros(len(data), dtype=torch.float32, device=p.device)
             if dtype != p.dtype:
                 state["master"] = data.to(dtype)
         return state
@@ -150,18 +135,83 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
                 self.state[p] = {name: to_huge_pages(t.to(p.device)) for name, t in saved.items()}
 
 
+class _Rows(NamedTuple):
+    """What a step reads and writes of one parameter: all but the gradient and the index have a row per latent."""
+
+    weights: Tensor
+    grad_RD: Tensor
+    moments: Tensor
+    step: Tensor
+    rows_R: Tensor
+    copy: Tensor | None  # in low precision
+
+
+class _Options(NamedTuple):
+    beta1: float
+    beta2: float
+    lr: float
+    eps: float
+    scale: Tensor | float
+    unit_rows: bool
+    project: bool
+
+
+def _step_by_kernel(rows: _Rows, options: _Options, radial_R: Tensor | None) -> bool:
+    """One launch for all rows, where a kernel has proven itself. Returns whether there was one."""
+    weights, grad_RD, moments, step, rows_R, copy = rows
+    is_one_row = len(weights) == 1  # in full: it is stepped as a line of numbers
+    kernel = triton_kernel("adam_rows" if is_one_row else "lazy_adam_rows", weights)
+    if kernel is None or not weights.is_contiguous():
+        return False
+    scale = options.scale if isinstance(options.scale, Tensor) else weights.new_full((), options.scale)
+    numbers = options.lr, options.beta1, options.beta2, options.eps, scale
+    constraint = radial_R, options.unit_rows, options.project, copy
+    matrices = weights, grad_RD.contiguous(), moments[:, 0], moments[:, 1], step
+    if is_one_row:
+        kernel(*matrices[:4], step.add_(1), *numbers, None, *constraint)
+    else:
+        kernel(*matrices, rows_R, *numbers, *constraint)
+    return True
+
+
+def _step_blocks(rows: _Rows, options: _Options, radial_R: Tensor | None) -> None:
+    weights, grad_RD, moments, step, rows_R, copy = rows
+    step_R = step[rows_R] + 1
+    step[rows_R] = step_R
+    block = min(_ROWS_STEPPED if weights.device.type == "cpu" else len(rows_R), len(rows_R))
+    w_buffer, moments_buffer = (t.new_empty(block, *t.shape[1:]) for t in (weights, moments))
+    buffers = [torch.empty_like(w_buffer) for _ in range(2)]
+    parts = zip(rows_R.split(block), grad_RD.split(block), step_R.split(block), strict=True)
+    for i, (part_R, grad_part, step_part) in enumerate(parts):
+        w, both = w_buffer[: len(part_R)], moments_buffer[: len(part_R)]
+        g, scratch = (t[: len(part_R)] for t in buffers)
+        torch.index_select(weights, 0, part_R, out=w)
+        torch.index_select(moments, 0, part_R, out=both)
+        torch.div(grad_part, options.scale, out=g)
+        if options.project:
+            along = None if radial_R is None else radial_R[i * block : (i + 1) * block] / options.scale
+            g, scratch = project_out_rows(g, w, scratch, along), g
+        _adam_update(w, g, both[:, 0], both[:, 1], step_part, options, scratch)
+        if options.unit_rows:
+            normalize_rows_(w)
+        scatter_rows_(moments, part_R, both)
+        scatter_rows_(weights, part_R, w)
+        if copy is not None:
+            copy[part_R] = w.to(copy.dtype)
+
+
 def _adam_update(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, step_R: Tensor, group: dict[str, Any], scratch: Tensor
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, step_R: Tensor, options: _Options, scratch: Tensor
 ) -> None:
     """Kingma & Ba 2015, algorithm 1, in place; ``step_R`` counts for each row."""
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = options.beta1, options.beta2
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     # size * m / (sqrt(v) / correction + eps), with what differs from row to row applied to whole rows
     step = step_R.double().unsqueeze(1)
     correction = (1 - beta2**step).sqrt()
-    size = group["lr"] * correction / (1 - beta1**step)
-    torch.sqrt(v, out=scratch).add_((group["eps"] * correction).to(v.dtype))
+    size = options.lr * correction / (1 - beta1**step)
+    torch.sqrt(v, out=scratch).add_((options.eps * correction).to(v.dtype))
     torch.div(m, scratch, out=scratch).mul_(size.to(v.dtype))
     w.sub_(scratch)
 

@@ -28,8 +28,8 @@ def uninitialised_memory_is_nan(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreter_multiplies_bfloat16():
-    """Triton's interpreter keeps bf16 as 16-bit integers, and its dot multiplies those."""
+def interpreter_knows_bfloat16():
+    """Triton's interpreter keeps bf16 as 16-bit integers: its dot multiplies those, and its casts cut bits off."""
     if DEVICE == "cuda":
         yield
         return
@@ -42,7 +42,14 @@ def interpreter_multiplies_bfloat16():
             return t
         return TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    create_dot = InterpreterBuilder.create_dot
+    def cast(self: InterpreterBuilder, t: TensorHandle, to: tl.dtype) -> TensorHandle:
+        if (t.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, t, to)
+        rounded = torch.from_numpy(np.array(t.data, np.float32)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, lift(a), lift(b), *rest)
+    InterpreterBuilder.cast_impl = cast
     yield
-    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl

@@ -61,8 +61,10 @@ def test_a_step_equals_the_reference(F, D, constraint, lr_on_device):
             ours, plain, exact = ours[1:], plain[1:], exact[1:]
         for name, a, e, p in zip("Wmv"[-len(ours) :], ours, exact, plain, strict=True):
             assert_as_good_as_torch(f"{name}, step {t}", a, e, p)
-        again = stepped(adam_rows, given, *arguments, found_inf=number(0.0), **options)
+        copy = torch.full_like(given[0], torch.nan, dtype=torch.bfloat16)
+        again = stepped(adam_rows, given, *arguments, found_inf=number(0.0), copy_FD=copy, **options)
         assert all(torch.equal(a, b) for a, b in zip(ours, again[-len(ours) :], strict=True))
+        assert torch.equal(copy, again[0].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize(("F", "D"), [(13, 7), (3, 5000)], ids=str)
@@ -70,9 +72,11 @@ def test_a_step_equals_the_reference(F, D, constraint, lr_on_device):
 def test_nothing_is_written_where_something_was_not_finite(F, D, constrained):
     given = rows(F, D)
     given[1].fill_(float("nan"))
-    options = {"unit_rows": constrained, "project": constrained, "grad_scale": number(float("nan"))}
+    copy = given[0].to(torch.bfloat16)
+    options = {"unit_rows": constrained, "project": constrained, "grad_scale": number(float("nan")), "copy_FD": copy}
     ours = stepped(adam_rows, given, number(1.0), 0.1, found_inf=number(1.0), **options)
     assert all(torch.equal(a, b) for a, b in zip(ours, (given[0], given[2], given[3]), strict=True))
+    assert torch.equal(copy, given[0].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("D", [7, 5000])

@@ -6,6 +6,10 @@ from helpers.triton_checks import DEVICE, check_grouped, dtypes, random, small
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("triton")
+
+from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight_grad  # noqa: E402
+
 
 @pytest.mark.parametrize("routing", ["even", "uneven", "one expert has all", "an expert without rows", "tiny"])
 @pytest.mark.parametrize(
@@ -64,3 +68,13 @@ def test_any_small_experts(counts, D, M, seed):
     offsets = torch.tensor([0, *counts]).cumsum(0).to(DEVICE)
     B, E = sum(counts), len(counts)
     check_grouped(random(B, D, seed=seed), random(B, M, seed=seed + 1), random(E * M, D, seed=seed + 2), offsets)
+
+
+def test_a_weight_gradient_of_low_precision_products_is_written_in_float32():
+    a, g = random(9, 5, dtype=torch.bfloat16), random(9, 24, seed=1, dtype=torch.bfloat16)
+    offsets = torch.tensor([0, 4, 4, 9], device=DEVICE)
+    grad = grouped_weight_grad(a, g, offsets, torch.float32)
+    assert grad.dtype == torch.float32
+    rows = (slice(0, 4), slice(4, 4), slice(4, 9))
+    exact = torch.cat([a[part].double().T @ g[part].double() for part in rows])
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-5)  # rounded to bf16 it would be off by 4e-3

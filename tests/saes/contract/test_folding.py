@@ -107,6 +107,14 @@ def test_the_router_is_folded_in_the_precision_of_the_whitening_statistics():
     torch.testing.assert_close(sae.b_router, (b @ inverse + mean).float(), **one_rounding)
 
 
+def test_an_sae_made_in_inference_mode_can_be_folded():
+    with torch.inference_mode():
+        sae = make("inference", normalize_activations="expected_average_only_in")
+        before = sae.W_enc.clone()
+        sae.fold_activation_norm_scaling_factor(2.0)
+    assert torch.equal(sae.W_enc, 2 * before)
+
+
 @both_kinds
 def test_a_low_precision_sae_keeps_its_float32_router_through_the_folds(kind):
     sae = make(kind, dtype="bfloat16", normalize_activations="covariance_whitening")
