@@ -30,6 +30,8 @@ def minutes(plan: Plan) -> dict[str, float]:
         if key not in seen or cell.l1_coefficient is None:
             found[cell.experiment] += cell.seconds(ce_contexts=_ce_contexts(plan, cell)) / 60
         seen.add(key)
+    if len(plan.learning_rates) == 2:
+        found[SWEEP] *= 3 / 2  # see Plan.learning_rates
     return found
 
 

@@ -11,6 +11,7 @@ short runs in docs/experiments, which have other columns, are read as well.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,11 +64,12 @@ Drawn = list[tuple[str, str, Callable[[], Any]]]
 
 def long(rows: list[Row], folder: Path) -> tuple[Drawn, list[Table]]:
     from drawings import FIGURES
-    from tables import TABLES
+    from tables import TABLES, texts
 
-    curves = read(folder / "curves.csv")
+    curves, facts = read(folder / "curves.csv"), json.loads((folder / "run.json").read_text())
     figures: Drawn = [(name, title, lambda draw=draw: draw(rows, curves)) for name, title, draw in FIGURES]
-    return figures, [(name, title, of_rows(rows, curves)) for name, title, of_rows in TABLES]
+    written = [(name, title, of_rows(rows, curves)) for name, title, of_rows in TABLES]
+    return figures, [*written, ("texts", f"Text; that of kind {facts['kept_out']!r} is only tested on", texts(facts))]
 
 
 def short(rows: list[Row], folder: Path) -> tuple[Drawn, list[Table]]:

@@ -92,7 +92,6 @@ def fits(rows: Sequence[Row], _curves: Sequence[Row] = ()) -> list[Row]:
             continue
         lines = [line(*zip(*points, strict=True)) for points in series.values()]
         limits = [saturating(*zip(*points, strict=True)) for points in series.values() if len(points) > 3]
-        begins = [10 ** (-a / b) if b < 0 else math.nan for a, b in lines]
         far = [math.exp(a + b * math.log10(_FAR)) - 1 for a, b in lines]
         careful = [math.exp(limit + size * (_FAR / 1e6) ** -power) - 1 for limit, size, power in limits]
         residuals = [
@@ -107,7 +106,7 @@ def fits(rows: Sequence[Row], _curves: Sequence[Row] = ()) -> list[Row]:
                 "budgets": len(next(iter(series.values()))),
                 "seeds": len(series),
                 "change per tenfold tokens": with_error([math.exp(b) - 1 for _, b in lines]),
-                "gain begins at": " to ".join(dict.fromkeys(rounded(f(begins)) for f in (min, max))),
+                "gain begins at": begins(lines, min(t for points in series.values() for t, _ in points)),
                 "greatest misfit of the line": f"{max(residuals):.1%}",
                 "expected at 1e8, line": with_error(far),
                 "expected at 1e8, limit": with_error(careful) if careful else "",
@@ -115,6 +114,15 @@ def fits(rows: Sequence[Row], _curves: Sequence[Row] = ()) -> list[Row]:
             }
         )
     return found
+
+
+def begins(lines: Sequence[tuple[float, float]], fewest: float) -> str:
+    """Where the seeds' lines cross equal error; "before" where that is fewer tokens than any run had."""
+    crossings = [10 ** (-a / b) for a, b in lines if b < 0]
+    if len(crossings) < len(lines):
+        return "no gain that grows"
+    said = ["before " + rounded(fewest) if t < fewest else rounded(t) for t in (min(crossings), max(crossings))]
+    return " to ".join(dict.fromkeys(said))
 
 
 def _ratios(switch: dict[float, list[Row]], topk: dict[float, list[Row]]) -> dict[float, list[tuple[float, float]]]:

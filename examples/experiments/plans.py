@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ class Plan:
     tokens: int
     budgets: tuple[int, ...]
     sweep_tokens: int
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]  # the best of two is at an edge: a third, at least, is tried
     width: int  # latents of TopK, of an expert at matched FLOPs, of all at fixed width
     ks: tuple[int, ...]  # the first is that of sweeps and of all but the matched FLOPs
     matched: tuple[int, ...]  # experts
@@ -49,8 +49,8 @@ PLANS = {
     "default": Plan(
         tokens=3_000_000,
         budgets=_BUDGETS,
-        sweep_tokens=500_000,
-        learning_rates=(5e-4, 1e-3, 2e-3),
+        sweep_tokens=750_000,
+        learning_rates=(1e-3, 2e-3),
         width=2048,
         ks=(32,),
         matched=(2, 4, 8),
@@ -63,8 +63,8 @@ PLANS = {
     "full": Plan(
         tokens=3_000_000,
         budgets=_BUDGETS,
-        sweep_tokens=1_000_000,
-        learning_rates=(5e-4, 1e-3, 2e-3),
+        sweep_tokens=2_000_000,
+        learning_rates=(1e-3, 2e-3),
         width=2048,
         ks=(32, 64),
         matched=(2, 4, 8, 16),
@@ -117,8 +117,12 @@ def cells(plan: Plan, rows: Sequence[Row]) -> list[Cell]:
     compared = [_with_l1(plan, rows, c) for c in compared]
     if plan.ablated_experts:
         compared += _ablations(plan, base, rows)
-    swept = _sweeps(plan, compared, rows)
-    return [*swept, *_l1_sweeps(plan, base, rows), *compared]
+    found: list[Cell] = []
+    for cell in compared:  # a sweep comes right before the first cell that needs it
+        if all(_shape(cell) != _shape(other) for other in found):
+            found += _sweep(plan, cell, rows) + _l1_sweep(plan, cell, rows)
+        found.append(cell)
+    return found
 
 
 def _comparisons(plan: Plan, base: Cell) -> Iterator[Cell]:
@@ -166,27 +170,21 @@ def _shape(cell: Cell | Row) -> tuple[Any, ...]:
     return found["architecture"], found["d_sae"], found["n_experts"]
 
 
-def _sweeps(plan: Plan, compared: Iterable[Cell], rows: Sequence[Row]) -> list[Cell]:
-    """One sweep per shape: at the first k and the early layer, which other k and layers share."""
-    shapes = {_shape(c): c for c in compared}
-    found = []
-    for shape, cell in shapes.items():
-        errors = {r["lr"]: _judged(r) for r in rows if r["experiment"] == SWEEP and _shape(r) == shape}
-        l1 = plan.l1_coefficients.get(cell.architecture, (0.0,))
-        swept = replace(
-            Cell(SWEEP, cell.architecture, cell.d_sae, plan.ks[0], cell.n_experts, plan.layers[0], batch=plan.batch),
-            **{"budgets": (plan.sweep_tokens,), "seed": TUNING_SEED, "l1_coefficient": l1[len(l1) // 2]},
-        )
-        found += [replace(swept, lr=lr) for lr in extended(plan.learning_rates, errors)]
-    return found
+def _sweep(plan: Plan, cell: Cell, rows: Sequence[Row]) -> list[Cell]:
+    """The learning rates of a shape: at the first k and the early layer, which other k and layers share."""
+    errors = {r["lr"]: _judged(r) for r in rows if r["experiment"] == SWEEP and _shape(r) == _shape(cell)}
+    l1 = plan.l1_coefficients.get(cell.architecture, (0.0,))
+    swept = replace(
+        Cell(SWEEP, cell.architecture, cell.d_sae, plan.ks[0], cell.n_experts, plan.layers[0], batch=plan.batch),
+        **{"budgets": (plan.sweep_tokens,), "seed": TUNING_SEED, "l1_coefficient": l1[len(l1) // 2]},
+    )
+    return [replace(swept, lr=lr) for lr in extended(plan.learning_rates, errors)]
 
 
-def _l1_sweeps(plan: Plan, base: Cell, rows: Sequence[Row]) -> list[Cell]:
-    found = []
-    for a, coefficients in plan.l1_coefficients.items():
-        cell = replace(base, experiment=L1_SWEEP, architecture=a, budgets=(plan.sweep_tokens,), seed=TUNING_SEED)
-        found += [replace(cell, lr=best_lr(plan, rows, cell), l1_coefficient=c) for c in coefficients]
-    return found
+def _l1_sweep(plan: Plan, cell: Cell, rows: Sequence[Row]) -> list[Cell]:
+    coefficients = plan.l1_coefficients.get(cell.architecture, ())
+    swept = replace(cell, experiment=L1_SWEEP, k=plan.ks[0], budgets=(plan.sweep_tokens,), seed=TUNING_SEED)
+    return [replace(swept, lr=best_lr(plan, rows, cell), l1_coefficient=c) for c in coefficients]
 
 
 def _with_l1(plan: Plan, rows: Sequence[Row], cell: Cell) -> Cell:

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run_workers(args, plan, cache, results)
     except KeyboardInterrupt:
+        collect(args, plan, cache, results)
         sys.exit("\ninterrupted: the same command resumes")
     n_rows = collect(args, plan, cache, results)
     print(f"{n_rows} rows in {args.output}/results.csv; pictures: python {Path(__file__).with_name('figures.py')}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from cells import L1_ARCHITECTURES, Cell
 from claims import claims
@@ -91,6 +92,13 @@ def ablations(rows: list[Row], _curves: list[Row]) -> list[Row]:
                 }
             )
     return found
+
+
+def texts(facts: dict[str, Any]) -> list[Row]:
+    """Documents and contexts of every kind of text, from run.json."""
+    return [
+        {"kind": kind} | {n: str(number) for n, number in of_kind.items()} for kind, of_kind in facts["texts"].items()
+    ]
 
 
 TABLES: list[tuple[str, str, Callable[[list[Row], list[Row]], list[Row]]]] = [

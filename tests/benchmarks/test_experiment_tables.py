@@ -52,7 +52,7 @@ def test_a_sweep_does_not_go_on_for_ever():
 
 def test_a_cell_waits_for_the_sweep_of_its_own_shape():
     switch = cells.Cell("", "switch", 4096, n_experts=2)
-    some = swept("switch", 2, {5e-4: 0.3, 1e-3: 0.2}, 4096) + swept("switch", 4, {1e-3: 0.1}, 8192)
+    some = swept("switch", 2, {5e-4: 0.3, 1e-3: 0.2}, 4096) + swept("switch", 4, {1e-3: 0.1, 2e-3: 0.2}, 8192)
     assert plans.best_lr(DEFAULT, some, switch) is None
     assert plans.best_lr(DEFAULT, some + swept("switch", 2, {2e-3: 0.25}, 4096), switch) == 1e-3
     assert plans.best_lr(DEFAULT, some + swept("switch", 2, {2e-3: 0.15}, 4096), switch) is None  # 4e-3 is to be tried
@@ -100,6 +100,11 @@ def test_the_default_plan_answers_the_headline_first_and_stays_under_100_minutes
     planned = plans.cells(DEFAULT, [])
     order = list(dict.fromkeys((c.experiment, c.seed) for c in planned))
     assert order[0] == (plans.SWEEP, cells.TUNING_SEED)
+    sweeps = [i for i, c in enumerate(planned) if c.experiment == plans.SWEEP]
+    for i, c in enumerate(planned):
+        if c.experiment != plans.SWEEP:  # its sweep comes before it, and no sweep that only later cells need
+            assert any(plans._shape(planned[j]) == plans._shape(c) for j in sweeps if j < i)
+    assert plans._shape(planned[sweeps[-1]]) == plans._shape(next(c for c in reversed(planned) if c.n_experts == 32))
     assert order[1:4] == [("matched FLOPs", 0), ("matched FLOPs", 1), ("matched FLOPs", 2)]
     matched = [c for c in planned if c.experiment == "matched FLOPs"]
     assert {c.d_sae // c.n_experts for c in matched} == {2048}
@@ -200,6 +205,13 @@ def test_fits_find_the_line_that_the_gain_was_made_of():
     assert row["expected at 1e8, line"] == f"{math.exp(-0.05 * math.log10(200)) - 1:+.1%} ± 0.0%"
     assert row["change per tenfold tokens"] == f"{math.exp(-0.05) - 1:+.1%} ± 0.0%"
     assert (row["authors at 8.19e8"], row["greatest misfit of the line"]) == ("-20.9%", "0.0%")
+
+
+def test_where_a_gain_begins_is_not_extrapolated():
+    falling = [(0.5, -0.1), (0.7, -0.1)]  # equal at 1e5 and 1e7
+    assert gains.begins(falling, 1e4) == "1e+05 to 1e+07"
+    assert gains.begins(falling, 2e5) == "before 2e+05 to 1e+07"
+    assert gains.begins([(0.5, -0.1), (0.7, 0.1)], 1e4) == "no gain that grows"
 
 
 def test_fits_find_the_limit_that_is_approached_as_a_power():

@@ -106,7 +106,9 @@ def test_pictures_tables_and_page_are_made_from_the_csvs_alone(command, tmp_path
     first, second = (experiments.files(tmp_path / name) for name in ("first", "second"))
     assert first == second
     assert {name for name in first if name.endswith(".png")} == {"gain.png", "training.png", "experts.png"}
-    tables = {f"tables/{n}.csv" for n in ("claims", "tokens", "fits", "efficiency", "everything", "learning_rates")}
+    tables = {
+        f"tables/{n}.csv" for n in ("claims", "tokens", "fits", "efficiency", "everything", "learning_rates", "texts")
+    }
     assert tables < first.keys()
     page = first["index.html"].decode()
     assert page.count("<img ") == 3
@@ -246,6 +248,29 @@ def test_a_cell_takes_its_settings(layer, tmp_path):
     assert len({replace(plain, **change).key({}) for change in settings}) == len(settings)
     assert replace(plain, experiment="x", budgets=(320, 640)).key({}) == plain.key({})
     assert plain.key({"text": 1}) != plain.key({})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        ("standard", {"l1_coefficient": 1.0}),
+        ("gated", {"l1_coefficient": 1.0}),
+        ("switch", {"n_experts": 2, "d_sae": 64, "aux_loss_coefficient": 0.25}),
+    ],
+)
+def test_baselines_and_auxk_are_trained(layer, tmp_path, monkeypatch, architecture, change):
+    monkeypatch.setattr(training, "_DEAD_WINDOW", 3)
+    cell = replace(cells.Cell("", architecture, 32, 4, 1, 0, (640, 1280), lr=2e-3, batch=32), **change)
+    weaker = replace(cell, **{n: v / 4 for n, v in change.items() if isinstance(v, float)})
+    found = []
+    for i, one in enumerate((cell, weaker)):
+        training.train(one, layer, tmp_path / f"{i}")
+        found.append([f["row"] for f in training.finished(one, tmp_path / f"{i}")])
+    assert [r["steps"] for r in found[0]] == [20, 40]
+    assert found[0][1]["fvu"] < found[0][0]["fvu"] < 1.5
+    assert found[0][1]["fvu"] != found[1][1]["fvu"]
+    if architecture != "switch":
+        assert found[0][1]["l0"] < found[1][1]["l0"]
 
 
 def test_experts_that_start_as_copies_are_the_same_and_still_take_their_biases_from_data(layer):
