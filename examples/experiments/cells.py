@@ -42,7 +42,9 @@ class Cell:
     router_lr: float = 1.0  # times lr
     lr_warm_up: float = 0.0  # share of the steps
     aux_loss_coefficient: float = 0.0
-    start: str = "apart"  # of the experts; "copies": all the same
+    start: str = (
+        "apart"  # of the experts; "copies": all the same; "shared": copies of one trained on a tenth of the tokens
+    )
 
     @property
     def tokens(self) -> int:

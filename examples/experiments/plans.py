@@ -105,7 +105,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "router's start": tuple({"router_start_std": s} for s in (0.1, 3.0)),
     "warm-up": ({"lr_warm_up": 0.05},),
     "AuxK": tuple({"aux_loss_coefficient": c} for c in (1 / 32, 1 / 4)),
-    "experts start as copies": ({"start": "copies"},),
+    "experts start as copies": ({"start": "copies"}, {"start": "shared"}),
     "batch size": tuple({"batch": b} for b in (256, 1024)),
 }
 

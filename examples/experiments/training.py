@@ -8,7 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,8 @@ def _save_trunk(trainer: SparseSAETrainer[Any, Any], folder: Path, curve: list[R
 
 
 def _curve_of_trunk(folder: Path, step: int) -> list[Row]:
-    return json.loads((folder / f"curve-{step}.json").read_text())
+    file = folder / f"curve-{step}.json"
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def _remove_trunks(folder: Path, but: int | None = None) -> None:
@@ -158,7 +159,10 @@ def resumed(cell: Cell, layer: Layer, budget: int, folder: Path) -> SparseSAETra
             shutil.rmtree(found[step])
         else:
             return trainer
-    return make_trainer(cell, layer, budget)
+    trainer = make_trainer(cell, layer, budget)
+    if cell.start == "shared":
+        _train_shared_expert(trainer, cell, layer, budget)
+    return trainer
 
 
 def make_trainer(cell: Cell, layer: Layer, budget: int) -> SparseSAETrainer[Any, Any]:
@@ -201,6 +205,23 @@ def _start_as_copies(sae: Any) -> None:
     sae.W_dec.copy_(sae.W_dec[:width].repeat(E, 1))
     sae.W_enc.copy_(sae.W_enc[:, :width].repeat(1, E))
     sae.is_fresh = True
+
+
+def _train_shared_expert(trainer: SparseSAETrainer[Any, Any], cell: Cell, layer: Layer, budget: int) -> None:
+    """Begin the run with one expert alone, a TopK SAE, on a tenth of the tokens; all experts start as copies of it."""
+    one = replace(cell, architecture="sparse_topk", d_sae=cell.d_sae // cell.n_experts, n_experts=1, start="apart")
+    alone = make_trainer(one, layer, budget)
+    for _ in range(cell.steps(budget) // 10):
+        alone.step(next(alone.data_provider))
+        alone.n_training_steps += 1
+        trainer.lr_scheduler.step()
+    with torch.no_grad():
+        trainer.sae.W_dec[: one.d_sae] = alone.sae.W_dec
+        trainer.sae.W_enc[:, : one.d_sae] = alone.sae.W_enc
+    _start_as_copies(trainer.sae)
+    trainer.data_provider = alone.data_provider
+    trainer.n_training_steps, trainer.n_training_samples = alone.n_training_steps, alone.n_training_samples
+    trainer.n_batches_drawn = alone.n_batches_drawn
 
 
 def _give_own_rate(trainer: SparseSAETrainer[Any, Any], times: float) -> None:

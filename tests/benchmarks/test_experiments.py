@@ -237,7 +237,7 @@ def test_a_cell_takes_its_settings(layer, tmp_path):
     plain = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32)
     settings = [{}, {"seed": 1}, {"lr": 1e-3}, {"k": 5}, {"batch": 64}, {"load_balance_coefficient": 3.0}]
     settings += [{"load_balance_warm_up": 0.5}, {"router_start_std": 4.0}, {"router_lr": 9.0}, {"lr_warm_up": 0.2}]
-    settings += [{"start": "copies"}]
+    settings += [{"start": "copies"}, {"start": "shared"}]
     errors = {}
     for i, change in enumerate(settings):
         cell = replace(plain, **change)
@@ -284,6 +284,24 @@ def test_experts_that_start_as_copies_are_the_same_and_still_take_their_biases_f
     trainer.step(next(trainer.data_provider))
     assert not sae.is_fresh
     assert not torch.equal(sae.W_dec[:32], sae.W_dec[32:])
+
+
+def test_a_shared_expert_is_trained_on_the_first_tenth_of_the_run(layer, tmp_path):
+    cell = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32, start="shared")
+    alone = training.make_trainer(cells.Cell("", "sparse_topk", 32, 4, 1, 0, (640,), lr=2e-3, batch=32), layer, 640)
+    before = alone.sae.W_dec.clone()
+    for _ in range(2):
+        alone.step(next(alone.data_provider))
+        alone.n_training_steps += 1
+    trainer = training.resumed(cell, layer, 640, tmp_path)
+    assert (trainer.n_training_steps, trainer.n_training_samples) == (2, 64)
+    for expert in trainer.sae.W_dec.split(32):
+        assert torch.equal(expert, alone.sae.W_dec)
+        assert not torch.equal(expert, before)
+    assert torch.equal(next(trainer.data_provider), next(alone.data_provider))
+    training.train(cell, layer, tmp_path / "cell")
+    (found,) = training.finished(cell, tmp_path / "cell")
+    assert (found["took"]["steps"], found["row"]["steps"]) == (18, 20)
 
 
 def test_the_router_has_its_own_learning_rate_until_the_end(layer):
