@@ -37,11 +37,14 @@ def gain(rows: list[Row], _curves: list[Row]) -> Any:
             axes[1].axhline(AUTHORS[int(E)], lw=0.8, ls="--", **shade)
     axes[1].axhline(0, color="black", lw=0.8)
     decorated(axes[0], xlabel="tokens", ylabel="variance unexplained", xscale="log", yscale="log")
-    title = "change of the error against TopK (dashed: the authors)"
+    title = "change of the error (dashed: the authors)"
     decorated(axes[1], xlabel="tokens", ylabel=title, xscale="log")
     axes[1].yaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
     axes[0].yaxis.set_minor_formatter("{x:.2f}")
+    ticks = sorted(by_tokens[1.0])
     for axis in axes:
+        axis.set_xticks(ticks, [f"{t / 1e6:g}M" for t in ticks])
+        axis.xaxis.set_minor_formatter("")
         axis.legend(fontsize=8, frameon=False)
     return figure
 
@@ -79,6 +82,7 @@ def training(rows: list[Row], curves: list[Row]) -> Any:
             axis.axhline(mean(values(ends[1.0][max(ends[1.0])], "fvu")), color="black", lw=0.8, ls="--")
         named = {"step": "training steps", "flops": "FLOPs of training, as the paper counts"}.get(x, "seconds")
         decorated(axis, xlabel=named, ylabel="variance unexplained", yscale="log", xscale="log")
+        axis.xaxis.set_minor_formatter("")
         axis.yaxis.set_minor_formatter("{x:.2f}")
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.tick_params(axis="y", which="both", labelsize=7)
