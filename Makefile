@@ -53,7 +53,8 @@ bench: install
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/row_sparse.py
 
-# Every SAE of the experiments, trained on one stream of real activations; killed, it goes on where it was.
+# Every SAE of the experiments, trained on one cache of real activations by two workers; killed, it goes on where it was.
+# `run.py --dry-run` says what that is and how long it takes, `run.py --full` is for a night.
 experiments: install
 	$(BIN)/python examples/experiments/run.py
 	$(BIN)/python examples/experiments/figures.py

@@ -6,6 +6,7 @@ python benchmarks/publish.py --check    # exit code 1 if a page does not show wh
 ``docs/measured/`` holds what `make bench`, `make quickstart` and `recall.py` write to ``runs/``; to publish new
 numbers, copy ``bench.json``, ``row_sparse.json``, ``quickstart/metrics.json`` and ``recall.json`` there. ``docs/gpu/``
 holds what `make gpu-check` writes.
+``docs/experiments/`` holds the CSVs of the experiments: examples/experiments/published.py makes their tables.
 A page marks the place of a table by ``<!-- measured: name -->`` and ``<!-- end -->``.
 """
 
@@ -20,10 +21,14 @@ from typing import Any
 from gpu import publish as gpu
 from gpu.publish import ROOT, table
 
+sys.path.insert(0, str(ROOT / "examples" / "experiments"))
+import published
+
 RESULTS = ROOT / "docs" / "measured"
 PAGES = [
     *(ROOT / name for name in ("README.md", "kernels/README.md", "docs/faq.md", "docs/training.md")),
     gpu.RESULTS / "README.md",
+    published.SHORT / "README.md",
 ]
 _NAMES = {
     "SAELens topk": "SAELens `topk`, rescaling (its default)",
@@ -152,6 +157,7 @@ BLOCKS = {
     "row-sparse": row_sparse,
     "quickstart": quickstart,
     **{f"gpu-{name}": block for name, block in gpu.BLOCKS.items()},
+    **published.BLOCKS,
 }
 
 

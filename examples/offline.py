@@ -82,7 +82,7 @@ def text_datasets(
     from datasets import Dataset
 
     shuffle = random.Random(seed).shuffle
-    documents = list(_without_repeats(_documents(packages)))
+    documents = list(without_repeats(python_documents(packages)))
     shuffle(documents)
     quota = held_out * sum(len(paragraph) for _, paragraphs in documents for paragraph in paragraphs)
     rows: dict[bool, list[dict[str, str]]] = {True: [], False: []}  # keyed by "is held out"
@@ -109,7 +109,7 @@ def source_code(seed: int = 0) -> Iterator[Dataset]:
     found = ((file.name, file.read_text(encoding="utf-8", errors="ignore")) for file in files)
     rows: list[dict[str, str]] = []
     n_chars = 0
-    for source, paragraphs in _without_repeats(found):
+    for source, paragraphs in without_repeats(found):
         text = "\n\n".join(paragraphs)
         rows.append({"text": text, "source": source})
         n_chars += len(text)
@@ -178,7 +178,8 @@ def cached_activations(
     return activations[:n_tokens]
 
 
-def _documents(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
+def python_documents(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and text of every help topic, and of the docstrings of each module of Python and of these packages."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -209,7 +210,7 @@ def _docstrings(path: Path) -> Iterator[str]:
             pending += reversed(node.body)
 
 
-def _without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+def without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
     """Each document as its paragraphs, without any that occurred before."""
     seen: set[str] = set()
     for source, text in documents:

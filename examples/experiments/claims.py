@@ -1,165 +1,115 @@
-"""The paper's claims: the authors' numbers beside those measured here, and whether each ordering holds."""
+"""The authors' claims: their numbers beside those measured here, with how many tokens, and whether each holds."""
 
 from __future__ import annotations
 
-from cells import L1_ARCHITECTURES
-from csv_rows import Row, change, grouped, mean, middle_k, of, span, values, verdict
+from collections.abc import Callable, Sequence
 
-# The authors: GPT-2 small, layer 8, 24,576 latents, 819M tokens, one seed, k = 32 unless stated otherwise; from the
-# result files in github.com/amudide/switch_sae. Change of the MSE against TopK; share of dead latents.
-_FIXED = {16: "+13.5%", 32: "+19.3%", 64: "+28.8%", 128: "+39.5%"}
-_FIXED_CE = {16: "0.9888 to 0.9910", 32: "0.9876 to 0.9910", 64: "0.9852 to 0.9910"}
-_MATCHED = {2: "-9.8%", 4: "-16.0%", 8: "-20.9%"}
-_FIXED_DEAD = {16: "0.4% to 4.5%", 32: "0.3% to 4.5%", 64: "1.7% to 4.5%"}
-_MATCHED_DEAD = {2: "4.3% to 4.5%", 4: "7.6% to 4.5%", 8: "10.8% to 4.5%"}
+from csv_rows import Row, change, grouped, mean, span, values, verdict
+from gains import by_one, efficiency, matched
+
+# The authors: GPT-2 small, layer 8, 24,576 latents, k 32, 819M tokens, one seed; from the result files in
+# github.com/amudide/switch_sae. Changes are of the MSE against TopK.
+_ERROR = {2: "-9.8%", 4: "-16.0%", 8: "-20.9%"}
+_CE = {2: "0.9924 to 0.9910", 4: "0.9934 to 0.9910", 8: "0.9941 to 0.9910"}
+_DEAD = {2: "4.3% to 4.5%", 4: "7.6% to 4.5%", 8: "10.8% to 4.5%"}
+_FIXED = {16: "+13.5%", 32: "+19.3%", 64: "+28.8%"}
+_L1 = {"standard": "+56% (L0 53, k 48)", "gated": "+26% (L0 49, k 48)"}
 
 
-def claims(rows: list[Row]) -> list[Row]:
+def claims(rows: list[Row], curves: list[Row]) -> list[Row]:
     """Per claim: the authors' number, the number here over seeds, whether it holds here."""
-    fixed, matched = of(rows, "fixed width"), of(rows, "matched FLOPs")
-    found: list[Row] = []
-    if not fixed:
-        return found
+    parts: list[Callable[[list[Row], list[Row]], list[Row]]] = [_matched, _efficient, _fixed, _middle, _l1]
+    return [row for part in parts for row in part(rows, curves)]
 
-    def add(claim: str, theirs: str, a: list[Row], b: list[Row], sign: int, name: str = "mse") -> None:
-        if not a or not b:
-            return
-        x, y = values(a, name), values(b, name)
-        ours = change(x, y) if name == "mse" else f"{span(x)} to {span(y)}"
-        seeds = f"{len(x)} and {len(y)}"
-        found.append({"claim": claim, "authors": theirs, "here": ours, "seeds": seeds, "": verdict(x, y, sign)})
 
-    def dead(part: list[Row]) -> list[Row]:
-        return [{"dead": r["dead_latents"] / r["d_sae"]} for r in part]
+def _row(topic: str, claim: str, theirs: str, here: str, tokens: float, seeds: str, holds: str) -> Row:
+    facts = {"topic": topic, "claim": claim, "authors": theirs, "here": here}
+    return facts | {"tokens": f"{tokens:,.0f}", "seeds": seeds, "holds here": holds}
 
-    middle = middle_k(fixed)
-    topk = {k: of(fixed, "fixed width", architecture="sparse_topk", k=k) for (k,) in grouped(fixed, "k")}
-    switch = grouped([r for r in fixed if r["architecture"] == "switch"], "n_experts", "k")
-    wide = grouped(matched, "n_experts", "k")
-    for (E, k), mine in switch.items():
-        theirs = _FIXED.get(int(E), "") if k == middle else ""
-        add(f"fixed width, k {k:.0f}: {E:.0f} experts have a larger error than TopK", theirs, mine, topk[k], 1)
-    for (E, k), mine in switch.items():
-        if k == middle and (E / 2, k) in switch:
-            theirs = {32: "+5.2%", 64: "+7.9%", 128: "+8.3%"}.get(int(E), "")
-            add(f"fixed width: {E:.0f} experts have a larger error than {E / 2:.0f}", theirs, mine, switch[E / 2, k], 1)
-    ks = sorted(topk)
-    for E in sorted({E for E, k in switch if (E, ks[0]) in switch and (E, ks[-1]) in switch and len(ks) > 1}):
-        gaps = [[{"gap": r["mse"] / mean(values(topk[k], "mse"))} for r in switch[E, k]] for k in (ks[-1], ks[0])]
-        theirs = {16: "1.135 to 1.016", 64: "1.288 to 1.019"}.get(int(E), "")
-        claim = (
-            f"fixed width: the error of {E:.0f} experts over TopK's is larger at k {ks[-1]:.0f} than at k {ks[0]:.0f}"
+
+def _compared(topic: str, claim: str, theirs: str, a: Sequence[Row], b: Sequence[Row], sign: int, name: str) -> Row:
+    """``a`` against ``b``, which is expected to be above (1) or below (-1) it."""
+    x, y = values(a, name), values(b, name)
+    here = change(x, y) if name == "mse" else f"{span(x)} to {span(y)}"
+    return _row(topic, claim, theirs, here, a[0]["tokens"], f"{len(x)} and {len(y)}", verdict(x, y, sign))
+
+
+def _dead(rows: Sequence[Row]) -> list[Row]:
+    return [r | {"dead": r["dead_latents"] / r["d_sae"]} for r in rows]
+
+
+def _matched(rows: list[Row], _curves: list[Row]) -> list[Row]:
+    found, by_tokens = [], matched(rows)
+    for (k, E), mine in by_tokens.items():
+        topk = by_tokens.get((k, 1.0), {})
+        both = mine.keys() & topk.keys()
+        if E == 1 or not both:
+            continue
+        a, b = mine[max(both)], topk[max(both)]
+        theirs = int(E) if k == 32 else 0
+        at = f"matched FLOPs, k {k:.0f}: {E:.0f} experts"
+        found.append(
+            _compared("error", f"{at} have a smaller error than TopK", _ERROR.get(theirs, ""), a, b, -1, "mse")
         )
-        add(claim, theirs and theirs + " (k 32 to 8)", gaps[0], gaps[1], 1, "gap")
-    for (E, k), mine in switch.items():
-        if k == middle:
-            theirs = _FIXED_CE.get(int(E), "")
-            claim = f"fixed width: {E:.0f} experts recover less of the CE loss than TopK"
-            add(claim, theirs, mine, topk[k], -1, "ce_recovered")
-    for (E, k), mine in switch.items():
-        if k == middle:
-            claim = f"fixed width: {E:.0f} experts have a smaller share of dead latents than TopK"
-            add(claim, _FIXED_DEAD.get(int(E), ""), dead(mine), dead(topk[k]), -1, "dead")
-    for (E, k), mine in wide.items():
-        theirs = _MATCHED.get(int(E), "") if k == middle else ""
-        add(f"matched FLOPs, k {k:.0f}: {E:.0f} experts have a smaller error than TopK", theirs, mine, topk[k], -1)
-    for (E, k), mine in wide.items():
-        if k == middle and (E / 2, k) in wide:
-            theirs = {4: "-6.9%", 8: "-5.8%"}.get(int(E), "")
-            add(
-                f"matched FLOPs: {E:.0f} experts have a smaller error than {E / 2:.0f}",
-                theirs,
-                mine,
-                wide[E / 2, k],
-                -1,
+        claim = f"{at} recover more of the CE loss than TopK"
+        found.append(_compared("CE loss", claim, _CE.get(theirs, ""), a, b, 1, "ce_recovered"))
+        claim = f"{at} have a larger share of dead latents than TopK"
+        found.append(_compared("dead latents", claim, _DEAD.get(theirs, ""), _dead(a), _dead(b), 1, "dead"))
+    return sorted(found, key=lambda r: ["error", "CE loss", "dead latents"].index(r["topic"]))
+
+
+def _efficient(rows: list[Row], curves: list[Row]) -> list[Row]:
+    tokens = max((r["tokens"] for r in rows if r["experiment"] == "matched FLOPs"), default=0)
+    found = []
+    for r in efficiency(rows, curves):
+        if r["read off"] == "whole runs":
+            parts = {name: r[f"part of TopK's {name}"] for name in ("tokens", "FLOPs", "seconds")}
+            here = f"{parts['tokens']} of the steps, {parts['FLOPs']} of the FLOPs, {parts['seconds']} of the seconds"
+            claim = (
+                f"matched FLOPs, k {r['k']}: {r['experts']} experts reach TopK's final error in a fifth of the steps"
             )
-    for (E, k), mine in wide.items():
-        if k == middle:
-            theirs = {2: "0.9924 to 0.9910", 4: "0.9934 to 0.9910", 8: "0.9941 to 0.9910"}.get(int(E), "")
-            add(
-                f"matched FLOPs: {E:.0f} experts recover more of the CE loss than TopK",
-                *(theirs, mine, topk[k], 1, "ce_recovered"),
-            )
-    for (E, k), mine in wide.items():
-        if k == middle:
-            claim = f"matched FLOPs: {E:.0f} experts have a larger share of dead latents than TopK"
-            add(claim, _MATCHED_DEAD.get(int(E), ""), dead(mine), dead(topk[k]), 1, "dead")
-    baselines = {(a, k): of(fixed, "fixed width", architecture=a, k=k) for a in L1_ARCHITECTURES for k in ks}
-    for (a, k), mine in baselines.items():
-        if mine:
-            name = "ReLU with an L1 loss" if a == "standard" else "Gated"
-            theirs = {"standard": "+56% (L0 53, k 48)", "gated": "+26% (L0 49, k 48)"}[a] if k == middle else ""
-            l0 = mean(values(mine, "l0"))
-            add(f"{name} at L0 {l0:.1f} has a larger error than TopK at k {k:.0f}", theirs, mine, topk[k], 1)
-    relu, gated = baselines["standard", middle], baselines["gated", middle]
-    add("ReLU with an L1 loss has a larger error than Gated at about the same L0", "+23% (L0 53, 49)", relu, gated, 1)
-    found += _claims_of_sweeps(rows)
+            reached = parts["tokens"].split()[0]
+            share = float(reached) if reached[0].isdigit() else 1.0
+            holds = "holds" if share <= 0.2 else "does not hold" if share == 1 else f"not in a fifth, in {share:.2f}"
+            if not r["not reached by"].startswith("0 "):
+                holds = f"does not hold: not reached by {r['not reached by']}"
+            found.append(_row("sample efficiency", claim, "", here, tokens, str(r["seeds"]), holds))
     return found
 
 
-def _claims_of_sweeps(rows: list[Row]) -> list[Row]:
+def _fixed(rows: list[Row], _curves: list[Row]) -> list[Row]:
     found = []
-    coefficient = {c: same for (c,), same in grouped(of(rows, "coefficient"), "load_balance_coefficient").items()}
-    if 0.0 in coefficient and len(coefficient) > 1:
-        errors = {c: values(same, "mse") for c, same in coefficient.items()}
-        best = min((c for c in errors if c > 0), key=lambda c: mean(errors[c]))
-        worst = max(errors)
-        seeds = f"{len(errors[0.0])} and {len(errors[best])}"
-        found.append(
-            {
-                "claim": f"without the load-balance loss the error is larger than with the best coefficient, {best:g}",
-                "authors": "+9.5% (16 experts, k 64)",
-                "here": change(errors[0.0], errors[best]),
-                "seeds": seeds,
-                "": verdict(errors[0.0], errors[best], 1),
-            }
+    mine = [r for r in rows if r["experiment"] == "fixed width"]
+    for (E, tokens), switch in grouped(mine, "n_experts", "tokens").items():
+        topk = matched(rows).get((switch[0]["k"], 1.0), {}).get(tokens)
+        if topk:
+            claim = f"fixed width, k {switch[0]['k']:.0f}: {E:.0f} experts have a larger error than TopK"
+            found.append(_compared("fixed width", claim, _FIXED.get(int(E), ""), switch, topk, 1, "mse"))
+    return found
+
+
+def _middle(rows: list[Row], _curves: list[Row]) -> list[Row]:
+    by_experts = by_one([r for r in rows if r["experiment"] == "middle layer"], "n_experts")
+    topk = by_experts.pop(1.0, [])
+    return [
+        _compared(
+            "middle layer",
+            f"layer {mine[0]['layer']:.0f}, matched FLOPs, k {mine[0]['k']:.0f}: {E:.0f} experts have a smaller error "
+            "than TopK",
+            *("", mine, topk, -1, "mse"),
         )
-        load = values(coefficient[0.0], "load_max"), values(coefficient[best], "load_max")
-        found.append(
-            {
-                "claim": f"without it the busiest expert has more of the load (1: even) than with {best:g}",
-                "authors": "balance loss 2.03 to 1.00",
-                "here": f"{span(load[0], 2)} to {span(load[1], 2)}",
-                "seeds": seeds,
-                "": verdict(*load, 1),
-            }
-        )
-        flat = verdict(errors[worst], errors[best], 1)
-        found.append(
-            {
-                "claim": f"a far too large coefficient, {worst:g}, does no harm against {best:g}",
-                "authors": "+0.7% (100 to 1)",
-                "here": change(errors[worst], errors[best]),
-                "seeds": f"{len(errors[worst])} and {len(errors[best])}",
-                "": {"holds": "does not hold", "does not hold": "holds"}.get(flat, flat),
-            }
-        )
-    longer = grouped([r for r in of(rows, "passes") if r["passes"] > 1], "passes", "architecture", "d_sae", "n_experts")
-    for (n, a, F, E), mine in longer.items():
-        topk = [r for (m, b, *_), same in longer.items() if (m, b) == (n, "sparse_topk") for r in same]
-        if a != "switch" or not topk:
-            continue
-        x, y, fixed = values(mine, "mse"), values(topk, "mse"), topk[0]["d_sae"] == F
-        claim = f"{'fixed width' if fixed else 'matched FLOPs'}, {n:.0f} passes: {E:.0f} experts have a "
-        found.append(
-            {
-                "claim": claim + f"{'larger' if fixed else 'smaller'} error than TopK",
-                "authors": (_FIXED if fixed else _MATCHED).get(int(E), ""),
-                "here": change(x, y),
-                "seeds": f"{len(x)} and {len(y)}",
-                "": verdict(x, y, 1 if fixed else -1),
-            }
-        )
-    gates = grouped(of(rows, "gate"), "n_experts", "gate")
-    for E in sorted({E for E, _ in gates if (E, "one") in gates and (E, "probability") in gates}):
-        one, probability = values(gates[E, "one"], "mse"), values(gates[E, "probability"], "mse")
-        found.append(
-            {
-                "claim": f"{E:.0f} experts: a gate of 1 has a larger error than the router's probability",
-                "authors": "+22% (without load balance)" if E == 16 else "",
-                "here": change(one, probability),
-                "seeds": f"{len(one)} and {len(probability)}",
-                "": verdict(one, probability, 1),
-            }
-        )
+        for E, mine in by_experts.items()
+        if topk
+    ]
+
+
+def _l1(rows: list[Row], _curves: list[Row]) -> list[Row]:
+    found = []
+    mine = [r for r in rows if r["experiment"] == "L1 baselines"]
+    for (a, k, tokens), same in grouped(mine, "architecture", "k", "tokens").items():
+        topk = matched(rows).get((k, 1.0), {}).get(tokens)
+        if topk:
+            name = {"standard": "ReLU with an L1 loss", "gated": "Gated"}[a]
+            claim = f"{name} at L0 {mean(values(same, 'l0')):.1f} has a larger error than TopK at k {k:.0f}"
+            found.append(_compared("baselines", claim, _L1[a] if k == 32 else "", same, topk, 1, "mse"))
     return found

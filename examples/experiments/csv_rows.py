@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-_TEXT = {"experiment", "architecture", "gate", "load_balance_scale", "units"}
-SETTINGS = [
-    *("experiment", "architecture", "d_sae", "k", "n_experts", "lr", "l1_coefficient", "load_balance_coefficient"),
-    *("load_balance_scale", "gate", "units", "passes", "seed"),
-]
+_TEXT = {"experiment", "architecture", "start", "gate", "load_balance_scale", "units"}
 
 
 def read(file: Path) -> list[Row]:

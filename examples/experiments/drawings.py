@@ -3,232 +3,149 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from csv_rows import Row, grouped, label, mean, middle_k, of, values
-from scaling import families, fit
-
-_GREY = {"standard": "#999999", "gated": "#555555"}
-
-
-def colour(row: Row) -> Any:
-    """The colour of an SAE, the same in every figure."""
-    if row["architecture"] == "switch":
-        return plt.get_cmap("viridis")(1.05 - min(math.log2(row["n_experts"]), 7) / 6.5)
-    return _GREY.get(row["architecture"], "#d1495b")
+import numpy as np
+from axes import GREY, colour, decorated, errorbars, plain_ticks
+from csv_rows import Row, grouped, label, mean, values
+from gains import AUTHORS, by_one, line, matched, paired
+from plans import SWEEP
 
 
-def errorbars(axis: Any, points: dict[float, list[float]], name: str, **style: Any) -> None:
-    """A mean and a range at each x."""
-    xs = sorted(x for x in points if not math.isnan(x))
-    means = [mean(points[x]) for x in xs]
-    low = [m - min(points[x]) for x, m in zip(xs, means, strict=True)]
-    high = [max(points[x]) - m for x, m in zip(xs, means, strict=True)]
-    options: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2.5} | style
-    axis.errorbar(xs, means, yerr=[low, high], label=name, **options)
-
-
-def decorated(axis: Any, **settings: Any) -> None:
-    axis.set(**settings)
-    axis.grid(alpha=0.25, which="major")
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
-    """Label a logarithmic axis with the x values themselves."""
-    ticks = sorted(ticks)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axis.minorticks_off()
-
-
-def frontier(rows: list[Row]) -> Any:
-    """MSE, explained variance and CE recovered against L0, one line per architecture."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    for axis, y, title in zip(
-        axes,
-        ("mse", "explained", "ce_recovered"),
-        ("MSE (model's units)", "explained variance", "CE loss recovered"),
-        strict=True,
-    ):
-        for _, mine in grouped(rows, "architecture", "n_experts").items():
-            points = {
-                mean(values(same, "l0")): [1 - r["fvu"] if y == "explained" else r[y] for r in same]
-                for same in grouped(mine, "k").values()
-            }
-            errorbars(axis, points, label(mine[0]), color=colour(mine[0]))
-        decorated(axis, xlabel="L0 (active latents per token)", ylabel=title)
-        plain_ticks(axis, {r["k"] for r in rows})
-    axes[0].legend(fontsize=8, frameon=False)
+def gain(rows: list[Row], _curves: list[Row]) -> Any:
+    """Error against tokens, and the change against TopK with the fitted lines."""
+    by_tokens = {E: mine for (k, E), mine in matched(rows).items() if k == _first_k(rows)}
+    if 1.0 not in by_tokens or len(by_tokens) < 2:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.4))
+    for E, mine in by_tokens.items():
+        shade = {"color": colour(next(iter(mine.values()))[0])}
+        name = label(next(iter(mine.values()))[0])
+        errorbars(axes[0], {t: values(same, "fvu") for t, same in mine.items()}, name, **shade)
+        if E == 1:
+            continue
+        changes = {t: paired(same, by_tokens[1.0].get(t, [])) for t, same in mine.items()}
+        changes = {t: c for t, c in changes.items() if c}
+        errorbars(axes[1], changes, name, linestyle="none" if len(changes) > 1 else "-", **shade)
+        if len(changes) > 1:
+            intercept, slope = line(list(changes), [1 + mean(c) for c in changes.values()])
+            xs = np.geomspace(min(changes), max(changes), 50)
+            axes[1].plot(xs, np.exp(intercept + slope * np.log10(xs)) - 1, lw=1, ls=":", **shade)
+        if int(E) in AUTHORS:
+            axes[1].axhline(AUTHORS[int(E)], lw=0.8, ls="--", **shade)
+    axes[1].axhline(0, color="black", lw=0.8)
+    decorated(axes[0], xlabel="tokens", ylabel="variance unexplained", xscale="log", yscale="log")
+    title = "change of the error (dashed: the authors)"
+    decorated(axes[1], xlabel="tokens", ylabel=title, xscale="log")
+    axes[1].yaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
+    axes[0].yaxis.set_minor_formatter("{x:.2f}")
+    ticks = sorted(by_tokens[1.0])
+    for axis in axes:
+        axis.set_xticks(ticks, [f"{t / 1e6:g}M" for t in ticks])
+        axis.xaxis.set_minor_formatter("")
+        axis.legend(fontsize=8, frameon=False)
     return figure
 
 
-def fixed_width(rows: list[Row], _curves: list[Row]) -> Any:
-    fixed = of(rows, "fixed width")
-    everywhere = {r["n_experts"] for r in fixed if r["k"] == max(values(fixed, "k"))}
-    # SAELens's topk is numerically identical to sparse_topk, and has one k.
-    return frontier([r for r in fixed if r["n_experts"] in everywhere and r["architecture"] != "topk"])
-
-
-def matched_flops(rows: list[Row], _curves: list[Row]) -> Any:
-    matched = of(rows, "matched FLOPs")
-    return frontier(of(rows, "fixed width", architecture="sparse_topk") + matched) if matched else None
-
-
-def training_curves(_rows: list[Row], curves: list[Row]) -> Any:
-    """Error against steps, FLOPs and seconds, in both settings."""
-    settings = {name: of(curves, name) for name in ("fixed width", "matched FLOPs") if of(curves, name)}
-    if not settings:
+def training(rows: list[Row], curves: list[Row]) -> Any:
+    """Error while training, against steps, FLOPs and seconds; TopK's error at the end."""
+    k = _first_k(rows)
+    mine = [r for r in curves if r["experiment"] == "matched FLOPs" and r["k"] == k and not r["falling"]]
+    ends = {E: same for (k_, E), same in matched(rows).items() if k_ == k}
+    if not mine:
         return None
-    plain = [r for r in settings["fixed width"] if r["architecture"] == "sparse_topk"]
-    if "matched FLOPs" in settings:
-        settings["matched FLOPs"] = plain + settings["matched FLOPs"]
-    figure, axes = plt.subplots(len(settings), 3, figsize=(11, 3.4 * len(settings)), squeeze=False)
-    for row_of_axes, (setting, mine) in zip(axes, settings.items(), strict=True):
-        mine = [r for r in mine if r["k"] == middle_k(mine) and r["architecture"] != "topk"]
-        for axis, x in zip(row_of_axes, ("step", "flops", "seconds"), strict=True):
-            for (_, _, F), same in grouped(mine, "architecture", "n_experts", "d_sae").items():
-                points = grouped(same, "step").values()
-                xs = [mean(values(at, x)) for at in points]
-                errors = [values(at, "fvu") for at in points]
-                name = label(same[0]) + (f", F {F:.0f}" if setting != "fixed width" else "")
-                dashes = "--" if math.log2(same[0]["n_experts"]) % 2 else "-"  # neighbours differ in more than colour
-                axis.plot(xs, list(map(mean, errors)), label=name, lw=1.3, ls=dashes, color=colour(same[0]))
-                axis.fill_between(
-                    xs, list(map(min, errors)), list(map(max, errors)), alpha=0.2, color=colour(same[0]), lw=0
-                )
-            named = {"step": "training steps", "flops": "FLOPs of training, as the paper counts"}.get(x, "seconds")
-            scale = "linear" if x == "step" else "log"
-            decorated(axis, xlabel=named, ylabel="variance unexplained", yscale="log", xscale=scale)
-            axis.set_yticks([0.2, 0.3, 0.4, 0.6], ["0.2", "0.3", "0.4", "0.6"])
-            axis.minorticks_off()
-        row_of_axes[1].legend(fontsize=7, frameon=False, title=setting, title_fontsize=8, loc="lower left")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    for axis, x in zip(axes, ("step", "flops", "seconds"), strict=True):
+        for (E,), same in grouped(mine, "n_experts").items():
+            end = ends[E][max(ends[E])]
+            per_step = {
+                "step": 1.0,
+                "flops": 3 * mean(values(end, "flops_per_activation")) * end[0]["batch"],
+                "seconds": mean(values(end, "step_ms")) / 1e3,
+            }[x]
+            at = by_one(same, "step")
+            xs = [step * per_step for step in at]
+            errors = [values(r, "fvu") for r in at.values()]
+            axis.plot(xs, list(map(mean, errors)), lw=1.3, label=label(same[0]), color=colour(same[0]))
+            axis.fill_between(
+                xs, list(map(min, errors)), list(map(max, errors)), alpha=0.2, color=colour(same[0]), lw=0
+            )
+            errorbars(
+                axis,
+                {end[0]["steps"] * per_step: values(end, "fvu")},
+                "",
+                **{"color": colour(same[0]), "marker": "s", "linestyle": "none"},
+            )
+        if 1.0 in ends:
+            axis.axhline(mean(values(ends[1.0][max(ends[1.0])], "fvu")), color="black", lw=0.8, ls="--")
+        named = {"step": "training steps", "flops": "FLOPs of training, as the paper counts"}.get(x, "seconds")
+        decorated(axis, xlabel=named, ylabel="variance unexplained", yscale="log", xscale="log")
+        axis.xaxis.set_minor_formatter("")
+        axis.yaxis.set_minor_formatter("{x:.2f}")
+        axis.yaxis.set_major_formatter("{x:.2f}")
+        axis.tick_params(axis="y", which="both", labelsize=7)
+    axes[0].legend(fontsize=8, frameon=False, title="line: constant rate; square: after its fall", title_fontsize=7)
     return figure
 
 
 def experts(rows: list[Row], _curves: list[Row]) -> Any:
-    """Error, dead latents and expert load against the number of experts."""
-    switch = of(rows, "fixed width", architecture="switch")
-    if len({r["n_experts"] for r in switch}) < 2:
+    """Error, CE loss and dead latents against the number of experts, at matched FLOPs and at fixed width."""
+    k = _first_k(rows)
+    topk = matched(rows).get((k, 1.0), {})
+    if not topk:
         return None
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    for i, ((k,), mine) in enumerate(grouped(switch, "k").items()):
-        by_E = {E: same for (E,), same in grouped(mine, "n_experts").items()}
-        name, shade = f"k {k:.0f}", f"C{i}"
-        topk = of(rows, "fixed width", architecture="sparse_topk", k=k)
-        errorbars(axes[0], {E: values(same, "fvu") for E, same in by_E.items()}, name, color=shade)
-        errorbars(
-            axes[1], {E: [r["dead_latents"] / r["d_sae"] for r in same] for E, same in by_E.items()}, name, color=shade
-        )
-        if topk:
-            at = {"color": shade, "ls": "--", "lw": 0.9, "label": f"TopK, k {k:.0f}"}
-            axes[0].axhline(mean(values(topk, "fvu")), **at)
-            axes[1].axhline(mean([r["dead_latents"] / r["d_sae"] for r in topk]), **at)
-        errorbars(axes[2], {E: values(same, "load_max") for E, same in by_E.items()}, f"{name}, busiest", color=shade)
-        errorbars(
-            axes[2],
-            {E: values(same, "load_min") for E, same in by_E.items()},
-            f"{name}, idlest",
-            **{"color": shade, "marker": "v", "linestyle": ":"},
-        )
-    for axis, y in zip(axes, ("variance unexplained", "share of dead latents", "load (1: an even share)"), strict=True):
-        decorated(axis, xlabel="experts", ylabel=y)
-        plain_ticks(axis, {r["n_experts"] for r in switch})
-        axis.legend(fontsize=7, frameon=False)
+    drawn: set[float] = set()
+    for i, experiment in enumerate(("matched FLOPs", "fixed width")):
+        mine = [r for r in rows if r["experiment"] == experiment and r["k"] == k]
+        last = max(values(mine, "tokens"), default=math.nan)
+        mine = [r for r in mine if r["tokens"] == last and r["n_experts"] > 1] + topk.get(last, [])
+        by_experts = by_one(mine, "n_experts")
+        if len(by_experts) < 2:
+            continue
+        drawn |= by_experts.keys()
+        name = f"{experiment}, {last / 1e6:g}M tokens"
+        style = {"color": f"C{i}"}
+        errorbars(axes[0], {E: values(same, "fvu") for E, same in by_experts.items()}, name, **style)
+        ce = {E: values(same, "ce_recovered") for E, same in by_experts.items()}
+        errorbars(axes[1], {E: c for E, c in ce.items() if not math.isnan(c[0])}, name, **style)
+        dead = {E: [r["dead_latents"] / r["d_sae"] for r in same] for E, same in by_experts.items()}
+        errorbars(axes[2], dead, name, **style)
+    if not drawn:
+        plt.close(figure)
+        return None
+    for axis, y in zip(axes, ("variance unexplained", "CE loss recovered", "share of dead latents"), strict=True):
+        decorated(axis, xlabel="experts (1: TopK)", ylabel=y)
+        plain_ticks(axis, drawn)
+        axis.legend(fontsize=8, frameon=False)
     return figure
 
 
-def sweeps(rows: list[Row], _curves: list[Row]) -> Any:
-    """The load-balance coefficient and its scale, the gate, the learning rate."""
-    coefficient, gate = of(rows, "coefficient"), of(rows, "gate")
-    scale, rate = of(rows, "coefficient's scale"), of(rows, "learning rate")
-    if not coefficient or not gate or not scale or not rate:
+def learning_rates(rows: list[Row], _curves: list[Row]) -> Any:
+    swept = [r for r in rows if r["experiment"] == SWEEP]
+    if len({r["lr"] for r in swept}) < 2:
         return None
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4))
-    least = min(c for c in values(coefficient, "load_balance_coefficient") if c > 0) / 10
-    longer = of(rows, "coefficient, more passes")
-    for axis, y, title in (
-        (axes[0, 0], "fvu", "variance unexplained"),
-        (axes[0, 1], "load_max", "load of the busiest expert"),
-    ):
-        for (n,), mine in grouped(coefficient + longer, "passes").items():
-            by_c = grouped(mine, "load_balance_coefficient").items()
-            name = f"{n:.0f} passes" if n > 1 else "one pass"
-            errorbars(axis, {max(c, least): values(same, y) for (c,), same in by_c}, name)
-        decorated(axis, xlabel=f"load-balance coefficient (0 drawn at {least:g})", ylabel=title, xscale="log")
-    for (name,), mine in grouped(scale, "load_balance_scale").items():
-        points = {c: values(same, "fvu") for (c,), same in grouped(mine, "load_balance_coefficient").items()}
-        errorbars(axes[0, 2], points, f"scale: {name}")
-    title = "coefficient, activations in the model's units"
-    decorated(axes[0, 2], xlabel=title, ylabel="variance unexplained", xscale="log")
-    for (name,), mine in grouped(gate, "gate").items():
-        points = {E: values(same, "fvu") for (E,), same in grouped(mine, "n_experts").items()}
-        errorbars(axes[1, 0], points, {"one": "gate: 1", "probability": "gate: the router's probability"}[name])
-    decorated(axes[1, 0], xlabel="experts", ylabel="variance unexplained")
-    plain_ticks(axes[1, 0], set(values(gate, "n_experts")))
-    narrow = min(values(rate, "d_sae"))
-    for (a, width, _), mine in grouped(rate, "architecture", "d_sae", "n_experts").items():
-        judged = "final_loss" if a in _GREY else "fvu"
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    for (a, F, _), mine in grouped(swept, "architecture", "d_sae", "n_experts").items():
+        judged = "final_loss" if a in GREY else "fvu"
         best = min(values(mine, judged))
-        style = {"color": colour(mine[0]), "linestyle": "-" if width == narrow else "--"}
         points = {r["lr"]: [r[judged] / best] for r in mine}
-        errorbars(axes[1, 1], points, f"{label(mine[0])}, F {width:.0f}", **style)
-    decorated(axes[1, 1], xlabel="learning rate", ylabel="error (L1: loss) over the best")
-    plain_ticks(axes[1, 1], set(values(rate, "lr")))
-    for (_, _, width), mine in grouped(of(rows, "passes"), "architecture", "n_experts", "d_sae").items():
-        points = {n: values(same, "fvu") for (n,), same in grouped(mine, "passes").items()}
-        errorbars(axes[1, 2], points, f"{label(mine[0])}, F {width:.0f}", color=colour(mine[0]))
-    decorated(axes[1, 2], xlabel="passes over the same tokens", ylabel="variance unexplained")
-    plain_ticks(axes[1, 2], set(values(of(rows, "passes"), "passes")))
-    for axis in axes.flat:
-        axis.legend(fontsize=7, frameon=False)
+        errorbars(axis, points, f"{label(mine[0])}, F {F:.0f}", color=colour(mine[0]))
+    decorated(axis, xlabel="learning rate", ylabel="error (L1: loss) over the best")
+    plain_ticks(axis, set(values(swept, "lr")))
+    axis.legend(fontsize=7, frameon=False)
     return figure
 
 
-def scaling(rows: list[Row], _curves: list[Row]) -> Any:
-    """Error against width, FLOPs and seconds, with least-squares lines."""
-    found = families(rows)
-    if not found or max(len(grouped(mine, "d_sae")) for mine in found.values()) < 2:
-        return None
-    figure, axes = plt.subplots(1, 3, figsize=(13, 5))
-    shades = {"TopK": "#d1495b", "Switch, 8 experts": "#7ad151", "Switch, 64 experts": "#414487"}
-    named = {"d_sae": "latents", "flops_per_activation": "FLOPs per activation, as the paper counts"}
-    for axis, x in zip(axes, ("d_sae", "flops_per_activation", "seconds"), strict=True):
-        for name, mine in found.items():
-            shade = shades.get(name, "#2a9d8f")
-            points = {mean(values(same, x)): values(same, "fvu") for same in grouped(mine, "d_sae").values()}
-            xs = sorted(v for v in points if not math.isnan(v))
-            if len(xs) < 2:
-                continue
-            fitted = ""
-            if x != "d_sae":
-                slope, error, intercept = fit(xs, [mean(points[v]) for v in xs])
-                axis.plot(xs, [math.exp(intercept) * v**slope for v in xs], ls=":", lw=1, color=shade)
-                fitted = f": {slope:.3f} ± {error:.3f}"
-            errorbars(axis, points, name + fitted, color=shade, linestyle="-" if x == "d_sae" else "none")
-        label_x = named.get(x, "seconds of training")
-        decorated(axis, xlabel=label_x, ylabel="variance unexplained", xscale="log", yscale="log")
-        axis.xaxis.set_minor_formatter("")
-        axis.yaxis.set_major_formatter("{x:.2f}")
-        axis.yaxis.set_minor_formatter("{x:.2f}")
-        axis.tick_params(axis="y", which="both", labelsize=7)
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-        axis.legend(fontsize=7, frameon=False, title=None if x == "d_sae" else "slopes", title_fontsize=7, **below)
-    plain_ticks(axes[0], {r["d_sae"] for mine in found.values() for r in mine})
-    axes[0].tick_params(axis="x", labelsize=7)
-    return figure
+def _first_k(rows: list[Row]) -> float:
+    return next((r["k"] for r in rows if r["experiment"] == "matched FLOPs"), math.nan)
 
 
 FIGURES: list[tuple[str, str, Callable[[list[Row], list[Row]], Any]]] = [
-    ("fixed_width", "Fixed width", fixed_width),
-    ("matched_flops", "Matched FLOPs per activation: experts as wide as the TopK SAE", matched_flops),
-    ("training", "Error while training", training_curves),
-    ("experts", "The number of experts at fixed width", experts),
-    ("sweeps", "Settings", sweeps),
-    ("scaling", "Widths", scaling),
+    ("gain", "Matched FLOPs: each expert as wide as the TopK SAE", gain),
+    ("training", "Error while training, at matched FLOPs", training),
+    ("experts", "The number of experts", experts),
+    ("learning_rates", "Learning rates", learning_rates),
 ]

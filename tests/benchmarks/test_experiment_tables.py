@@ -1,37 +1,33 @@
-"""What decides between the cells of the experiments, and what their tables say."""
+"""What decides between the cells of the experiments, what they cost, and what their tables say."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import replace
 
 import cells
+import claims
+import costs
 import csv_rows
 import drawings
+import gains
 import numpy as np
+import pandas as pd
+import plans
+import published
 import pytest
-import scaling
 import tables
-import timing
-from helpers.experiments import RESULTS
+from plans import PLANS
+
+DEFAULT = PLANS["default"]
 
 # What decides
 
 
 def swept(architecture: str, E: int, errors: dict[float, float], F: int = 2048, name: str = "fvu") -> list[dict]:
     return [
-        {"experiment": "learning rate", "architecture": architecture, "d_sae": F, "n_experts": E, "lr": lr, name: e}
+        {"experiment": plans.SWEEP, "architecture": architecture, "d_sae": F, "n_experts": E, "lr": lr, name: e}
         for lr, e in errors.items()
     ]
-
-
-def test_the_best_learning_rate_is_that_of_the_nearest_shape():
-    rows = swept("switch", 2, {1e-3: 0.3, 3e-3: 0.2}) + swept("switch", 64, {1e-3: 0.1, 3e-3: 0.4})
-    rows += swept("switch", 64, {1e-3: 0.3, 9e-3: 0.1}, F=8192)
-    rows += swept("standard", 1, {1e-3: 30.0, 3e-3: 20.0}, name="final_loss")
-    assert cells.best_lr(rows, "switch", 2048, 4) == 3e-3
-    assert cells.best_lr(rows, "switch", 2048, 32) == 1e-3
-    assert cells.best_lr(rows, "switch", 2**16, 64) == 9e-3
-    assert cells.best_lr(rows, "standard", 2048, 1) == 3e-3
-    assert cells.best_lr(rows, "gated", 2048, 1) == cells.Cell.lr
 
 
 @pytest.mark.parametrize(
@@ -46,245 +42,278 @@ def test_the_best_learning_rate_is_that_of_the_nearest_shape():
     ],
 )
 def test_a_sweep_goes_on_while_the_best_is_at_its_edge(errors, expected):
-    assert cells._extended([1e-3, 2e-3], errors) == expected
+    assert plans.extended([1e-3, 2e-3], errors) == expected
 
 
 def test_a_sweep_does_not_go_on_for_ever():
     errors = {1e-3 * 2**i: -i for i in range(30)}
-    assert len(cells._extended([1e-3, 2e-3], errors)) == 2 + cells._EXTENSIONS
+    assert len(plans.extended([1e-3, 2e-3], errors)) == 2 + plans._EXTENSIONS
+
+
+def test_a_cell_waits_for_the_sweep_of_its_own_shape():
+    switch = cells.Cell("", "switch", 4096, n_experts=2)
+    some = swept("switch", 2, {5e-4: 0.3, 1e-3: 0.2}, 4096) + swept("switch", 4, {1e-3: 0.1, 2e-3: 0.2}, 8192)
+    assert plans.best_lr(DEFAULT, some, switch) is None
+    assert plans.best_lr(DEFAULT, some + swept("switch", 2, {2e-3: 0.25}, 4096), switch) == 1e-3
+    assert plans.best_lr(DEFAULT, some + swept("switch", 2, {2e-3: 0.15}, 4096), switch) is None  # 4e-3 is to be tried
+    l1 = swept("standard", 1, {5e-4: 30.0, 1e-3: 20.0, 2e-3: 25.0}, name="final_loss")
+    assert plans.best_lr(DEFAULT, l1, cells.Cell("", "standard", 2048)) == 1e-3
 
 
 def l1_rows(coefficients, l0_times_c: float) -> list[dict]:
     return [
-        {"experiment": "L1 coefficient", "architecture": "standard", "l1_coefficient": c, "l0": l0_times_c / c}
+        {"experiment": plans.L1_SWEEP, "architecture": "standard", "l1_coefficient": c, "l0": l0_times_c / c}
         for c in coefficients
     ]
 
 
 def test_the_l1_coefficient_for_an_l0_is_interpolated_on_logarithms():
-    rows = l1_rows((0.5, 1.0, 4.0), 100)
     for l0 in (10, 50, 70, 100, 150, 400):
-        assert cells.l1_for_l0(rows, "standard", l0) == pytest.approx(100 / l0)
+        assert plans.l1_for_l0(l1_rows((0.5, 1.0, 4.0), 100), l0) == pytest.approx(100 / l0)
+    baseline = cells.Cell("", "standard", 2048, 40, l1_coefficient=None)
+    assert plans._with_l1(PLANS["full"], l1_rows((2.0, 4.0), 100), baseline).l1_coefficient is None
+    assert plans._with_l1(PLANS["full"], l1_rows((2.0, 4.0, 8.0), 100), baseline).l1_coefficient == pytest.approx(2.5)
 
 
-def test_l1_coefficients_go_on_until_their_l0s_enclose_every_k():
-    plan = cells.PLANS["default"]  # k from 8 to 32; coefficients of `standard` 4, 8, 16
-
-    def coefficients(rows):
-        return [c.l1_coefficient for _, c in cells._l1_coefficients(plan, rows) if c.architecture == "standard"]
-
-    assert coefficients([]) == [4, 8, 16]
-    assert coefficients(l1_rows((4, 8, 16), 128)) == [4, 8, 16]
-    assert coefficients(l1_rows((4, 8, 16), 100)) == [2, 4, 8, 16]
-    assert coefficients(l1_rows((4, 8, 16), 200)) == [4, 8, 16, 32]
+# The plans
 
 
-def test_a_cell_is_named_by_all_its_settings_and_those_of_the_run():
-    cell = cells.Cell("switch", 4096, 32, 8)
-    names = {
-        cell.key({"tokens": 1}),
-        cell.key({"tokens": 2}),
-        cells.Cell("switch", 4096, 32, 8, seed=1).key({"tokens": 1}),
-        cells.Cell("switch", 4096, 32, 8, gate="one").key({"tokens": 1}),
-    }
-    assert len(names) == 4
-    assert cells.Cell("switch", 4096, 32, 8).key({"tokens": 1}) in names
-
-
-@pytest.mark.parametrize("name", ["default", "full"])
-def test_every_planned_cell_can_be_built(name):
-    plan = cells.PLANS[name]
-    planned = [c for stage in cells.stages(plan, []) for c in stage]
-    for _, cell in planned:
+@pytest.mark.parametrize("name", list(PLANS))
+def test_every_planned_cell_can_be_built_and_has_its_activations(name):
+    plan = PLANS[name]
+    tokens = plan.layer_tokens()
+    seeds = defaultdict(set)
+    for cell in plans.cells(plan, []):
         assert cell.d_sae % cell.n_experts == 0
         assert cell.d_sae // cell.n_experts >= cell.k
-        assert cell.weight(576) > 0
-    seeds = defaultdict(set)
-    for experiment, cell in planned:
-        if experiment in ("fixed width", "matched FLOPs") and cell.architecture in ("sparse_topk", "switch"):
-            seeds[experiment, cell.shape].add(cell.seed)
-    assert min(map(len, seeds.values())) >= 3
-    assert {c.n_experts for e, c in planned if e == "fixed width"} == {1, 2, 4, 8, 16, 32, 64}
-    assert {c.d_sae for e, c in planned if e == "scaling"} == {2**i for i in range(11, 17)}
-    # Every SAE drawn against seconds has its shape timed.
-    timed = set(timing.timed_shapes(plan))
-    assert {c.shape for e, c in planned if e == "scaling"} <= timed
+        assert cell.tokens <= tokens[cell.layer]
+        assert list(cell.budgets) == sorted(set(cell.budgets))
+        assert cell.seconds() > 0
+        if cell.experiment not in (plans.SWEEP, plans.L1_SWEEP):
+            seeds[replace(cell, seed=0)].add(cell.seed)
+    assert {frozenset(s) for s in seeds.values()} == {frozenset(plan.seeds)}
+    warmed = [c for c in plans.cells(plan, []) if c.lr_warm_up or c.load_balance_warm_up or c.router_lr != 1]
+    assert all(len(c.budgets) == 1 for c in warmed)  # runs of other lengths have no part in common
+
+
+def test_the_default_plan_answers_the_headline_first_and_stays_under_100_minutes_on_two_cores():
+    planned = plans.cells(DEFAULT, [])
+    order = list(dict.fromkeys((c.experiment, c.seed) for c in planned))
+    assert order[0] == (plans.SWEEP, cells.TUNING_SEED)
+    sweeps = [i for i, c in enumerate(planned) if c.experiment == plans.SWEEP]
+    for i, c in enumerate(planned):
+        if c.experiment != plans.SWEEP:  # its sweep comes before it, and no sweep that only later cells need
+            assert any(plans._shape(planned[j]) == plans._shape(c) for j in sweeps if j < i)
+    assert plans._shape(planned[sweeps[-1]]) == plans._shape(next(c for c in reversed(planned) if c.n_experts == 32))
+    assert order[1:4] == [("matched FLOPs", 0), ("matched FLOPs", 1), ("matched FLOPs", 2)]
+    matched = [c for c in planned if c.experiment == "matched FLOPs"]
+    assert {c.d_sae // c.n_experts for c in matched} == {2048}
+    assert Counter(c.n_experts for c in matched) == {1: 3, 2: 3, 4: 3, 8: 3}
+    assert {c.budgets for c in matched} == {(250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)}
+    assert sum(costs.minutes(DEFAULT).values()) / 2 < 95
+    assert DEFAULT.layer_tokens() == {6: 3_000_000, 12: 500_000}
+
+
+def test_costs_are_those_of_the_rates_that_they_are_predicted_from():
+    plan = replace(DEFAULT, tokens=3_000_000, middle=())
+    assert costs.activation_seconds(plan) == pytest.approx(3e6 / 1500, rel=0.01)
+    both = costs.activation_seconds(replace(plan, middle=(4,), middle_tokens=1_000_000))
+    assert both == pytest.approx(2e6 / 1500 + 1e6 / 800, rel=0.02)  # one pass serves both layers
+    for E, minutes in ((1, 3), (8, 8)):  # of 2.13 million tokens, as measured once on one core
+        cell = cells.Cell("", "switch", 2048 * E, n_experts=E, budgets=(2_130_000,))
+        assert cell.seconds() == pytest.approx(60 * minutes, rel=0.05)
+    chain = replace(cell, budgets=DEFAULT.budgets)
+    assert chain.steps_trained == pytest.approx(1.25 * 3_000_000 / 512, rel=1e-3)
+    said = costs.costs(DEFAULT, 2)
+    assert "12 cells" in said
+    assert f"{sum(costs.minutes(DEFAULT).values()) / 2:.0f} minutes for 2 workers" in said
 
 
 # What the tables say
 
 
-def test_seconds_are_steps_times_the_time_of_one():
-    timed = [{"architecture": "switch", "d_sae": 2048, "n_experts": 8, "k": 16, "seconds_per_step": 0.5}]
-    shape = {"architecture": "switch", "d_sae": 2048, "n_experts": 8, "k": 16}
-    point, row, untimed = csv_rows.with_seconds([shape | {"step": 3}, shape | {"steps": 10}, shape | {"k": 8}], timed)
-    assert (point["seconds"], row["seconds"]) == (1.5, 5)
-    assert math.isnan(untimed["seconds"])
-
-
-def result(**fields) -> dict:
+def measured(**fields) -> dict:
     """A row of results.csv."""
-    plain = {
-        **dict.fromkeys(csv_rows.SETTINGS, 0.0),
-        **dict.fromkeys(RESULTS, 1.0),
-        **{"experiment": "fixed width", "architecture": "switch", "d_sae": 2048.0, "k": 16.0, "n_experts": 8.0},
-        **{"gate": "probability", "load_balance_scale": "variance", "units": "unit variance", "seconds": 1.0},
-    }
-    return plain | fields
+    plain = cells.Cell("matched FLOPs", "switch", 2048, lr=1e-3).settings | {"tokens": 3e6}
+    plain |= dict.fromkeys(("l0", "mse", "fvu", "fvu_other", "final_loss", "ce_recovered", "steps", "step_ms"), 1.0)
+    plain |= {"dead_latents": 0.0, "load_max": 1.0, "load_min": 1.0, "flops_per_activation": 1.0}
+    found = plain | fields
+    return {n: float(v) if isinstance(v, int) else v for n, v in found.items()}
 
 
-def test_seeds_that_overlap_are_no_ordering():
-    assert csv_rows.verdict([1.2, 1.3], [1.0, 1.1], 1) == "holds"
-    assert csv_rows.verdict([1.2, 1.3], [1.0, 1.1], -1) == "does not hold"
-    assert csv_rows.verdict([1.0, 1.2], [1.1, 1.15], 1) == "seeds overlap"
-    assert csv_rows.verdict([1.2], [1.0, 1.1], 1) == "holds (one seed)"
-    assert csv_rows.change([1.2, 1.3], [1.0, 1.1]) == "+19.0% (+9.1% to +30.0%)"
-    assert csv_rows.span([1.0, 2.0, 3.0], 1) == "2.0 (1.0 to 3.0)"
-    assert csv_rows.span([1.0], 2) == "1.00"
+def run(architecture: str, E: int, seed: int, errors: dict[float, float], **fields) -> list[dict]:
+    """One SAE at several budgets."""
+    shape = {"architecture": architecture, "n_experts": E, "d_sae": 2048 * E, "seed": seed}
+    return [measured(**shape, tokens=t, mse=e, fvu=e, steps=t / 512, **fields) for t, e in errors.items()]
 
 
-def test_claims_are_set_beside_the_authors():
-    topk = [
-        result(architecture="sparse_topk", n_experts=1.0, mse=m, dead_latents=512.0, ce_recovered=0.9, seed=float(s))
-        for s, m in enumerate((1.0, 1.1))
-    ]
-    switch = [
-        result(n_experts=16.0, mse=m, dead_latents=0.0, ce_recovered=0.89, seed=float(s))
-        for s, m in enumerate((1.2, 1.3))
-    ]
-    wide = [result(experiment="matched FLOPs", n_experts=2.0, d_sae=4096.0, mse=1.05, dead_latents=1024.0)]
-    gates = [result(experiment="gate", n_experts=16.0, gate=g, mse=m) for g, m in (("one", 2.0), ("probability", 1.0))]
-    coefficient = [
-        result(experiment="coefficient", load_balance_coefficient=c, mse=m, load_max=load, seed=s)
-        for c, m, load in ((0.0, 1.5, 3.0), (1.0, 1.0, 1.1), (100.0, 1.01, 1.0))
-        for s in (0.0, 1.0)
-    ]
-    longer = [
-        result(experiment="passes", architecture=a, n_experts=E, d_sae=F, passes=4.0, mse=m, seed=s)
-        for a, E, F, m in (
-            ("sparse_topk", 1.0, 2048.0, 1.0),
-            ("switch", 4.0, 8192.0, 0.9),
-            ("switch", 4.0, 2048.0, 1.2),
-        )
-        for s in (0.0, 1.0)
-    ]
-    found = {r["claim"]: r for r in tables.claims(topk + switch + wide + gates + coefficient + longer)}
-    first = found["fixed width, k 16: 16 experts have a larger error than TopK"]
-    assert first == {
-        **{"claim": first["claim"], "authors": "+13.5%", "here": "+19.0% (+9.1% to +30.0%)", "seeds": "2 and 2"},
-        "": "holds",
-    }
-    dead = found["fixed width: 16 experts have a smaller share of dead latents than TopK"]
-    assert (dead["here"], dead["authors"]) == ("0.000 (0.000 to 0.000) to 0.250 (0.250 to 0.250)", "0.4% to 4.5%")
-    ce = found["fixed width: 16 experts recover less of the CE loss than TopK"]
-    assert ce[""] == "holds"
-    assert found["matched FLOPs, k 16: 2 experts have a smaller error than TopK"][""] == "seeds overlap"
-    assert found["16 experts: a gate of 1 has a larger error than the router's probability"]["here"].startswith("+100")
-    assert found["without the load-balance loss the error is larger than with the best coefficient, 1"][""] == "holds"
-    assert found["a far too large coefficient, 100, does no harm against 1"][""] == "does not hold"
-    four = found["matched FLOPs, 4 passes: 4 experts have a smaller error than TopK"]
-    assert (four["here"], four["authors"], four[""]) == ("-10.0% (-10.0% to -10.0%)", "-16.0%", "holds")
-    assert found["fixed width, 4 passes: 4 experts have a larger error than TopK"][""] == "holds"
+TOKENS = (250e3, 500e3, 1e6, 2e6, 3e6)
 
 
-def test_the_fit_is_least_squares_of_logarithms():
-    slope, error, intercept = scaling.fit([1, 10, 100], [2.0, 0.2, 0.02])
-    assert (slope, error, math.exp(intercept)) == pytest.approx((-1, 0, 2), abs=1e-9)
-    x, y = [1.0, 2.0, 4.0, 8.0, 16.0], [5.0, 4.1, 3.9, 2.8, 2.6]
-    slope, error, _ = scaling.fit(x, y)
-    (expected, _), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-    assert slope == pytest.approx(expected)
-    assert error == pytest.approx(math.sqrt(covariance[0, 0]))
-    assert math.isnan(scaling.fit([1, 2], [2, 1])[1])
+@pytest.fixture
+def rows() -> list[dict]:
+    """TopK at a power of the tokens, Switch at a steeper one; three seeds with noise."""
+    random = np.random.default_rng(0)
+    found = []
+    for seed in range(3):
+        for E, power in ((1, 0.2), (2, 0.25), (4, 0.3)):
+            noise = 1 + 0.01 * random.standard_normal(5)
+            errors = {t: 0.2 * (t / 4e5) ** -power * n for t, n in zip(TOKENS, noise, strict=True)}
+            flops = {"flops_per_activation": 2e6 * (1 + E / 100), "step_ms": 40.0 + 10 * E}
+            found += run("sparse_topk" if E == 1 else "switch", E, seed, errors, **flops)
+    return found
 
 
-def scaling_rows() -> list[dict]:
-    """TopK halves its error with every doubling of width, up to 4,096; Switch is a width behind, at a quarter the
-    seconds and an eighth of the FLOPs."""
-    rows = []
-    for i, F in enumerate((1024, 2048, 4096, 8192)):
-        error = 0.8 * 0.5**i if F < 8192 else 0.3
-        rows.append(
-            result(
-                **{"experiment": "scaling", "architecture": "sparse_topk", "d_sae": float(F), "n_experts": 1.0},
-                **{"fvu": error, "seconds": float(F), "flops_per_activation": float(F)},
+def test_the_change_at_every_budget_is_what_pandas_says(rows):
+    frame = pd.DataFrame(rows)
+    means = frame.pivot_table(index="tokens", columns="n_experts", values="mse", aggfunc=["mean", "min", "max"])
+    found = {(r["experts"], r["tokens"]): r for r in gains.against_tokens(rows)}
+    assert len(found) == 10
+    for E in (2.0, 4.0):
+        for t in TOKENS:
+            at = means.loc[t]
+            change = at["mean", E] / at["mean", 1.0] - 1
+            low, high = at["min", E] / at["max", 1.0] - 1, at["max", E] / at["min", 1.0] - 1
+            row = found[f"{E:.0f}", f"{t:.0f}"]
+            assert row["change of the error"] == f"{change:+.1%} ({low:+.1%} to {high:+.1%})"
+            apart = at["max", E] < at["min", 1.0] or at["min", E] > at["max", 1.0]
+            assert row["smaller than TopK's"] == (
+                "seeds overlap" if not apart else "holds" if change < 0 else "does not hold"
             )
-        )
-        rows.append(
-            result(experiment="scaling", d_sae=float(F), fvu=2 * error, seconds=F / 4, flops_per_activation=F / 8)
-        )
-    return rows
+            assert row["TopK's FVU"].startswith(f"{at['mean', 1.0]:.4f}")
 
 
-def test_slopes_over_all_widths_and_up_to_the_best():
-    found = {(r["family"], r["FVU against"], r["widths"]): r for r in tables.slopes(scaling_rows())}
-    for x in ("flops", "seconds"):
-        up_to_best = found["TopK", x, "1024 to 4096"]
-        assert (up_to_best["slope"], up_to_best["points"], up_to_best["least FVU at width"]) == ("-1", 3, "4096")
-        everything = found["TopK", x, "1024 to 8192"]
-        slope, error, _ = scaling.fit([1024, 2048, 4096, 8192], [0.8, 0.4, 0.2, 0.3])
-        assert (everything["slope"], everything["standard error"]) == (f"{slope:.3g}", f"{error:.3g}")
-    untimed = tables.slopes([{**r, "seconds": math.nan} for r in scaling_rows()])
-    assert {r["slope"] == "" for r in untimed if r["FVU against"] == "seconds"} == {True}
+def test_every_sae_over_its_seeds_is_what_pandas_says(rows):
+    frame = pd.DataFrame(rows)
+    groups = frame.groupby(["n_experts", "tokens"])["fvu"].agg(["mean", "min", "max"])
+    found = tables.everything(rows, [])
+    assert len(found) == len(groups)
+    for row in found:
+        E = float(row["SAE"].split()[-1]) if row["SAE"].startswith("switch") else 1.0
+        at = groups.loc[(E, float(row["tokens"]))]
+        assert row["FVU"] == f"{at['mean']:.4f} ({at['min']:.4f} to {at['max']:.4f})"
 
 
-def test_who_wins_in_seconds_at_equal_error():
-    found = {(r["TopK width"], r["family"]): r for r in tables.crossover(scaling_rows())}
-    row = found["1024", "Switch, 8 experts"]
-    assert (row["width, least seconds"], row["seconds, Switch over TopK"]) == ("2048", "0.5")
-    assert (row["width, least FLOPs"], row["FLOPs, Switch over TopK"]) == ("2048", "0.25")
-    assert (row["seconds at equal width"], row["FVU at equal width"]) == ("0.25", "2")
-    assert found["4096", "Switch, 8 experts"]["width, least seconds"] == "none reaches it"
+def test_fits_find_the_line_that_the_gain_was_made_of():
+    exact = []
+    for seed in range(3):
+        for E, slope in ((1, 0.0), (8, -0.05)):
+            errors = {t: 0.1 * math.exp(slope * math.log10(t / 5e5)) for t in TOKENS}
+            exact += run("sparse_topk" if E == 1 else "switch", E, seed, errors)
+    (row,) = gains.fits(exact)
+    assert row["gain begins at"] == "5e+05"
+    assert row["expected at 1e8, line"] == f"{math.exp(-0.05 * math.log10(200)) - 1:+.1%} ± 0.0%"
+    assert row["change per tenfold tokens"] == f"{math.exp(-0.05) - 1:+.1%} ± 0.0%"
+    assert (row["authors at 8.19e8"], row["greatest misfit of the line"]) == ("-20.9%", "0.0%")
 
 
-def test_settings_that_cannot_be_told_from_the_best_are_said():
-    rows = [
-        result(experiment="coefficient", load_balance_coefficient=c, fvu=e)
-        for c, errors in ((0.0, (0.5, 0.6)), (0.3, (0.30, 0.32)), (1.0, (0.31, 0.33)))
-        for e in errors
+def test_where_a_gain_begins_is_not_extrapolated():
+    falling = [(0.5, -0.1), (0.7, -0.1)]  # equal at 1e5 and 1e7
+    assert gains.begins(falling, 1e4) == "1e+05 to 1e+07"
+    assert gains.begins(falling, 2e5) == "before 2e+05 to 1e+07"
+    assert gains.begins([(0.5, -0.1), (0.7, 0.1)], 1e4) == "no gain that grows"
+
+
+def test_fits_find_the_limit_that_is_approached_as_a_power():
+    ratio = [math.exp(-0.2 + 0.1 * (t / 1e6) ** -0.5) for t in TOKENS]
+    assert gains.saturating(TOKENS, ratio) == pytest.approx((-0.2, 0.1, 0.5), abs=1e-6)
+    slope, intercept = np.polyfit(np.log10(TOKENS), np.log(ratio), 1)
+    assert gains.line(TOKENS, ratio) == pytest.approx((intercept, slope))
+    assert gains.with_error([0.1, 0.2, 0.3]) == f"+20.0% ± {0.1 / math.sqrt(3):.1%}"
+
+
+def test_the_tokens_at_which_an_error_is_reached_are_interpolated_on_logarithms():
+    errors = [0.4 * (t / 1e5) ** -0.5 for t in (1e5, 4e5, 1.6e6)]
+    assert gains.reaching([1e5, 4e5, 1.6e6], errors, 0.3) == pytest.approx(1e5 * (0.4 / 0.3) ** 2)
+    assert gains.reaching([1e5, 4e5, 1.6e6], errors, 0.5) == 1e5
+    assert gains.reaching([1e5, 4e5, 1.6e6], errors, errors[1]) == 4e5
+    assert math.isnan(gains.reaching([1e5, 4e5], errors[:2], 0.1))
+
+
+def test_sample_efficiency_is_in_tokens_flops_and_seconds_of_whole_runs_and_while_training():
+    topk, switch = {1e6: 0.2, 2e6: 0.1}, {1e6: 0.1, 2e6: 0.05}
+    found = run("sparse_topk", 1, 0, topk, step_ms=10.0) + run(
+        "switch", 8, 0, switch, flops_per_activation=1.5, step_ms=30.0
+    )
+    curves = [
+        r | {"tokens_seen": t, "step": t / 512, "falling": 0.0, "fvu": e}
+        for r, errors in ((found[0], {4e5: 0.5, 1.6e6: 0.2}), (found[2], {4e5: 0.2, 1.6e6: 0.1}))
+        for t, e in errors.items()
+    ] + [found[2] | {"tokens_seen": 1e5, "step": 1.0, "falling": 1.0, "fvu": 0.01}]
+    whole, training = gains.efficiency(found, curves)
+    parts = [whole[f"part of TopK's {name}"] for name in ("tokens", "FLOPs", "seconds")]
+    assert parts == ["0.500", "0.750", "1.500"]
+    assert whole["note"].startswith("the fewest tokens measured")
+    assert [training[f"part of TopK's {name}"] for name in ("tokens", "FLOPs", "seconds")] == [
+        "0.250",
+        "0.375",
+        "0.750",
     ]
-    (row,) = tables.defaults(rows)
-    assert (row["best"], row["not told from it"], row["seeds"]) == ("0.3", "1", 2)
-    assert "0: 0.5500 (0.5000 to 0.6000)" in row["FVU of each"]
+    (claim,) = [r for r in claims.claims(found, curves) if r["topic"] == "sample efficiency"]
+    assert claim["holds here"] == "not in a fifth, in 0.50"
+    worse = [r | ({"fvu": 0.3} if r["n_experts"] > 1 else {}) for r in found]
+    (never, _) = gains.efficiency(worse, curves)
+    assert (never["part of TopK's tokens"], never["not reached by"]) == ("not reached", "1 of 1 seeds")
+    (claim,) = [r for r in claims.claims(worse, curves) if r["topic"] == "sample efficiency"]
+    assert claim["holds here"] == "does not hold: not reached by 1 of 1 seeds"
 
 
-def test_passes_are_set_beside_the_first_and_beside_topk():
-    rows = [
-        result(experiment="passes", architecture=a, n_experts=E, passes=n, fvu=e)
-        for a, E, n, e in (
-            *(("sparse_topk", 1.0, 1.0, 0.4), ("sparse_topk", 1.0, 4.0, 0.2)),
-            *(("switch", 8.0, 1.0, 0.5), ("switch", 8.0, 4.0, 0.1)),
-        )
+def test_claims_stand_beside_the_authors_with_their_tokens(rows):
+    rows = rows + [
+        r | {"experiment": "fixed width", "d_sae": 2048.0, "mse": 3.0}
+        for r in rows
+        if r["tokens"] == 1e6 and r["n_experts"] == 4
     ]
-    row = tables.passes(rows)[-1]
-    assert (row["SAE"], row["passes"], row["FVU"]) == ("switch, 8", "4", "0.1000")
-    assert row["against the fewest passes"].startswith("-80.0%")
-    assert row["against TopK, as many passes"].startswith("-50.0%")
+    found = {r["claim"]: r for r in claims.claims(rows, [])}
+    two = found["matched FLOPs, k 32: 2 experts have a smaller error than TopK"]
+    assert (two["authors"], two["tokens"], two["seeds"], two["holds here"]) == (
+        "-9.8%",
+        "3,000,000",
+        "3 and 3",
+        "holds",
+    )
+    frame = pd.DataFrame(rows).query("tokens == 3e6").groupby("n_experts")["mse"].mean()
+    assert two["here"].startswith(f"{frame[2.0] / frame[1.0] - 1:+.1%}")
+    fixed = found["fixed width, k 32: 4 experts have a larger error than TopK"]
+    assert (fixed["tokens"], fixed["holds here"]) == ("1,000,000", "holds")
+    assert (
+        found["matched FLOPs, k 32: 4 experts have a larger share of dead latents than TopK"]["holds here"]
+        == "seeds overlap"
+    )
 
 
-def test_the_l0s_reached_are_said():
-    rows = [result(architecture="gated", l1_coefficient=3.0, l0=l0, fvu=0.2) for l0 in (14.0, 15.0)]
-    (row,) = tables.l0_reached(rows + [result()])
-    assert (row["L0 wanted"], row["L0 reached"], row["L1 coefficient"]) == ("16", "14.5 (14.0 to 15.0)", "3")
-
-
-def test_learning_rates_are_multiples_of_the_papers_law():
-    rows = [result(**r) for r in swept("switch", 16, {1e-3: 0.3, 2e-3: 0.2, 4e-3: 0.3}, F=16384)]
-    (row,) = tables.learning_rates(rows)
-    assert row["best"] == "0.002"
-    assert row["times 2e-4 / sqrt(F / 2^14)"] == "10.0"
-    assert row["times 2e-4 / sqrt(M / 2^14)"] == "2.5"
-    assert row["at the edge"] == "no"
-
-
-def test_what_is_drawn_is_the_mean_and_the_range_of_seeds():
-    rows = [
-        result(n_experts=float(E), fvu=E / 100 + s / 1000, load_max=E, seed=s, dead_latents=E)
-        for E in (2, 4, 8)
-        for s in (0.0, 3.0)
+def test_what_the_long_runs_have_measured_takes_the_place_of_the_short_runs(rows, tmp_path):
+    before = published.all_claims(tmp_path / "none")
+    assert {r["tokens"] for r in before} == {"100,000", "4 x 100,000"}
+    csv_rows.write_csv(tmp_path / "results.csv", rows)
+    (tmp_path / "run.json").write_text('{"plan": "default"}')
+    after = published.all_claims(tmp_path)
+    by_topic = {
+        t: {r["command"] for r in after if r["topic"] == t} for t in ("error", "CE loss", "gate", "fixed width")
+    }
+    long, short = {"`make experiments`"}, {"[short runs](#the-short-runs)"}
+    assert by_topic == {"error": long, "CE loss": long, "gate": short, "fixed width": short}
+    assert [r for r in after if r["command"] in short] == [
+        r for r in before if r["topic"] not in ("error", "CE loss", "dead latents")
     ]
-    figure = drawings.experts(rows, [])
-    (line,) = (c for c in figure.axes[0].containers)
-    points, _, (bars,) = line.lines
-    np.testing.assert_allclose(points.get_xydata(), [[2, 0.0215], [4, 0.0415], [8, 0.0815]])
-    np.testing.assert_allclose(bars.get_segments()[1], [[4, 0.04], [4, 0.043]])
+
+
+def test_ablations_are_set_beside_the_defaults_of_the_same_seeds():
+    plain = [measured(experiment="ablation: AuxK", seed=s, mse=1.0 + s / 100) for s in (0, 1)]
+    other = [measured(experiment="ablation: AuxK", seed=s, mse=0.8, aux_loss_coefficient=0.25) for s in (0, 1)]
+    (row,) = tables.ablations(plain + other, [])
+    assert (row["setting"], row["value"], row["smaller error"]) == ("AuxK", "aux_loss_coefficient 0.25", "holds")
+    assert row["change of the error"].startswith("-20.4%")
+    assert tables.ablations(other, []) == []  # nothing to set them beside
+
+
+def test_what_is_drawn_is_the_mean_and_the_range_of_seeds(rows):
+    figure = drawings.gain(rows, [])
+    lines = {c.get_label(): c for c in figure.axes[0].containers}
+    assert set(lines) == {"sparse_topk", "switch, 2", "switch, 4"}
+    points, _, (bars,) = lines["switch, 4"].lines
+    frame = pd.DataFrame(rows).query("n_experts == 4").groupby("tokens")["fvu"].agg(["mean", "min", "max"])
+    np.testing.assert_allclose(points.get_xydata(), frame["mean"].reset_index().to_numpy())
+    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], frame[["min", "max"]].to_numpy())
+    changes = {c.get_label(): c for c in figure.axes[1].containers}
+    assert set(changes) == {"switch, 2", "switch, 4"}

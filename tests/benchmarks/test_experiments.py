@@ -1,275 +1,341 @@
-"""The experiments on a small setting: two SAEs, two seeds, a real language model; interruptions; what is committed."""
+"""The experiments on a small setting, from text to page: two SAEs, two seeds, a tiny language model; kills; a queue."""
 
-import argparse
-import csv
 import json
-import shutil
-import signal
-from pathlib import Path
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
 
+import activations
 import cells
+import claiming
 import csv_rows
 import figures
-import matplotlib
-import matplotlib.image
-import numpy as np
+import measuring
+import plans
 import pytest
 import run
-import timing
 import torch
-import train_cells
-from helpers import ROOT, tiny_tokenizer
-from helpers.experiments import RESULTS
+import training
+import worker
+from helpers import experiments, kills
+from helpers.experiments import PLAN
 
-COMMITTED = ROOT / "docs" / "experiments"
-SHAPE = ["architecture", "d_sae", "n_experts", "k"]
-TIMING = [*SHAPE, "seconds_per_step", "low", "high", "rounds", "threads", "batch"]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    """The whole command, on SmolLM2 and Python's documentation."""
-    folder = tmp_path_factory.mktemp("experiments")
-    options = ["--plan", "tiny", "--tokens", "6000", "--batch", "128", "--held-out", "512", "--eval-contexts", "1"]
-    run.main([*options, "--rounds", "2", "--models", str(ROOT / "runs" / "models"), "--output", str(folder)])
-    return folder
-
-
-@pytest.fixture
-def own(own_data, tmp_path):
-    """The same arguments and data, with an output folder that no other test has written into."""
-    args, data = own_data
-    return argparse.Namespace(**vars(args) | {"output": tmp_path / "output"}), data
+MEASURED = [
+    *("l0", "mse", "fvu", "fvu_other", "final_loss", "ce_recovered", "dead_latents", "load_max", "load_min"),
+    *("flops_per_activation", "steps", "step_ms"),
+]
 
 
 @pytest.fixture(scope="module")
-def own_data(tmp_path_factory):
-    """Arguments and data of a run on a model and a dataset given by flags."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("own")
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=32, n_positions=128, n_embd=24, n_layer=2, n_head=2, initializer_range=0.5)
-    GPT2LMHeadModel(config).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "text").mkdir()
-    words = np.random.default_rng(0).integers(0, 29, (40, 1300))
-    lines = [json.dumps({"text": " ".join(f"w{w}" for w in row)}) for row in words]
-    (folder / "text" / "train.jsonl").write_text("\n".join(lines))
-    model = ["--model", str(folder / "model"), "--hook-name", "transformer.h.0", "--dataset", str(folder / "text")]
-    size = ["--plan", "tiny", "--tokens", "3000", "--batch", "64", "--held-out", "512", "--eval-contexts", "2"]
-    args = run.parse_args([*model, *size, "--rounds", "3", "--output", str(folder / "output")])
-    return args, train_cells.Data.load(args)
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("source")
+    experiments.write_model(found / "model")
+    experiments.write_text(found / "text")
+    return found
 
 
-# The run
+@pytest.fixture(scope="module")
+def cache(folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(activations, "_CONTEXTS_PER_PART", 10)
+        found = experiments.cache_of(folder, experiments.contexts(folder), tmp_path_factory.mktemp("cache"))
+        list(found.fill())
+        yield found
 
 
-def test_the_csv_holds_every_cell_with_what_was_measured(results):
-    with open(results / "results.csv", newline="") as handle:
-        assert next(csv.reader(handle)) == csv_rows.SETTINGS + RESULTS
-    rows = csv_rows.read(results / "results.csv")
-    fixed = csv_rows.of(rows, "fixed width")
-    assert {(r["architecture"], r["seed"]) for r in fixed} == {
-        *((a, s) for a in ("topk", "sparse_topk", "switch") for s in (0, 1))
+@pytest.fixture(scope="module")
+def layer(cache):
+    return activations.Layer.of(cache, 0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, tmp_path_factory):
+    """What one worker finds when it is left alone."""
+    results = experiments.results_of(tmp_path_factory.mktemp("uninterrupted"))
+    worker.work(PLAN, cache, results)
+    return results
+
+
+def measured(results: worker.Results) -> list[dict]:
+    """Every row without what is timed."""
+    rows, curves = results.rows_and_curves(results.planned(PLAN))
+    return [{n: v for n, v in row.items() if n != "step_ms"} for row in rows] + curves
+
+
+@pytest.fixture(scope="module")
+def command(folder, tmp_path_factory):
+    """The whole command, with two workers."""
+    output = tmp_path_factory.mktemp("command")
+    source = ["--text", str(folder / "text"), "--model", str(folder / "model"), "--hook-name", experiments.HOOK]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "_POLL_SECONDS", 0.1)
+        run.main(["--plan", "tiny", *source, "--output", str(output)])
+    return output
+
+
+# The command
+
+
+def test_the_csv_holds_every_cell_at_every_budget_with_what_was_measured(command):
+    rows = csv_rows.read(command / "results.csv")
+    settings = list(cells.Cell("", "switch", 1).settings)
+    assert list(rows[0]) == [*settings, "tokens", *MEASURED]
+    compared = [r for r in rows if r["experiment"] == "matched FLOPs"]
+    assert Counter((r["architecture"], r["seed"]) for r in compared) == {
+        (a, s): 2 for a in ("sparse_topk", "switch") for s in (0, 1)
     }
-    assert {r["seed"] for r in csv_rows.of(rows, "learning rate")} == {cells.TUNING_SEED}
-    variance = json.loads((results / "run.json").read_text())["variance_in_model_units"]
-    for r in fixed:
-        assert r["l0"] == pytest.approx(r["k"], rel=0.01)
+    assert {r["seed"] for r in rows if r["experiment"] == plans.SWEEP} == {cells.TUNING_SEED}
+    for r in compared:
+        assert (r["l0"], r["steps"]) == (4, r["tokens"] // 64)
         assert 0 < r["fvu"] < 1.2
-        assert r["mse"] == pytest.approx(r["fvu"] * variance, rel=0.3)  # the held-out variance is another one
-        assert -0.5 < r["ce_recovered"] < 1
-        assert r["flops_per_activation"] == 2 * 576 * r["d_sae"] / r["n_experts"] + (
-            2 * 576 * r["n_experts"] if r["architecture"] == "switch" else 0
-        )
         assert r["load_min"] <= 1 <= r["load_max"]
-        assert r["tokens"] == 46 * 128
-    stock, ours = (next(r for r in fixed if r["architecture"] == a and r["seed"] == 0) for a in ("topk", "sparse_topk"))
-    assert ours["fvu"] == pytest.approx(stock["fvu"], rel=1e-3)
-    assert ours["ce_recovered"] == pytest.approx(stock["ce_recovered"], abs=1e-2)
+        assert r["flops_per_activation"] == 2 * 24 * 32 + (2 * 24 * 2 if r["architecture"] == "switch" else 0)
+        assert (r["ce_recovered"] == r["ce_recovered"]) == (r["tokens"] == 4096)  # not nan
+    facts = json.loads((command / "run.json").read_text())
+    assert facts["kept_out"] == "plays"  # the kind with the least text
+    assert facts["texts"]["plays"]["contexts train"] == 0
 
 
-def test_curves_go_down_and_end_at_the_last_step(results):
-    curves = csv_rows.read(results / "curves.csv")
-    assert {r["experiment"] for r in curves} == {"fixed width"}
-    for mine in csv_rows.grouped(curves, "architecture", "seed").values():
-        assert [r["step"] for r in mine] == sorted(r["step"] for r in mine)
-        assert mine[-1]["step"] == 46
-        assert mine[-1]["fvu"] < mine[0]["fvu"]
-        assert all(a["flops"] < b["flops"] for a, b in zip(mine, mine[1:], strict=False))
-
-
-def test_every_shape_drawn_against_seconds_is_timed(results):
-    with open(results / "timing.csv", newline="") as handle:
-        assert next(csv.reader(handle)) == TIMING
-    timed = csv_rows.read(results / "timing.csv")
-    assert {(t["architecture"], t["n_experts"]) for t in timed} == {("sparse_topk", 1), ("switch", 4), ("topk", 1)}
-    for t in timed:
-        assert 0 < t["low"] <= t["seconds_per_step"] <= t["high"]
-        assert (t["rounds"], t["batch"], t["threads"]) == (2, 128, torch.get_num_threads())
-    rows = csv_rows.with_seconds(csv_rows.read(results / "results.csv"), timed)
-    for r in csv_rows.of(rows, "fixed width"):
-        (t,) = (t for t in timed if [t[n] for n in SHAPE] == [r[n] for n in SHAPE])
-        assert r["seconds"] == 46 * t["seconds_per_step"]
-
-
-def test_pictures_tables_and_page_are_made_from_the_csvs_alone(results, tmp_path):
-    figures.main(["--input", str(results), "--output", str(tmp_path / "first")])
+def test_pictures_tables_and_page_are_made_from_the_csvs_alone(command, tmp_path):
+    figures.main(["--input", str(command), "--output", str(tmp_path / "first")])
     figures.main(["--input", str(tmp_path / "first"), "--output", str(tmp_path / "second")])
-    for name in ("first", "second"):
-        folder = tmp_path / name
-        assert {p.name for p in folder.glob("*.png")} == {"fixed_width.png", "training.png"}
-        assert {p.name for p in (folder / "tables").iterdir()} == {"claims.csv", "learning_rates.csv"}
-        page = (folder / "index.html").read_text()
-        assert page.count("<img ") == 2
-        written = [folder / "results.csv", *(folder / "tables").iterdir()]
-        assert page.count("<tr>") == sum(len(f.read_text().splitlines()) for f in written)  # heads are rows, too
-    files = [p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*") if p.is_file()]
-    assert len(files) > 8
-    for file in files:
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    first, second = (experiments.files(tmp_path / name) for name in ("first", "second"))
+    assert first == second
+    assert {name for name in first if name.endswith(".png")} == {"gain.png", "training.png", "experts.png"}
+    tables = {
+        f"tables/{n}.csv" for n in ("claims", "tokens", "fits", "efficiency", "everything", "learning_rates", "texts")
+    }
+    assert tables < first.keys()
+    page = first["index.html"].decode()
+    assert page.count("<img ") == 3
+    assert page.count("<tr>") == sum(first[n].decode().count("\n") for n in (*tables, "results.csv"))  # heads, too
 
 
-# Any model; interruptions
+def test_the_same_command_again_does_nothing_again(command, folder):
+    before = experiments.files(command / "cells") | experiments.files(command / "activations")
+    source = ["--text", str(folder / "text"), "--model", str(folder / "model"), "--hook-name", experiments.HOOK]
+    args = run.parse_args(["--plan", "tiny", *source, "--output", str(command)])
+    cache, of_run = run.prepared(args, plans.PLANS["tiny"])
+    assert cache.missing() == []
+    results = worker.Results(command / "cells", of_run)
+    worker.work(plans.PLANS["tiny"], cache, results)
+    assert experiments.files(command / "cells") | experiments.files(command / "activations") == before
+    assert "0/" not in run._progress(args, plans.PLANS["tiny"], cache, results)
+    assert run._progress(args, plans.PLANS["tiny"], cache, results).endswith("about 0 min left")
 
 
-def test_model_hook_and_dataset_can_be_given(own_data):
-    args, data = own_data
-    assert data.train.shape == (3000, 24)
-    assert data.train.square().sum(1).mean() == pytest.approx(24, rel=1e-4)
-    x = (data.hidden[:, train_cells.SKIPPED :].flatten(0, 1) - data.centre) * data.scale
-    assert data.facts["ce_model"] == pytest.approx(
-        data.model.model(data.tokens, labels=data.tokens).loss.item(), rel=1e-5
-    )
+def test_a_worker_that_fails_is_told_of_and_takes_the_others_with_it(command, folder, monkeypatch):
+    programs = iter(["raise ValueError('no such hook')", "import time; time.sleep(60)"])
+    started = []
 
-    def ce_recovered(reconstruct):
-        return data.ce_recovered(reconstruct)
+    def start(_args, log):
+        with open(log, "wb") as handle:
+            started.append(subprocess.Popen([sys.executable, "-S", "-c", next(programs)], stderr=handle))
+        return started[-1]
 
-    assert ce_recovered(lambda y: y) == pytest.approx(1, abs=1e-4)
-    assert ce_recovered(torch.zeros_like) == pytest.approx(0, abs=1e-4)
-    assert ce_recovered(lambda y: y.where(y == x, y + 1)) == pytest.approx(1, abs=1e-4)  # it is given what it is for
-    saved = args.output / "activations" / "train.pt"
-    before = saved.stat().st_mtime_ns
-    again = train_cells.Data.load(args)
-    assert saved.stat().st_mtime_ns == before
-    assert torch.equal(again.train, data.train)
+    monkeypatch.setattr(run, "_started", start)
+    monkeypatch.setattr(run, "_POLL_SECONDS", 0.05)
+    source = ["--text", str(folder / "text"), "--model", str(folder / "model"), "--hook-name", experiments.HOOK]
+    with pytest.raises(SystemExit, match=r"a worker failed(.|\n)*ValueError: no such hook"):
+        run.main(["--plan", "tiny", *source, "--output", str(command)])
+    assert all(worker.poll() is not None for worker in started)
 
 
-def test_a_model_unit_cell_sees_the_activations_as_they_are(own):
-    args, data = own
-    cell = cells.Cell("switch", 256, 8, 4, units="model", load_balance_coefficient=1.0)
-    row = train_cells.train(cell, data, args, with_ce=False)["row"]
-    same = train_cells.train(cells.Cell("switch", 256, 8, 4, load_balance_coefficient=1.0), data, args, with_ce=False)[
-        "row"
-    ]
-    assert row["ce_recovered"] is None
-    for r in (row, same):  # both errors are in the model's units
-        held_out = data.held_out / data.scale
-        variance = (held_out - held_out.mean(0)).square().sum(1).mean().item()
-        assert r["mse"] == pytest.approx(r["fvu"] * variance, rel=1e-3)
+# The queue
 
 
-def test_a_cell_takes_its_passes_and_its_seed(own):
-    args, data = own
-    once, twice = (
-        train_cells.train(cells.Cell("sparse_topk", 256, 8, passes=n), data, args, with_ce=False)["row"] for n in (1, 2)
-    )
-    assert (once["steps"], twice["steps"]) == (46, 92)
-    assert twice["fvu"] < once["fvu"]
-    again = train_cells.train(cells.Cell("sparse_topk", 256, 8), data, args, with_ce=False)["row"]
-    other = train_cells.train(cells.Cell("sparse_topk", 256, 8, seed=1), data, args, with_ce=False)["row"]
-    assert again == once
-    assert other["fvu"] != once["fvu"]
+def test_two_workers_take_each_cell_once(cache, uninterrupted, tmp_path, monkeypatch):
+    results = experiments.results_of(tmp_path)
+    train = training.train
+
+    def noted(cell, layer, folder, *args):
+        experiments.say_who(tmp_path / "who", folder.name)
+        time.sleep(0.05)  # as long as the other one needs to see that this cell is taken
+        train(cell, layer, folder, *args)
+
+    monkeypatch.setattr(training, "train", noted)
+    children = [kills.started(lambda: worker.work(PLAN, cache, results)) for _ in range(2)]
+    assert [kills.ended(child) for child in children] == [0, 0]
+    taken = [p.read_text().split() for p in (tmp_path / "who").iterdir()]
+    assert len(taken) == 2
+    everything = [name for mine in taken for name in mine]
+    assert sorted(everything) == sorted({results.of(c).name for c in results.planned(PLAN)})
+    assert measured(results) == measured(uninterrupted)
 
 
-def test_interrupted_it_goes_on_where_it_was(own, monkeypatch):
-    args, data = own
-    folder = args.output / "cells"
-
-    error = train_cells.error
-
-    def interrupted_in_the_third(sae, x):
-        # A timer's signal may come anywhere, within tqdm's lock too, which then stays taken for every other thread.
-        if len(list(folder.glob("*.json"))) >= 2:
-            signal.raise_signal(signal.SIGINT)
-        return error(sae, x)
-
-    monkeypatch.setattr(train_cells.Data, "load", lambda _args: data)
-    flags = [
-        f"--{n.replace('_', '-')}={v}" for n, v in vars(args).items() if v and n not in ("no_timing", "timing_only")
-    ]
-    with monkeypatch.context() as patched:
-        patched.setattr(train_cells, "error", interrupted_in_the_third)
-        with pytest.raises(SystemExit, match="the same command resumes"):
-            run.main([*flags, "--no-timing"])
-    assert not (args.output / "results.csv").exists()
-    finished = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in folder.glob("*.json")}
-    assert len(finished) == 2
-    run.main([*flags, "--no-timing"])
-    assert not (args.output / "timing.csv").exists()
-    assert {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in finished} == finished
-    assert len(list(folder.glob("*.json"))) == 8  # two tuned shapes; two seeds of each and of topk
-    # A cell that is gone is made again, the same to the digit, and no other.
-    table = (args.output / "results.csv").read_text()
-    gone, *others = sorted(folder.glob("*.json"))
-    gone.unlink()
-    kept = [f.stat().st_mtime_ns for f in others]
-    train_cells.train_all(args, data)
-    assert gone.exists()
-    assert [f.stat().st_mtime_ns for f in others] == kept
-    assert (args.output / "results.csv").read_text() == table
+@pytest.mark.parametrize("save_seconds", [120.0, 0.2])
+def test_killed_anywhere_it_goes_on_to_the_same_results(cache, uninterrupted, tmp_path, monkeypatch, save_seconds):
+    monkeypatch.setattr(training, "_SAVE_SECONDS", save_seconds)
+    results = experiments.results_of(tmp_path)
+    n_killed, kept = 0, {}
+    for at in (40, 90, 140, 190, 300, 420):
+        n_killed += kills.killed(lambda: worker.work(PLAN, cache, results), at=at)
+        now = {n: data for n, data in experiments.files(results.folder).items() if re.search(r"/\d+\.json$", n)}
+        assert kept.items() <= now.items()  # what was finished is not made again
+        kept = now
+    assert n_killed > 3
+    worker.work(PLAN, cache, results)
+    now = experiments.files(results.folder)
+    assert kept.items() <= now.items()
+    assert measured(results) == measured(uninterrupted)
+    assert not [name for name in now if not re.search(r"/\d+\.json$", name)]  # nothing half-made is left
 
 
-def test_finished_rounds_of_timing_are_kept(own):
-    args, data = own
-    timing.time_all(args, data)
-    rounds = sorted((args.output / "timing").iterdir())
-    assert len(rounds) == 3
-    measured = [json.loads(f.read_text())["seconds"] for f in rounds]
-    for row, seconds in zip(csv_rows.read(args.output / "timing.csv"), zip(*measured, strict=True), strict=True):
-        assert row["seconds_per_step"] == pytest.approx(sorted(seconds)[1], rel=1e-5)
-    rounds[1].unlink()
-    kept = [rounds[0].read_bytes(), rounds[2].read_bytes()]
-    timing.time_all(args, data)
-    assert rounds[1].exists()
-    assert [rounds[0].read_bytes(), rounds[2].read_bytes()] == kept
-    other = json.loads(rounds[0].read_text()) | {"threads": 99}
-    rounds[0].write_text(json.dumps(other))
-    timing.time_all(args, data)  # of another setting: measured anew
-    assert json.loads(rounds[0].read_text())["threads"] == torch.get_num_threads()
-    assert timing.quartiles([3, 1, 2, 5, 4]) == (2, 3, 4)
-    assert timing.quartiles([7]) == (7, 7, 7)
+def test_a_claim_is_one_processs_and_ends_with_it(tmp_path):
+    def hold():
+        with claiming.claimed(tmp_path / "locks", "cell") as mine:
+            assert mine
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    child = kills.started(hold)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with claiming.claimed(tmp_path / "locks", "cell") as mine:
+        assert not mine
+    os.kill(child, 9)
+    kills.ended(child)
+    with claiming.claimed(tmp_path / "locks", "cell") as mine:
+        assert mine
 
 
-# What is committed
+def test_a_worker_ends_when_the_command_that_started_it_is_gone(cache, tmp_path):
+    with pytest.raises(SystemExit, match="is gone"):
+        worker.work(PLAN, cache, experiments.results_of(tmp_path), parent=1)
+    assert not (tmp_path / "cells").exists()
 
 
-def test_the_committed_csvs_make_the_committed_tables_and_pictures(tmp_path):
-    for name in (*figures.CSVS, "run.json"):
-        shutil.copyfile(COMMITTED / name, tmp_path / name)
-    figures.main(["--input", str(tmp_path)])
-    written = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
-    assert len(written) > 15
-    for file in written - {f for f in written if f.suffix == ".png"}:
-        assert (tmp_path / file).read_text() == (COMMITTED / file).read_text(), file
-    for file in (f for f in written if f.suffix == ".png"):
-        new, old = (matplotlib.image.imread(folder / file) for folder in (tmp_path, COMMITTED))
-        assert new.shape == old.shape
-        # Other versions of matplotlib and other fonts move a few pixels; a changed point or line is not that few.
-        assert np.abs(new - old).mean() < 0.01, file
-    assert {p.name for p in COMMITTED.rglob("*.png")} == {f.name for f in written if f.suffix == ".png"}
+# A cell
 
 
-def test_the_committed_results_are_those_of_the_default_plan():
-    rows = csv_rows.read(COMMITTED / "results.csv")
-    settings = {(r["experiment"], *(r[n] for n in csv_rows.SETTINGS[1:])) for r in rows}
-    assert len(settings) == len(rows)
-    planned = [c for stage in cells.stages(cells.PLANS["default"], rows) for c in stage]
-    for experiment, cell in planned:  # coefficients in the CSV have six digits
-        key = [cell.architecture, cell.d_sae, cell.k, cell.n_experts, cell.seed, cell.gate, cell.passes, cell.units]
-        names = ["architecture", "d_sae", "k", "n_experts", "seed", "gate", "passes", "units"]
-        assert any(r["experiment"] == experiment and [r[n] for n in names] == key for r in rows), (experiment, cell)
-    assert {tuple(t[n] for n in SHAPE) for t in csv_rows.read(COMMITTED / "timing.csv")} == set(
-        timing.timed_shapes(cells.PLANS["default"])
-    )
+@pytest.mark.parametrize("architecture", ["sparse_topk", "switch"])
+def test_budgets_trained_together_are_runs_of_their_own(layer, tmp_path, architecture):
+    E = 2 if architecture == "switch" else 1
+    cell = cells.Cell("", architecture, 32 * E, 4, E, 0, (640, 1280, 1920), lr=2e-3, batch=32)
+    training.train(cell, layer, tmp_path / "together")
+    together = training.finished(cell, tmp_path / "together")
+    assert [f["took"]["steps"] for f in together] == [20, 40 - 16, 60 - 32]  # the shared part is trained once
+    assert sum(f["took"]["steps"] for f in together) == cell.steps_trained
+    for found in together:
+        alone = replace(cell, budgets=(found["tokens"],))
+        training.train(alone, layer, tmp_path / f"{found['tokens']}")
+        (apart,) = training.finished(alone, tmp_path / f"{found['tokens']}")
+        for name in MEASURED[:-1]:
+            assert found["row"][name] == apart["row"][name] or name == "ce_recovered", name
+    steps = [(p["step"], p["falling"]) for f in together for p in f["curve"]]
+    assert [s for s, falling in steps if falling] == [20, 40, 60]
+    trunk = [s for s, falling in steps if not falling]
+    assert trunk == list(range(3, 49, 3))
+    assert not list((tmp_path / "together").glob("trunk-*"))
+
+
+def test_a_cell_takes_its_settings(layer, tmp_path):
+    plain = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32)
+    settings = [{}, {"seed": 1}, {"lr": 1e-3}, {"k": 5}, {"batch": 64}, {"load_balance_coefficient": 3.0}]
+    settings += [{"load_balance_warm_up": 0.5}, {"router_start_std": 4.0}, {"router_lr": 9.0}, {"lr_warm_up": 0.2}]
+    settings += [{"start": "copies"}, {"start": "shared"}]
+    errors = {}
+    for i, change in enumerate(settings):
+        cell = replace(plain, **change)
+        training.train(cell, layer, tmp_path / f"{i}")
+        (found,) = training.finished(cell, tmp_path / f"{i}")
+        errors[found["row"]["fvu"]] = change
+    assert len(errors) == len(settings)
+    assert len({replace(plain, **change).key({}) for change in settings}) == len(settings)
+    assert replace(plain, experiment="x", budgets=(320, 640)).key({}) == plain.key({})
+    assert plain.key({"text": 1}) != plain.key({})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        ("standard", {"l1_coefficient": 1.0}),
+        ("gated", {"l1_coefficient": 1.0}),
+        ("switch", {"n_experts": 2, "d_sae": 64, "aux_loss_coefficient": 0.25}),
+    ],
+)
+def test_baselines_and_auxk_are_trained(layer, tmp_path, monkeypatch, architecture, change):
+    monkeypatch.setattr(training, "_DEAD_WINDOW", 3)
+    cell = replace(cells.Cell("", architecture, 32, 4, 1, 0, (640, 1280), lr=2e-3, batch=32), **change)
+    weaker = replace(cell, **{n: v / 4 for n, v in change.items() if isinstance(v, float)})
+    found = []
+    for i, one in enumerate((cell, weaker)):
+        training.train(one, layer, tmp_path / f"{i}")
+        found.append([f["row"] for f in training.finished(one, tmp_path / f"{i}")])
+    assert [r["steps"] for r in found[0]] == [20, 40]
+    assert found[0][1]["fvu"] < found[0][0]["fvu"] < 1.5
+    assert found[0][1]["fvu"] != found[1][1]["fvu"]
+    if architecture != "switch":
+        assert found[0][1]["l0"] < found[1][1]["l0"]
+
+
+def test_experts_that_start_as_copies_are_the_same_and_still_take_their_biases_from_data(layer):
+    cell = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32, start="copies")
+    trainer = training.make_trainer(cell, layer, 640)
+    sae = trainer.sae
+    assert torch.equal(sae.W_dec[:32], sae.W_dec[32:])
+    assert torch.equal(sae.W_enc[:, :32], sae.W_enc[:, 32:])
+    assert not torch.equal(sae.W_dec[0], sae.W_dec[1])
+    assert sae.is_fresh
+    trainer.step(next(trainer.data_provider))
+    assert not sae.is_fresh
+    assert not torch.equal(sae.W_dec[:32], sae.W_dec[32:])
+
+
+def test_a_shared_expert_is_trained_on_the_first_tenth_of_the_run(layer, tmp_path):
+    cell = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32, start="shared")
+    alone = training.make_trainer(cells.Cell("", "sparse_topk", 32, 4, 1, 0, (640,), lr=2e-3, batch=32), layer, 640)
+    before = alone.sae.W_dec.clone()
+    for _ in range(2):
+        alone.step(next(alone.data_provider))
+        alone.n_training_steps += 1
+    trainer = training.resumed(cell, layer, 640, tmp_path)
+    assert (trainer.n_training_steps, trainer.n_training_samples) == (2, 64)
+    for expert in trainer.sae.W_dec.split(32):
+        assert torch.equal(expert, alone.sae.W_dec)
+        assert not torch.equal(expert, before)
+    assert torch.equal(next(trainer.data_provider), next(alone.data_provider))
+    training.train(cell, layer, tmp_path / "cell")
+    (found,) = training.finished(cell, tmp_path / "cell")
+    assert (found["took"]["steps"], found["row"]["steps"]) == (18, 20)
+
+
+def test_the_router_has_its_own_learning_rate_until_the_end(layer):
+    cell = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32, router_lr=4.0)
+    trainer = training.make_trainer(cell, layer, 640)
+    rates = []
+    for _ in range(20):
+        trainer.step(next(trainer.data_provider))
+        trainer.n_training_steps += 1
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+    assert rates[0] == pytest.approx([2e-3, 8e-3])
+    assert rates[-2][0] > 0
+    assert all(b == pytest.approx(4 * a) for a, b in rates)
+    names = {id(p): n for n, p in trainer.sae.named_parameters()}
+    of_groups = [{names[id(p)] for p in group["params"]} for group in trainer.optimizer.param_groups]
+    assert of_groups[1] == {"W_router", "b_router"}
+    assert of_groups[0] | of_groups[1] == set(names.values())
+
+
+def test_the_ce_loss_recovered_is_1_without_error_and_0_for_the_mean(layer):
+    loss = measuring.LanguageModelLoss(layer, 4)
+    assert loss.clean == pytest.approx(loss.model.model(loss.tokens, labels=loss.tokens).loss.item(), rel=1e-5)
+    assert loss.recovered(lambda x: x) == pytest.approx(1, abs=1e-4)
+    assert loss.recovered(torch.zeros_like) == pytest.approx(0, abs=1e-4)
+    assert 0 < loss.recovered(lambda x: x / 2) < 1
+
+
+def test_the_error_is_that_of_the_dense_latents(layer):
+    cell = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32)
+    sae = training.make_trainer(cell, layer, 640).sae
+    x = layer.held_out
+    found = measuring.error(sae, x)
+    with torch.no_grad():
+        latents = sae.encode(x)
+        residual = (sae.decode(latents) - x).square().sum()
+    assert found["fvu"] == pytest.approx((residual / (x - x.mean(0)).square().sum()).item(), rel=1e-4)
+    assert found["l0"] == pytest.approx((latents != 0).sum(1).float().mean().item())

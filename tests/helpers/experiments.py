@@ -1,6 +1,72 @@
-"""What the tests of the experiments share: the columns of results.csv that are measured."""
+"""What the tests of the experiments share: a tiny language model, text of three kinds, and a plan of two cells and
+two seeds."""
 
-RESULTS = [
-    *("l0", "mse", "fvu", "final_loss", "ce_recovered", "dead_latents", "load_max", "load_min"),
-    *("flops_per_activation", "steps", "tokens"),
-]
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import activations
+import numpy as np
+import plans
+import texts
+import torch
+import worker
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from helpers import tiny_tokenizer
+
+D_IN, CONTEXT = 24, 32
+HOOK = "transformer.h.{layer}"
+PLAN = replace(
+    plans.PLANS["tiny"],
+    **{"tokens": 1920, "budgets": (640, 1280, 1920), "sweep_tokens": 640, "batch": 32, "middle": (2,)},
+    **{"middle_tokens": 640, "learning_rates": (2e-3, 4e-3)},
+)
+
+
+def write_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_positions=128, n_embd=D_IN, n_layer=3, n_head=2, initializer_range=0.5)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def write_text(folder: Path) -> None:
+    """Three kinds of text; a document repeats a paragraph of another one."""
+    random = np.random.default_rng(0)
+    for kind, n_documents in (("letters", 30), ("lists", 30), ("plays", 8)):
+        (folder / kind).mkdir(parents=True)
+        for i in range(n_documents):
+            paragraphs = [" ".join(f"w{w}" for w in random.integers(0, 29, 130)) for _ in range(6)]
+            (folder / kind / f"{i}.txt").write_text("\n\n".join(paragraphs))
+    (folder / "letters" / "again.txt").write_text((folder / "letters" / "0.txt").read_text())
+
+
+def contexts(folder: Path, kept_out: str | None = None) -> texts.Contexts:
+    wanted = {"train": 64, "held_out": 8, "other": 4}
+    return texts.contexts(texts.folder_kinds(folder / "text"), folder / "model", CONTEXT, wanted, kept_out)
+
+
+def cache_of(folder: Path, found: texts.Contexts, output: Path, second: int = 22) -> activations.Cache:
+    """Layers 0 and 1, the second one for fewer contexts."""
+    source = activations.Source(str(folder / "model"), "AutoModelForCausalLM", HOOK, {0: 64, 1: second}, D_IN)
+    cache = activations.Cache(output / "activations", source, found)
+    cache.reserve(0)
+    return cache
+
+
+def results_of(output: Path) -> worker.Results:
+    return worker.Results(output / "cells", {"of": "a test"})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder but locks."""
+    found = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+def say_who(folder: Path, what: str) -> None:
+    """Note that this process does a piece of work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{os.getpid()}", "a") as file:
+        file.write(what + "\n")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cells import growing
 from csv_rows import Row, grouped, mean, of, rounded, values
+
+from short_runs.learning_rates import growing
 
 
 def families(rows: list[Row]) -> dict[str, list[Row]]:
