@@ -64,17 +64,22 @@ def lazy_adam_rows(
     v_FD: Tensor,
     step_F: Tensor,
     rows_R: Tensor,
-    *options: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float = 1.0,
     unit_rows: bool = False,
     project: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``adam_rows`` row by row, each by its own count of steps; ``options`` are lr, beta1, beta2, eps, grad_scale."""
+    """``adam_rows`` row by row, each by its own count of steps."""
+    options = lr, beta1, beta2, eps, grad_scale, unit_rows, project
     W_FD, m_FD, v_FD, step_F = (t.clone() for t in (W_FD, m_FD, v_FD, step_F))
     for grad_D, f in zip(grad_RD, rows_R.tolist(), strict=True):
         row = slice(f, f + 1)
         step_F[f] += 1
         old = W_FD[row], grad_D.unsqueeze(0), m_FD[row], v_FD[row]
-        W_FD[row], m_FD[row], v_FD[row] = adam_rows(*old, float(step_F[f]), *options, unit_rows, project)
+        W_FD[row], m_FD[row], v_FD[row] = adam_rows(*old, float(step_F[f]), *options)
     return W_FD, m_FD, v_FD, step_F
 
 

@@ -121,7 +121,7 @@ class _Copy:
         if self.numbers is None or self.numbers.dtype != dtype:
             return None
         self.refresh()
-        return None if self.numbers is None else _laid_out_as(W, self.numbers, start)
+        return None if self.numbers is None else _laid_out_as(W, self.numbers, int(start))
 
     def to_write(self) -> Tensor | None:
         """The copy in the weight's present shape, if it is current."""

@@ -105,7 +105,8 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         weights = state.get("master", data)
         constraint = self.sae.decoder_constraint if p is self.sae.W_dec else None
         project = constraint is not None and constraint.project
-        options = _Options(*group["betas"], group["lr"], group["eps"], scale, constraint is not None, project)
+        beta1, beta2 = group["betas"]
+        options = _Options(beta1, beta2, group["lr"], group["eps"], scale, constraint is not None, project)
         radial_R = self.row_grads.radial_R if project else None
         with self.copies.written(p) as copy:
             copy = copy.T if copy is not None and p is self.sae.W_enc else copy
