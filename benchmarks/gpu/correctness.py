@@ -47,18 +47,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                     f"{name}, {label}, {precision}",
                     lambda c=check, s=shape, p=precision: against_float64(c, s, p, args.device),
                 )
-        for precision in (*precisions, "autocast") if shape != TINY_REAL else ():
-            for kind in ("topk", "switch"):
-                yield (
-                    f"gradients of {kind}, {label}, {precision}",
-                    lambda k=kind, s=shape, p=precision: gradients.check(k, s, p, args.device),
-                )
-        for encoder in ("bfloat16", "float8") if shape != TINY_REAL else ():
-            for kind in ("topk", "switch"):
-                yield (
-                    f"gradients of {kind}, {label}, fp32, {encoder} encoder",
-                    lambda k=kind, s=shape, e=encoder: gradients.check(k, s, "fp32", args.device, e),
-                )
+        if shape != TINY_REAL:
+            yield from gradients.cases(label, shape, (*precisions, "autocast"), args.device)
     for kind in ("switch", "sparse_topk"):
         s = shapes["odd"] if kind == "switch" else shapes["odd"]._replace(E=1)
         for precision in (*precisions, "autocast") if on_gpu else ("fp32",):

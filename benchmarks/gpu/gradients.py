@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from sae_lens_switch_kernels import sparse_autoencode
 from torch import Tensor
 
+from gpu.record import Case
 from gpu.shapes import Shape
 from gpu.timing import dtype_of, free, normal, use
 
 # Wider than of one kernel: in low precision also what lies between two of them is rounded.
 TOLERATED = {"fp32": 2e-5, "tf32": 4e-3, "bf16": 2e-2, "autocast": 2e-2}
+
+
+def cases(label: str, s: Shape, precisions: Iterable[str], device: str) -> Iterator[Case]:
+    """The gradients of both SAEs in each precision, and with the encoder's product in low precision."""
+    options = [(precision, "full") for precision in precisions] + [("fp32", "bfloat16"), ("fp32", "float8")]
+    for precision, encoder in options:
+        for kind in ("topk", "switch"):
+            low = "" if encoder == "full" else f", {encoder} encoder"
+            yield f"gradients of {kind}, {label}, {precision}{low}", partial(check, kind, s, precision, device, encoder)
 
 
 def check(kind: str, s: Shape, precision: str, device: str, encoder_precision: str = "full") -> dict[str, Any]:
