@@ -142,5 +142,6 @@ class _PairsSoFar:
     def result(self, nearest: Neighbours) -> Duplicates:
         self._keep_most_similar()
         n_pairs_EE = self.n_pairs_EE + self.n_pairs_EE.T.triu(1) + self.n_pairs_EE.T.tril(-1)
-        found = (self.pairs_P2, self.cosines_P, n_pairs_EE, self.within_F, self.across_F)
-        return Duplicates(self.threshold, *(t.cpu() for t in found), nearest)
+        pairs_P2, cosines_P, n_pairs_EE = self.pairs_P2.cpu(), self.cosines_P.cpu(), n_pairs_EE.cpu()
+        within_F, across_F = self.within_F.cpu(), self.across_F.cpu()
+        return Duplicates(self.threshold, pairs_P2, cosines_P, n_pairs_EE, within_F, across_F, nearest)

@@ -99,8 +99,8 @@ def alignment(found: RouterAlignment | None) -> Section | None:
         said.append(f"{name} {percent(one.r_squared)} (z {one.z:.1f}, p {one.p:.2g})")
     says = (
         "Does the router send a token to the expert whose latents point its way? Bars above the orange range say so: "
-        "it is what remains when latents are dealt out to the experts at random. Share of the router's weights explained "
-        f"by the experts' means: {'; '.join(said)}."
+        "it is what remains when latents are dealt out to the experts at random. Share of the router's weights "
+        f"explained by the experts' means: {'; '.join(said)}."
     )
     return Section("alignment", "Router against chance", says=says, plots=plots)
 
@@ -174,7 +174,7 @@ def alike(found: Similarity | None) -> Section | None:
         plots.append(plot(anchor, title, data, yaxis=axis))
     says = (
         f"Do two representations of {found.n_tokens:,} tokens hold the same tokens to be alike? 1 says that they do, 0 "
-        "that they have nothing in common. CKA compares inner products and is led by the directions with most variance, RSA "
-        "compares the order of all distances."
+        "that they have nothing in common. CKA compares inner products and is led by the directions with most "
+        "variance, RSA compares the order of all distances."
     )
     return Section("similarity", "Similarity of representations", says=says, plots=plots)
