@@ -16,6 +16,9 @@ class Alignment:
     Both are centred over the experts, since a softmax is invariant to what all its logits share. The null (P
     permutations) is the same number after the latents were dealt out to experts of the same size at random.
 
+    Alignment may be negative: without an encoder bias, encoder columns that point against the direction shared by an
+    expert's tokens keep its latents from firing on all of them.
+
     Attributes:
         cosine_E: Cosine of r_e and c_e.
         r_squared: Share of ``sum_e ||r_e||^2`` explained by ``r_e = a c_e`` with one number a for all experts:
@@ -36,8 +39,8 @@ class Alignment:
 
     @property
     def p_E(self) -> Tensor:
-        """One-sided p-value of each cosine, (1 + number of null values at least as high) / (1 + P)."""
-        return _p_value(self.cosine_E, self.null_cosine_PE)
+        """Two-sided p-value of each cosine, (1 + number of null values at least as far from 0) / (1 + P)."""
+        return _p_value(self.cosine_E.abs(), self.null_cosine_PE.abs())
 
     @property
     def z(self) -> float:

@@ -98,9 +98,11 @@ def alignment(found: RouterAlignment | None) -> Section | None:
         plots.append(plot(f"alignment-{name}", title, traces, "expert", "cosine", showlegend=True))
         said.append(f"{name} {percent(one.r_squared)} (z {one.z:.1f}, p {one.p:.2g})")
     says = (
-        "Does the router send a token to the expert whose latents point its way? Bars above the orange range say so: "
-        "it is what remains when latents are dealt out to the experts at random. Share of the router's weights "
-        f"explained by the experts' means: {'; '.join(said)}."
+        "Does the router send a token to the expert whose latents point its way? The orange range is what remains when "
+        "latents are dealt out to the experts at random; bars outside it are more than chance. Bars below zero are "
+        "latents that point against what their expert's tokens share: the encoder has no bias, and this can take its "
+        "place. Share of the router's weights explained by a factor times the experts' means: "
+        f"{'; '.join(said)}."
     )
     return Section("alignment", "Router against chance", says=says, plots=plots)
 

@@ -47,7 +47,7 @@ def test_z_and_p_are_those_of_the_null():
         mean = sum(null) / 50
         deviation = (sum((v - mean) ** 2 for v in null) / 49) ** 0.5
         assert found.z_E[e].item() == pytest.approx((found.cosine_E[e].item() - mean) / deviation)
-        assert found.p_E[e].item() == pytest.approx((1 + sum(v >= found.cosine_E[e].item() for v in null)) / 51)
+        assert found.p_E[e].item() == pytest.approx((1 + sum(abs(v) >= abs(found.cosine_E[e]) for v in null)) / 51)
     null = found.null_r_squared_P
     assert found.z == pytest.approx(((found.r_squared - null.mean()) / null.std()).item())
     assert found.p == pytest.approx((1 + int((null >= found.r_squared).sum())) / 51)
@@ -64,6 +64,16 @@ def test_a_router_of_the_encoders_means_is_found_and_a_random_one_is_not():
     assert found.encoder.z > 4
     assert router_alignment(random, n_permutations=200).encoder.p > 0.02
     assert found.decoder.p > 0.02
+
+
+def test_a_router_against_its_encoders_is_no_less_aligned():
+    sae = switch_sae(seed=4)
+    with torch.no_grad():
+        sae.W_router.copy_(-sae.W_enc.view(D, E, M).mean(2))
+    found = router_alignment(sae, n_permutations=200).encoder
+    assert found.cosine_E.tolist() == pytest.approx([-1] * E)
+    assert found.p_E.tolist() == pytest.approx([1 / 201] * E)
+    assert found.p == pytest.approx(1 / 201)
 
 
 def test_the_p_value_is_uniform_where_there_is_nothing():
