@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_lens_switch.analysis.coactivation import CoActivation, against_independence, coactivation_counts
+from sae_lens_switch.analysis.label_counts import LabelCounts, strongest_per_expert, taken
 from sae_lens_switch.saes.router import Assignment
 
 GATE_BINS = 50
-# expert * this + token id encodes both in one number.
-_TOKEN_IDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Routing:
         tokens_E: Number of tokens routed to each expert, int64.
         probability_E: The router's mean probability of each expert.
         entropy: Mean entropy of the router's probabilities per token, in nats.
-        gate_mean: Mean probability of the chosen expert.
+        gate_mean: Mean probability of a chosen expert.
         gate_counts: Histogram of the gates in 50 equal bins of [0, 1].
+        coactivation: Which experts are chosen together; None if each token has one.
     """
 
     tokens_E: Tensor
@@ -32,6 +33,7 @@ class Routing:
     entropy: float
     gate_mean: float
     gate_counts: Tensor
+    coactivation: CoActivation | None = None
 
     @property
     def load_E(self) -> Tensor:
@@ -167,14 +169,14 @@ class Routes:
 
     def __init__(self, n_experts: int) -> None:
         self.n, self.entropy, self.gates = 0, 0.0, 0.0
-        self.tokens_E = torch.zeros(n_experts, dtype=torch.int64)
+        self.together_EE = torch.zeros(n_experts, n_experts, dtype=torch.int64)
         self.probability_E = torch.zeros(n_experts, dtype=torch.float64)
         self.gate_counts = torch.zeros(GATE_BINS, dtype=torch.int64)
 
     def add(self, assignment: Assignment) -> None:
         probs_BE, gates_B = assignment.probs_BE.cpu().double(), assignment.gates_BA.cpu().double().flatten()
         self.n += len(probs_BE)
-        self.tokens_E += torch.bincount(assignment.experts_BA.flatten().cpu(), minlength=len(self.tokens_E))
+        self.together_EE += coactivation_counts(assignment.experts_BA.cpu(), len(self.together_EE))
         self.probability_E += probs_BE.sum(0)
         self.entropy += float(torch.special.entr(probs_BE).sum())
         self.gates += float(gates_B.sum())
@@ -182,38 +184,21 @@ class Routes:
         self.gate_counts += torch.bincount(bins, minlength=GATE_BINS)
 
     def result(self) -> Routing:
+        tokens_E = self.together_EE.diag()
+        n_choices = int(tokens_E.sum())
         return Routing(
-            self.tokens_E,
+            tokens_E,
             self.probability_E / self.n,
             self.entropy / self.n,
-            self.gates / int(self.tokens_E.sum()),
+            self.gates / n_choices,
             self.gate_counts,
+            against_independence(self.together_EE) if n_choices > self.n else None,
         )
 
 
-class TokensOfExperts:
-    """How often each token was routed to each expert; only pairs that occur take memory."""
-
-    def __init__(self) -> None:
-        self.keys, self.counts = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-
-    def add(self, experts_B: Tensor, ids_B: Tensor) -> None:
-        keys = torch.cat([self.keys, experts_B * _TOKEN_IDS + ids_B])
-        counts = torch.cat([self.counts, torch.ones_like(experts_B)])
-        self.keys, where = keys.unique(return_inverse=True)
-        self.counts = torch.zeros_like(self.keys).index_add_(0, where, counts)
-
-    def typical(self, n_experts: int, n: int) -> TypicalTokens:
-        expert, token = self.keys // _TOKEN_IDS, self.keys % _TOKEN_IDS
-        total_E = torch.zeros(n_experts, dtype=torch.int64).index_add_(0, expert, self.counts)
-        _, where = token.unique(return_inverse=True)
-        total = torch.zeros(len(token), dtype=torch.int64).index_add_(0, where, self.counts)[where]
-        chance = total.double() * total_E[expert] / self.counts.sum()
-        score = self.counts * (self.counts / chance).log()
-        ids, counts, totals = (torch.full((n_experts, n), fill) for fill in (-1, 0, 0))
-        for e in range(n_experts):
-            rows = ((expert == e) & (score > 0)).nonzero().flatten()
-            rows = rows[score[rows].argsort(descending=True, stable=True)][:n]
-            for listed, found in ((ids, token), (counts, self.counts), (totals, total)):
-                listed[e, : len(rows)] = found[rows]
-        return TypicalTokens(ids, counts, totals)
+def typical_tokens(counts: LabelCounts, n: int) -> TypicalTokens:
+    """The n most informative tokens of each expert, of counted token ids."""
+    total_P = counts.of_label_P
+    chance_P = total_P.double() * counts.of_expert_E[counts.experts_P] / counts.n
+    best = strongest_per_expert(counts, counts.counts_P * (counts.counts_P / chance_P).log(), n)
+    return TypicalTokens(taken(counts.labels_P, best, -1), taken(counts.counts_P, best, 0), taken(total_P, best, 0))

@@ -17,9 +17,10 @@ from sae_lens_switch.analysis.accumulators import (
     Routes,
     Routing,
     StrongestExamples,
-    TokensOfExperts,
     TypicalTokens,
+    typical_tokens,
 )
+from sae_lens_switch.analysis.label_counts import CountingLabels, LabelCounts
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
@@ -44,6 +45,8 @@ class Activity:
         examples: The strongest contexts per latent.
         routing: Where the tokens went; None without a router.
         typical_tokens: The most informative tokens per expert; None without a router or token ids.
+        token_counts: How often each token id was routed to each expert; None without a router or token ids.
+        position_counts: The same of positions in the context; None without a router or contexts.
     """
 
     n_tokens: int
@@ -56,6 +59,8 @@ class Activity:
     examples: Examples
     routing: Routing | None
     typical_tokens: TypicalTokens | None
+    token_counts: LabelCounts | None = None
+    position_counts: LabelCounts | None = None
 
     @property
     def density_F(self) -> Tensor:
@@ -112,7 +117,8 @@ def observe(
     ignored = torch.tensor(sorted(ignore_tokens), dtype=torch.int64)
     fired_F, sum_F = torch.zeros(F, dtype=torch.int64), torch.zeros(F, dtype=torch.float64)
     moments = Moments(sae.cfg.d_in)
-    examples, routes, seen = StrongestExamples(F, n_examples), Routes(E), TokensOfExperts()
+    examples, routes, seen = StrongestExamples(F, n_examples), Routes(E), CountingLabels()
+    places = CountingLabels()
     n_contexts = 0
     for batch in batches:
         x, ids = batch if isinstance(batch, tuple) else (batch, None)
@@ -124,7 +130,7 @@ def observe(
         if ids_B is not None and len(ignored):
             place_B = (~torch.isin(ids_B, ignored)).nonzero().flatten()
             ids_B, x_BD = ids_B[place_B], x_BD[place_B.to(x_BD.device)]
-        for piece in _encoded(sae, x_BD):
+        for piece in encoded_pieces(sae, x_BD):
             moments.add(piece.x_BD, piece.x_hat_BD)
             fired_F += torch.bincount(piece.latent, minlength=F)
             sum_F.index_add_(0, piece.latent, piece.value.double())
@@ -132,13 +138,15 @@ def observe(
             examples.add(piece.latent, piece.value, n_contexts + place // positions, place % positions)
             if piece.assignment is not None:
                 routes.add(piece.assignment)
+                rows, experts_BA = slice(piece.start, piece.start + len(piece.x_BD)), piece.assignment.experts_BA
                 if ids_B is not None:
-                    experts_BA = piece.assignment.experts_BA.cpu()
-                    of_piece_B = ids_B[piece.start : piece.start + len(experts_BA)]
-                    seen.add(experts_BA.flatten(), of_piece_B.repeat_interleave(experts_BA.shape[1]))
+                    seen.add(experts_BA, ids_B[rows])
+                if x.ndim > 2:
+                    places.add(experts_BA, place_B[rows] % positions)
         n_contexts += len(x)
     if moments.n == 0:
         raise ValueError("there must be activations to observe; got none")
+    of_tokens, of_places = (found.result(E) if found.counts.numel() else None for found in (seen, places))
     return Activity(
         n_tokens=moments.n,
         n_experts=E,
@@ -149,7 +157,9 @@ def observe(
         outlier=moments.outlier,
         examples=examples.result(),
         routing=routes.result() if routes.n else None,
-        typical_tokens=seen.typical(E, n_typical_tokens) if seen.counts.numel() else None,
+        typical_tokens=typical_tokens(of_tokens, n_typical_tokens) if of_tokens is not None else None,
+        token_counts=of_tokens,
+        position_counts=of_places,
     )
 
 
@@ -160,7 +170,7 @@ def activations_of(sae: SAE, x: Tensor, latents: Sequence[int]) -> Tensor:
     column_F = torch.full((sae.cfg.d_sae,), -1)
     column_F[list(latents)] = torch.arange(len(latents))
     out = torch.zeros(len(x_BD), len(latents), dtype=sae.dtype)
-    for piece in _encoded(sae, x_BD):
+    for piece in encoded_pieces(sae, x_BD):
         wanted = column_F[piece.latent] >= 0
         out[piece.start + piece.token[wanted], column_F[piece.latent[wanted]]] = piece.value[wanted]
     return out.view(*x.shape[:-1], len(latents))
@@ -190,7 +200,7 @@ def _check_batch(sae: SAE, x: Tensor, ids: Tensor | None, *, needs_ids: bool) ->
         raise ValueError("ignore_tokens needs token ids with every batch of activations")
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Consecutive rows of a batch, encoded. What fired is listed as token, latent, value; these are on the CPU."""
 
     start: int
@@ -202,7 +212,7 @@ class _Piece(NamedTuple):
     x_hat_BD: Tensor
 
 
-def _encoded(sae: SAE, x_BD: Tensor) -> Iterator[_Piece]:
+def encoded_pieces(sae: SAE, x_BD: Tensor) -> Iterator[Piece]:
     """Encode and decode a batch, in pieces if only dense latents are to be had."""
     sparse = isinstance(sae, SparseSAE)
     rows = len(x_BD) if sparse else max(1, _DENSE_AT_ONCE // sae.cfg.d_sae)
@@ -220,4 +230,4 @@ def _encoded(sae: SAE, x_BD: Tensor) -> Iterator[_Piece]:
             token, latent = (acts > 0).nonzero(as_tuple=True)
             value = acts[token, latent]
         x_hat_BD = sae.decode(acts)  # type: ignore[arg-type]  # of codes too, where encode gives them
-        yield _Piece(start, x, token.cpu(), latent.cpu(), value.cpu(), assignment, x_hat_BD)
+        yield Piece(start, x, token.cpu(), latent.cpu(), value.cpu(), assignment, x_hat_BD)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_lens_switch.analysis.cosines import BFLOAT16_ERROR, Tile, check_rows, cosine_tiles, cosines_of
+from sae_lens_switch.analysis.neighbours import NearestSoFar, Neighbours
+
 
 @dataclass(frozen=True)
 class Duplicates:
@@ -17,6 +20,7 @@ class Duplicates:
         n_pairs_EE: Number of pairs between two experts or, on the diagonal, within one. Counts all pairs.
         within_F: Whether a latent has a duplicate in its own expert.
         across_F: Whether a latent has a duplicate in another expert.
+        nearest: Each latent's nearest neighbours, from the same pass over the cosines.
     """
 
     threshold: float
@@ -25,6 +29,7 @@ class Duplicates:
     n_pairs_EE: Tensor
     within_F: Tensor
     across_F: Tensor
+    nearest: Neighbours
 
     @property
     def n_pairs(self) -> int:
@@ -44,12 +49,19 @@ class Duplicates:
 
 @torch.no_grad()
 def duplicate_latents(
-    W_dec_FD: Tensor, n_experts: int = 1, *, threshold: float = 0.9, max_pairs: int = 100_000, block: int = 2048
+    W_dec_FD: Tensor,
+    n_experts: int = 1,
+    *,
+    threshold: float = 0.9,
+    max_pairs: int = 100_000,
+    block: int = 2048,
+    bfloat16: bool = False,
 ) -> Duplicates:
-    """Find latents that were learned more than once, within an expert or across experts.
+    """Find latents that were learned more than once, within an expert or across experts, and nearest neighbours.
 
     The definition is that of arXiv 2410.08201: decoder rows with a cosine above 0.9. Costs F^2 D FLOPs on the device
-    of ``W_dec_FD``, in tiles of block x block cosines. Zero rows match nothing.
+    of ``W_dec_FD``, in tiles of block x block cosines; memory is that of ``nearest_neighbours`` and 24 bytes for each
+    of up to 2 ``max_pairs`` pairs. Zero rows match nothing.
 
     Args:
         W_dec_FD: The decoder, one row per latent.
@@ -57,50 +69,79 @@ def duplicate_latents(
         threshold: Cosine above which two latents count as duplicates.
         max_pairs: How many of the most similar pairs to list. All pairs are counted.
         block: Rows per tile.
+        bfloat16: Search in bfloat16, as ``nearest_neighbours`` does. Pairs and cosines are those of float32: what is
+            near the threshold is computed again.
 
     Raises:
         ValueError: Unless ``n_experts`` divides F and ``0 < threshold < 1``.
     """
-    if W_dec_FD.ndim != 2:
-        raise ValueError(f"W_dec must be [d_sae, d_in]; got shape {tuple(W_dec_FD.shape)}")
-    F, E = len(W_dec_FD), n_experts
-    if E < 1 or F % E:
-        raise ValueError(f"n_experts must divide d_sae={F}; got {E}")
+    check_rows("W_dec", W_dec_FD, n_experts, block)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be between 0 and 1; got {threshold}")
-    if max_pairs < 0 or block < 1:
-        raise ValueError(f"max_pairs must be at least 0 and block at least 1; got {max_pairs} and {block}")
-    dtype, device = torch.promote_types(W_dec_FD.dtype, torch.float32), W_dec_FD.device
-    expert_F = torch.arange(F, device=device) // (F // E)
-    within_F, across_F = (torch.zeros(F, dtype=torch.bool, device=device) for _ in range(2))
-    n_pairs_EE = torch.zeros(E, E, dtype=torch.int64, device=device)
-    pairs, cosines = torch.empty(0, 2, dtype=torch.int64, device=device), torch.empty(0, dtype=dtype, device=device)
-
-    def unit_rows(start: int) -> Tensor:
-        return torch.nn.functional.normalize(W_dec_FD[start : start + block].to(dtype), dim=1)
-
-    for i in range(0, F, block):
-        rows_D = unit_rows(i)
-        for j in range(i, F, block):
-            cosine = rows_D @ (unit_rows(j) if j > i else rows_D).T
-            alike = cosine > threshold
-            found = (alike.triu(1) if j == i else alike).nonzero()
-            if not len(found):
-                continue
-            new = found + torch.tensor([i, j], device=device)
-            experts = expert_F[new]
-            same = experts[:, 0] == experts[:, 1]
-            within_F[new[same].flatten()] = True
-            across_F[new[~same].flatten()] = True
-            n_pairs_EE += torch.bincount(experts[:, 0] * E + experts[:, 1], minlength=E * E).view(E, E)
-            pairs, cosines = torch.cat([pairs, new]), torch.cat([cosines, cosine[found[:, 0], found[:, 1]]])
-            if len(pairs) > 2 * max_pairs:
-                pairs, cosines = _most_similar(pairs, cosines, max_pairs)
-    pairs, cosines = _most_similar(pairs, cosines, max_pairs)
-    n_pairs_EE = n_pairs_EE + n_pairs_EE.T.triu(1) + n_pairs_EE.T.tril(-1)
-    return Duplicates(threshold, pairs.cpu(), cosines.cpu(), n_pairs_EE.cpu(), within_F.cpu(), across_F.cpu())
+    if max_pairs < 0:
+        raise ValueError(f"max_pairs must be at least 0; got {max_pairs}")
+    pairs = _PairsSoFar(W_dec_FD, n_experts, threshold, max_pairs, bfloat16)
+    nearest = NearestSoFar(W_dec_FD, n_experts, bfloat16)
+    for tile in cosine_tiles(W_dec_FD, block, bfloat16=bfloat16):
+        nearest.add(tile)
+        pairs.add(tile)
+    return pairs.result(nearest.result())
 
 
-def _most_similar(pairs_P2: Tensor, cosines_P: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    order = cosines_P.sort(descending=True, stable=True).indices[:n]
-    return pairs_P2[order], cosines_P[order]
+class _PairsSoFar:
+    """The pairs above the threshold in the tiles so far."""
+
+    def __init__(self, W_FD: Tensor, n_experts: int, threshold: float, max_pairs: int, bfloat16: bool) -> None:
+        self.W_FD, self.E, self.threshold, self.max_pairs, self.bfloat16 = (
+            W_FD,
+            n_experts,
+            threshold,
+            max_pairs,
+            bfloat16,
+        )
+        device, dtype = W_FD.device, torch.promote_types(W_FD.dtype, torch.float32)
+        self.within_F, self.across_F = (torch.zeros(len(W_FD), dtype=torch.bool, device=device) for _ in range(2))
+        self.n_pairs_EE = torch.zeros(n_experts, n_experts, dtype=torch.int64, device=device)
+        self.pairs_P2 = torch.empty(0, 2, dtype=torch.int64, device=device)
+        self.cosines_P = torch.empty(0, dtype=dtype, device=device)
+
+    def add(self, tile: Tile) -> None:
+        pairs_P2, cosines_P = self._alike(tile)
+        if not len(pairs_P2):
+            return
+        experts_P2 = pairs_P2 // (len(self.W_FD) // self.E)
+        same_P = experts_P2[:, 0] == experts_P2[:, 1]
+        self.within_F[pairs_P2[same_P].flatten()] = True
+        self.across_F[pairs_P2[~same_P].flatten()] = True
+        between_P = experts_P2[:, 0] * self.E + experts_P2[:, 1]
+        self.n_pairs_EE += torch.bincount(between_P, minlength=self.E**2).view(self.E, self.E)
+        self.pairs_P2, self.cosines_P = torch.cat([self.pairs_P2, pairs_P2]), torch.cat([self.cosines_P, cosines_P])
+        if len(self.pairs_P2) > 2 * self.max_pairs:
+            self._keep_most_similar()
+
+    def _alike(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Pairs of the tile above the threshold, and their cosines. Only rows with such a pair are searched."""
+        least = self.threshold - (BFLOAT16_ERROR if self.bfloat16 else 0)
+        rows = (tile.cosine_IJ.amax(1) > least).nonzero().flatten()
+        if not len(rows):
+            return self.pairs_P2[:0], self.cosines_P[:0]
+        row, column = (tile.cosine_IJ[rows] > least).nonzero(as_tuple=True)
+        row = rows[row]
+        pairs_P2 = torch.stack([tile.i + row, tile.j + column], dim=1)
+        once = pairs_P2[:, 0] < pairs_P2[:, 1]
+        pairs_P2, cosines_P = pairs_P2[once], tile.cosine_IJ[row[once], column[once]]
+        if self.bfloat16 and len(pairs_P2):
+            cosines_P = cosines_of(self.W_FD, pairs_P2[:, 0], pairs_P2[:, 1])
+            pairs_P2, cosines_P = pairs_P2[cosines_P > self.threshold], cosines_P[cosines_P > self.threshold]
+        return pairs_P2, cosines_P
+
+    def _keep_most_similar(self) -> None:
+        order = self.cosines_P.sort(descending=True, stable=True).indices[: self.max_pairs]
+        self.pairs_P2, self.cosines_P = self.pairs_P2[order], self.cosines_P[order]
+
+    def result(self, nearest: Neighbours) -> Duplicates:
+        self._keep_most_similar()
+        n_pairs_EE = self.n_pairs_EE + self.n_pairs_EE.T.triu(1) + self.n_pairs_EE.T.tril(-1)
+        pairs_P2, cosines_P, n_pairs_EE = self.pairs_P2.cpu(), self.cosines_P.cpu(), n_pairs_EE.cpu()
+        within_F, across_F = self.within_F.cpu(), self.across_F.cpu()
+        return Duplicates(self.threshold, pairs_P2, cosines_P, n_pairs_EE, within_F, across_F, nearest)

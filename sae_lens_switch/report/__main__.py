@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="cosine above which two latents are duplicates (default: 0.9)"
     )
+    parser.add_argument(
+        "--compare", type=Path, metavar="RUN", help="another run or SAE, of the same activations, to compare with"
+    )
     parser.add_argument("--device", help="device of SAE and language model (default: cuda if available, else cpu)")
     return parser
 

@@ -11,12 +11,14 @@ from markupsafe import Markup
 import sae_lens_switch
 from sae_lens_switch.analysis import Duplicates, RouterGeometry
 from sae_lens_switch.common.printable import printable
-from sae_lens_switch.report import cards, sections
+from sae_lens_switch.report import cards, inside, sections
 from sae_lens_switch.report.run import Run
 from sae_lens_switch.report.texts import Texts
 
 
-def render_page(run: Run, duplicates: Duplicates, geometry: RouterGeometry | None, texts: Texts | None) -> str:
+def render_page(
+    run: Run, duplicates: Duplicates, geometry: RouterGeometry | None, weights: inside.Weights, texts: Texts | None
+) -> str:
     """Render the whole file.
 
     Text of any origin is escaped by the template engine, and the page's policy lets only its own scripts run and
@@ -30,7 +32,13 @@ def render_page(run: Run, duplicates: Duplicates, geometry: RouterGeometry | Non
         sections.load(run, texts),
         sections.density(run, texts),
         sections.router(geometry, texts),
+        inside.alignment(weights.alignment),
+        inside.neighbours(run, duplicates.nearest, weights.encoder),
     ]
+    if texts is not None:
+        routing = texts.activity.routing
+        about += [inside.choices(run, texts), inside.together(routing.coactivation if routing else None)]
+        about += [inside.alike(texts.similarity)]
     searched = [sections.duplicate_pairs(run, duplicates, texts)]
     if texts is not None:
         searched += [cards.typical_tokens(run, texts), cards.latents(run, texts)]

@@ -1,6 +1,6 @@
 """What the SAE does on text: activity, language-model loss, and the texts around each latent's strongest examples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sae_lens_switch.analysis import Activity, activations_of, observe
+from sae_lens_switch.analysis import Activity, Similarity, activations_of, compare_saes, observe, over_represented
 from sae_lens_switch.report.language_model import CONTEXTS_AT_ONCE, activations, ce_losses, read_contexts
 from sae_lens_switch.report.run import Run
 
@@ -23,8 +23,18 @@ _LOSS_CONTEXTS = 32
 # Latents are shown by preference that fire in at least this many contexts, and on at most this share of the tokens.
 _FEW_CONTEXTS, _OFTEN = 4, 0.01
 _TOKENS_BEFORE, _TOKENS_AFTER = 16, 8
+# Of the first this many tokens, so many are compared; so many over-represented tokens are shown.
+_SAMPLED, _COMPARED, _DISTINCT = 4096, 1024, 32
 
 Window = tuple[list[str], list[float]]  # the text of each token, and the latent's activation there
+
+
+@dataclass(frozen=True)
+class DistinctToken:
+    """A token over-represented in an expert, and the share of its occurrences that went to each."""
+
+    text: str
+    share_E: list[float]
 
 
 @dataclass
@@ -37,6 +47,8 @@ class Texts:
         loss: Cross-entropy losses of the language model by name.
         windows: The strongest examples of each chosen latent.
         typical: The typical tokens per expert: text, count in this expert, count overall.
+        distinct: The most over-represented tokens of each expert, expert by expert.
+        similarity: Of activations, codes and reconstructions; None for fewer than four tokens.
     """
 
     source: str
@@ -44,6 +56,8 @@ class Texts:
     loss: dict[str, float]
     windows: dict[int, list[Window]]
     typical: list[list[tuple[str, int, int]]]
+    distinct: list[DistinctToken]
+    similarity: Similarity | None
 
 
 def read_texts(
@@ -56,6 +70,7 @@ def read_texts(
     latents: Sequence[int] = (),
     n_latents: int = 64,
     n_examples: int = 6,
+    others: Mapping[str, SAE] | None = None,
 ) -> Texts:
     """Run text through the language model and the SAE.
 
@@ -68,6 +83,7 @@ def read_texts(
         latents: Latents to include in any case.
         n_latents: Number of latents to choose beside these.
         n_examples: Number of texts per latent.
+        others: SAEs of the same activations to compare this one with, by name.
 
     Raises:
         ValueError: For latents that the SAE does not have, or if there is no text.
@@ -83,7 +99,9 @@ def read_texts(
     tokenizer = getattr(lm, "tokenizer", None)  # a HookedRootModule need not have one
     exclude = sae.cfg.metadata["exclude_special_tokens"]
     ignored = get_special_token_ids(tokenizer) if exclude is True else list(exclude or ())  # type: ignore[arg-type]
-    activity = observe(sae, activations(store, tokens), n_examples=n_examples, ignore_tokens=ignored)
+    sample: list[Tensor] = []
+    batches = _sampled(activations(store, tokens), sample, ignored)
+    activity = observe(sae, batches, n_examples=n_examples, ignore_tokens=ignored)
     chosen = sorted({*choose_latents(activity, n_latents), *latents})
     return Texts(
         source=f"{len(tokens):,} contexts of {tokens.shape[1]} tokens from {source}",
@@ -91,7 +109,38 @@ def read_texts(
         loss=ce_losses(sae, lm, store, tokens[:_LOSS_CONTEXTS], ignored),
         windows=_windows(sae, store, tokens, activity, chosen, tokenizer, ignored),
         typical=_typical(activity, tokenizer),
+        distinct=_distinct(activity, tokenizer),
+        similarity=_similarity({"this SAE's": sae, **(others or {})}, torch.cat(sample)),
     )
+
+
+def _sampled(
+    batches: Iterable[tuple[Tensor, Tensor]], sample: list[Tensor], ignored: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hand the batches on, and put the first activations into the sample, but for ignored tokens."""
+    for x, ids in batches:
+        if sum(map(len, sample)) < _SAMPLED:
+            kept = ~torch.isin(ids.cpu(), torch.tensor(ignored, dtype=torch.long))
+            sample.append(x[kept.to(x.device)])
+        yield x, ids
+
+
+def _similarity(saes: Mapping[str, SAE], x_ND: Tensor) -> Similarity | None:
+    return compare_saes(saes, x_ND, n_tokens=_COMPARED) if len(x_ND) >= 4 else None
+
+
+def _distinct(activity: Activity, tokenizer: PreTrainedTokenizerBase | None) -> list[DistinctToken]:
+    counts, E = activity.token_counts, activity.n_experts
+    if counts is None:
+        return []
+    ids = over_represented(counts, n=max(1, _DISTINCT // E)).ids.flatten()
+    found = []
+    for token in ids[ids >= 0][:_DISTINCT].tolist():
+        of_token = counts.labels_P == token
+        share_E = torch.zeros(E, dtype=torch.float64)
+        share_E[counts.experts_P[of_token]] = counts.counts_P[of_token].double() / counts.counts_P[of_token].sum()
+        found.append(DistinctToken(token_texts(tokenizer, [token, token])[1], share_E.tolist()))
+    return found
 
 
 def choose_latents(activity: Activity, n: int) -> list[int]:

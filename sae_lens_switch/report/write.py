@@ -4,8 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_lens import SAE
+
 from sae_lens_switch.analysis import duplicate_latents, router_geometry
 from sae_lens_switch.common.printable import logger
+from sae_lens_switch.report.inside import look_at_weights
 from sae_lens_switch.report.language_model import open_model
 from sae_lens_switch.report.page import render_page
 from sae_lens_switch.report.run import Run, load_run
@@ -29,6 +32,7 @@ def write_report(
     n_latents: int = 64,
     n_examples: int = 6,
     threshold: float = 0.9,
+    compare: str | Path | None = None,
     device: str = "cpu",
 ) -> Path:
     """Write one HTML page about a trained SAE.
@@ -49,6 +53,7 @@ def write_report(
         n_latents: Number of latents to choose beside these.
         n_examples: Number of texts per latent.
         threshold: Cosine above which two latents are duplicates.
+        compare: Another run or SAE, of the same activations, whose codes and reconstructions are compared with these.
         device: Device of the SAE and the language model.
 
     Returns:
@@ -59,6 +64,7 @@ def write_report(
     """
     loaded = load_run(run, history, device)
     sae, n_experts = loaded.sae, loaded.n_experts
+    others = {} if compare is None else {"the other's": _other(loaded, compare, device)}
     duplicates = duplicate_latents(sae.W_dec.detach(), n_experts, threshold=threshold)
     geometry = router_geometry(sae, centered=True) if isinstance(sae, SwitchBase) else None
     opened, reason = None, "--contexts 0"
@@ -79,12 +85,21 @@ def write_report(
             f"Reason: {reason}. Use --model and --dataset to provide them."
         )
     else:
-        options = {"latents": latents, "n_latents": n_latents, "n_examples": n_examples}
+        options = {"latents": latents, "n_latents": n_latents, "n_examples": n_examples, "others": others}
         found = read_texts(loaded, *opened, contexts=contexts, **options)
         _note_outlier(loaded, found)
     file = Path(output) if output is not None else Path(run) / "report.html"
-    _write(file, render_page(loaded, duplicates, geometry, found))
+    _write(file, render_page(loaded, duplicates, geometry, look_at_weights(loaded), found))
     return file
+
+
+def _other(run: Run, compare: str | Path, device: str) -> SAE:
+    """The SAE to compare with, which must be of the same activations."""
+    sae = load_run(compare, device=device).sae
+    ours, theirs = ((s.cfg.d_in, s.cfg.metadata.model_name, s.cfg.metadata.hook_name) for s in (run.sae, sae))
+    if ours != theirs:
+        raise ValueError(f"compare must be an SAE of the same activations, {ours}; got {theirs}")
+    return sae
 
 
 def _note_outlier(run: Run, texts: Texts) -> None:

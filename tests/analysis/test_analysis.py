@@ -313,7 +313,7 @@ def test_bad_arguments_of_duplicates_are_refused():
     for arguments, message in (
         ({"n_experts": 7}, "n_experts must divide d_sae=40; got 7"),
         ({"threshold": 1.5}, "threshold must be between 0 and 1; got 1.5"),
-        ({"block": 0}, "block at least 1"),
+        ({"block": 0}, "block must be at least 1; got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             duplicate_latents(W, **arguments)

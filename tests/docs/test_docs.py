@@ -22,9 +22,10 @@ import pytest
 import sae_lens
 import sae_lens_switch_kernels
 import torch
-from helpers import CONTEXT, HOOK, ROOT, randomize, switch_sae
+from helpers import CONTEXT, HOOK, ROOT, D, F, K, randomize, switch_sae
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 import sae_lens_switch
 from sae_lens_switch import cost, train
@@ -193,6 +194,7 @@ def test_a_pages_python_runs_in_the_order_it_is_read(page, model, dataset, tmp_p
         "dataset": dataset,
         "tokens": torch.tensor(dataset[:3]["tokens"]),
         "sae": randomize(switch_sae(dtype="float32", metadata=metadata)),
+        "dense": randomize(TopKSAE(TopKSAEConfig(d_in=D, d_sae=F, k=K))),
         "__name__": "page",
     }
     for code, cannot_run in blocks(TEXTS[page], "python"):

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -15,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.hub_server import HubServer
-from jupyter_client.manager import KernelManager
+from helpers.notebooks import TRAIN, Reader, n_pictures, printed, read
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from sae_lens import SAE
@@ -25,73 +23,8 @@ from safetensors.torch import load
 from sae_lens_switch import SwitchSAE
 
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
-TRAIN, TOPK, HUB, LEARNED = "train_switch", "sparse_topk", "hub_steer_ablate", "what_experts_learned"
+TOPK, HUB, LEARNED, INSIDE = "sparse_topk", "hub_steer_ablate", "what_experts_learned", "look_inside"
 REPO, SAE_ID = "user/saes", "layer_12/switch"
-# One kernel runs them all: SAELens is imported, and the text read, once. Their names are their own.
-BEFORE = """%reset -f
-import functools, sys
-import torch
-torch.set_grad_enabled(True)  # whatever the notebook before has set
-sys.path.insert(0, "..")
-import offline
-if not hasattr(offline.text_datasets, "cache_info"):
-    offline.text_datasets = functools.cache(offline.text_datasets)"""
-
-
-def read(name: str) -> Any:
-    return nbformat.read(ROOT / "examples" / "notebooks" / f"{name}.ipynb", as_version=4)
-
-
-class Reader:
-    """Runs notebooks in a folder laid out as the project is."""
-
-    def __init__(self, folder: Path, hub: HubServer, small: bool) -> None:
-        self.hub, self.runs = hub, folder / "runs"
-        self.here = folder / "examples" / "notebooks"
-        shutil.copytree(ROOT / "examples" / "notebooks", self.here)
-        (folder / "examples" / "offline.py").symlink_to(ROOT / "examples" / "offline.py")
-        (ROOT / "runs" / "models").mkdir(parents=True, exist_ok=True)
-        self.runs.mkdir()
-        (self.runs / "models").symlink_to(ROOT / "runs" / "models")  # converted once, for the quickstart as well
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTEST"))}
-        env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.writer, "HF_HUB_DISABLE_XET": "1"}
-        self.home = folder / "home"
-        env |= {"HF_HOME": str(self.home), "IPYTHONDIR": str(folder / "ipython")}
-        if small:
-            env["SAE_LENS_SWITCH_NOTEBOOK_SMALL"] = "1"
-        self.kernel = KernelManager()
-        self.kernel.start_kernel(cwd=str(self.here), env=env)
-        self._done: dict[str, Any] = {}
-
-    def run(
-        self,
-        name: str,
-        show: dict[str, str] | None = None,
-        settings: dict[str, str] | None = None,
-        cells: int | None = None,
-    ) -> tuple[Any, dict[str, Any]]:
-        """The executed notebook, and what its names held at the end.
-
-        show:     expressions in them, by the name that their values are to have here
-        settings: lines of the notebook to replace
-        cells:    run only so many of them
-        """
-        notebook = read(name)
-        for old, new in (settings or {}).items():
-            assert sum(old in cell.source for cell in notebook.cells) == 1, old
-            for cell in notebook.cells:
-                cell.source = cell.source.replace(old, new)
-        values = ", ".join(f"{key!r}: {expression}" for key, expression in (show or {}).items())
-        shown = nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{values}}}))")
-        notebook.cells = [nbformat.v4.new_code_cell(BEFORE), *notebook.cells[:cells], shown]
-        NotebookClient(notebook, km=self.kernel, timeout=3600).execute()
-        return notebook, json.loads(notebook.cells[-1].outputs[-1].text)
-
-    def trained(self) -> Path:
-        """The SAE of the first notebook, which the others use."""
-        if not (self.runs / "notebooks" / "switch").exists():
-            self.run(TRAIN)
-        return self.runs / "notebooks" / "switch"
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +35,11 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
         reader.kernel.shutdown_kernel(now=True)
 
 
-def outputs(notebook: Any) -> Iterator[Any]:
-    return (output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
-
-
-def printed(notebook: Any) -> str:
-    return "".join(output.text for output in outputs(notebook) if output.get("name") == "stdout")
-
-
-def n_pictures(notebook: Any) -> int:
-    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
-
-
 # As they are committed
 
 
-def test_there_are_four():
-    assert {path.stem for path in NOTEBOOKS} == {TRAIN, TOPK, HUB, LEARNED}
+def test_there_are_five():
+    assert {path.stem for path in NOTEBOOKS} == {TRAIN, TOPK, HUB, LEARNED, INSIDE}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -315,6 +236,42 @@ def test_what_the_experts_learned(reader):
     check_learned(reader)
 
 
+def check_inside(reader: Reader) -> None:
+    trained = reader.trained()
+    if not (reader.runs / "notebooks" / "topk").exists():
+        reader.run(TOPK)
+    show = {
+        "across": "nearest['decoder'].across_F.tolist()",
+        "alignment": "[alignment.encoder.r_squared, alignment.encoder.p, alignment.decoder.p]",
+        "told": "{name: [m.bits, m.corrected, m.expert_entropy] for name, m in told.items()}",
+        "shares": "share_TE.sum(1).tolist()",
+        "names": "alike.names",
+        "cka": "alike.cka_RR.tolist()",
+        "rsa": "alike.rsa_RR.tolist()",
+    }
+    notebook, seen = reader.run(INSIDE, show)
+    sae = SAE.load_from_disk(trained)
+    expert_F = torch.arange(sae.cfg.d_sae) // (sae.cfg.d_sae // sae.cfg.n_experts)
+    unit_FD = torch.nn.functional.normalize(sae.W_dec.detach().double(), dim=1)
+    cosine_FF = (unit_FD @ unit_FD.T).masked_fill(expert_F[:, None] == expert_F, -1)
+    assert seen["across"] == pytest.approx(cosine_FF.amax(1).tolist(), abs=1e-5)
+    assert all(0 < value <= 1 for value in seen["alignment"])
+    for bits, corrected, entropy in seen["told"].values():
+        assert corrected < bits <= entropy + 1e-9
+    assert seen["told"]["token"][1] > seen["told"]["position"][1]
+    assert seen["shares"] == pytest.approx([1] * len(seen["shares"]))
+    names = ["activations", *(f"{a} {b}" for a in ("switch", "topk") for b in ("codes", "reconstruction"))]
+    assert seen["names"] == names
+    for matrix in (seen["cka"], seen["rsa"]):
+        assert [row[i] for i, row in enumerate(matrix)] == pytest.approx([1] * 5)
+        assert matrix[2][4] > matrix[1][3] > 0  # reconstructions are more alike than codes
+    assert n_pictures(notebook) == 4
+
+
+def test_a_look_inside(reader):
+    check_inside(reader)
+
+
 # With the real model, on the settings that they come with
 
 
@@ -329,6 +286,7 @@ def test_all_of_them_on_their_own_settings(tmp_path):
             ablation = check_steering(reader)
             assert (ablation["loss on them"] > ablation["loss on the others"]).all()
             check_learned(reader)
+            check_inside(reader)
         finally:
             reader.kernel.shutdown_kernel(now=True)
 

@@ -26,7 +26,8 @@ HOOK = "transformer.h.0"
 SKIPPED = 1
 
 
-SECTIONS = ["summary", "curves", "load", "density", "router", "duplicates", "experts", "latents"]
+SECTIONS = ["summary", "curves", "load", "density", "router", "alignment", "neighbours", "choices", "similarity"]
+SECTIONS += ["duplicates", "experts", "latents"]
 
 
 def save_language_model(folder: Path) -> Path:

@@ -30,7 +30,9 @@ def test_without_a_model_the_page_has_what_weights_and_logs_give(output, tmp_pat
     (tmp_path / "run" / "metrics.json").write_text('{"explained_variance": 0.625, "expert_load": [0.1, 0.2, 0.3, 0.4]}')
     page = write_report(tmp_path / "run").read_text()
     tags = Tags(page)
-    assert tags.sections == ["summary", "curves", "load", "density", "router", "duplicates"]
+    assert tags.sections == [
+        *("summary", "curves", "load", "density", "router", "alignment", "neighbours", "duplicates")
+    ]
     assert "No text was read" in tags.text
     assert "62.5 %" in tags.text
     assert plots_of(page)["load"]["data"][0]["y"] == [10, 20, 30, 40]
@@ -40,10 +42,11 @@ def test_weights_alone_make_a_page(tmp_path):
     switch_sae().save_model(str(tmp_path / "switch"))
     randomize(TopKSAE(TopKSAEConfig(d_in=D, d_sae=F, k=K))).save_model(str(tmp_path / "topk"))
     tags = Tags(write_report(tmp_path / "switch").read_text())
-    assert tags.sections == ["summary", "curves", "router", "duplicates"]
+    assert tags.sections == ["summary", "curves", "router", "alignment", "neighbours", "duplicates"]
     assert "No curve was recorded" in tags.text
     assert "metadata name no" in tags.text
-    assert Tags(write_report(tmp_path / "topk", contexts=0).read_text()).sections == ["summary", "curves", "duplicates"]
+    sections = Tags(write_report(tmp_path / "topk", contexts=0).read_text()).sections
+    assert sections == ["summary", "curves", "neighbours", "duplicates"]
 
 
 @pytest.mark.parametrize(

@@ -54,5 +54,5 @@ def test_architectures_without_experts_have_a_page_too(architecture, tmp_path, l
     for run in (tmp_path / "output", tmp_path / "checkpoints"):
         page = write_report(run, dataset=str(tmp_path / "text"), n_latents=4).read_text()
         sections = [name for name in Tags(page).sections if name != "density"]  # of windows that were not empty
-        assert sections == ["summary", "curves", "duplicates", "latents"]
+        assert sections == ["summary", "curves", "neighbours", "similarity", "duplicates", "latents"]
         assert len(plots_of(page)["density"]["data"][0]["y"]) == 40
