@@ -5,9 +5,9 @@ from torch import Tensor
 
 # Prices are found for demand softened by a temperature, in units of the scores' spread, that falls in these steps.
 _TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
-_STEPS = 20
+_STEPS = 10
 # There are as many prices as columns: this many rows, evenly spaced, are enough to find them.
-_ROWS_PRICED = 16_384
+_ROWS_PRICED = 8192
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_lens_switch.saes.router import router_logits
 
-_STEPS, _BATCH, _LEARNING_RATE = 500, 4096, 0.05
+_STEPS, _BATCH, _LEARNING_RATE = 400, 2048, 0.05
 # Directions whose variance is less than this share of the largest are not amplified further.
 _LEAST_VARIANCE = 1e-4
 

@@ -61,11 +61,7 @@ def check_architecture(sae: SAE) -> None:
     architecture = sae.cfg.architecture()
     if architecture not in ACCEPTED or not isinstance(sae, TopKSAE | TopKTrainingSAE | JumpReLUSAE):
         raise ValueError(f"sae must be one of {', '.join(ACCEPTED)}; got {architecture!r} ({type(sae).__name__})")
-    if sae.cfg.normalize_activations in _NOT_FOLDED:
-        raise ValueError(
-            f"normalize_activations must be folded into the weights first (fold_activation_norm_scaling_factor, "
-            f"fold_activation_whitening; a finished run has done so); got {sae.cfg.normalize_activations!r}"
-        )
+    check_folded(sae)
     bad = [name for name, p in sae.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         raise ValueError(f"sae must have finite weights; {', '.join(bad)} {'have' if len(bad) > 1 else 'has'} not")
@@ -77,6 +73,15 @@ def check_architecture(sae: SAE) -> None:
                 "threshold of a jumprelu SAE must be one non-negative number for all latents, as saved from batchtopk; "
                 f"got {low:.4g} to {high:.4g}"
             )
+
+
+def check_folded(sae: SAE) -> None:
+    """Raise ValueError where the weights are for activations scaled by a factor that only training knew."""
+    if sae.cfg.normalize_activations in _NOT_FOLDED:
+        raise ValueError(
+            f"normalize_activations must be folded into the weights first (fold_activation_norm_scaling_factor, "
+            f"fold_activation_whitening; a finished run has done so); got {sae.cfg.normalize_activations!r}"
+        )
 
 
 def topk_of(sae: SAE, k: int | None, x_ND: Tensor) -> TopK:

@@ -12,10 +12,11 @@ from sae_lens_switch.saes.field_rules import SWITCH
 from sae_lens_switch.saes.router import router_logits
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.activations import ActivationSource
-from sae_lens_switch.upgrade.sources import sampled_inputs
+from sae_lens_switch.upgrade.sources import check_folded, sampled_inputs
 
-# Logits of two twins differ by this many nats on average, root mean square, over the tokens they share.
-_TWIN_SPREAD = 4.0
+# What is added to one twin's logits and taken from the other's, root mean square over their tokens, as a share of the
+# mean distance between a token's two highest logits: little enough that few tokens of other experts follow.
+_TWIN_SPREAD = 0.25
 
 
 @torch.no_grad()
@@ -53,6 +54,7 @@ def grow(
         raise ValueError(f"n_experts must be more than the {sae.cfg.n_experts} there are; got {n_experts}")
     if sae.is_fresh:
         raise ValueError("sae must be trained: this one is as initialised, so make it with more experts instead")
+    check_folded(sae)
     x_ND = sampled_inputs(sae, activations, n_tokens, seed)
     source_E, W_router_DE = _with_twins(sae, x_ND, n_experts)
     grown = _wider(sae, source_E, W_router_DE)
@@ -75,12 +77,13 @@ def _with_twins(sae: SwitchTrainingSAE, x_ND: Tensor, n_experts: int) -> tuple[T
     W_DE, bias_D = sae.W_router.detach().clone(), sae.effective_router_bias.detach()
     source = list(range(sae.cfg.n_experts))
     while len(source) < n_experts:
-        expert_N = router_logits(x_ND, W_DE, bias_D).argmax(dim=1)
+        logits_NE = router_logits(x_ND, W_DE, bias_D)
+        expert_N = logits_NE.argmax(dim=1)
         counts_E = torch.bincount(expert_N, minlength=len(source))
         busiest = int(counts_E.argmax())
         if counts_E[busiest] < 2:
             raise ValueError(f"activations must hold at least two tokens per expert; got {len(x_ND)} tokens in all")
-        direction_D = _splitting_direction((x_ND[expert_N == busiest] - bias_D).to(W_DE.dtype))
+        direction_D = _splitting_direction((x_ND[expert_N == busiest] - bias_D).to(W_DE.dtype)) * _margin(logits_NE)
         W_DE = torch.cat([W_DE, (W_DE[:, busiest] - direction_D).unsqueeze(1)], dim=1)
         W_DE[:, busiest] += direction_D
         source.append(source[busiest])
@@ -88,7 +91,10 @@ def _with_twins(sae: SwitchTrainingSAE, x_ND: Tensor, n_experts: int) -> tuple[T
 
 
 def _splitting_direction(x_BD: Tensor) -> Tensor:
-    """What to add to one twin's column of the router and take from the other's: nothing on average over the tokens."""
+    """What to add to one twin's column of the router and take from the other's, for a margin of 1.
+
+    On average over the tokens, which come without the router's bias, it adds nothing.
+    """
     mean_D = x_BD.mean(dim=0)
     along_D = mean_D / mean_D.norm().clamp_min(1e-30)
     centered_BD = x_BD - mean_D
@@ -98,7 +104,15 @@ def _splitting_direction(x_BD: Tensor) -> Tensor:
     axis_D = (
         axes_DD[:, -1] * axes_DD[axes_DD[:, -1].abs().argmax(), -1].sign()
     )  # eigenvectors have no sign of their own
-    return (_TWIN_SPREAD / 2 * axis_D / variance_D[-1].clamp_min(1e-30).sqrt()).to(x_BD.dtype)
+    return (_TWIN_SPREAD * axis_D / variance_D[-1].clamp_min(1e-30).sqrt()).to(x_BD.dtype)
+
+
+def _margin(logits_NE: Tensor) -> Tensor:
+    """Mean distance between a token's two highest logits; 1 where there is only one."""
+    if logits_NE.shape[1] == 1:
+        return logits_NE.new_ones(())
+    highest_N2 = logits_NE.topk(2, dim=1).values
+    return (highest_N2[:, 0] - highest_N2[:, 1]).mean()
 
 
 def _wider(sae: SwitchTrainingSAE, source_E: Tensor, W_router_DE: Tensor) -> SwitchTrainingSAE:
