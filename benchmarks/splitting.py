@@ -1,7 +1,7 @@
 """What splitting a TopK SAE costs: its error, that of the Switch SAE right after the split and after fine-tuning, and
 that of a Switch SAE trained from scratch on the same tokens.
 
-    python benchmarks/splitting.py        # a quarter of an hour on two CPU cores, no network
+    python benchmarks/splitting.py        # minutes on two CPU cores, no network
 
 The residual stream of SmolLM2-135M after a layer; errors are on held-out tokens. Fine-tuning and training from scratch
 are run with each learning rate of the list, and all are reported.
