@@ -16,6 +16,7 @@ from sae_lens_switch.training.runners import (
     MultiSAETrainingRunner,
 )
 from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
+from sae_lens_switch.upgrade import grow, split_topk
 
 register()
 
@@ -36,8 +37,10 @@ __all__ = [
     "TrainerOptions",
     "TrainingDivergedError",
     "activation_batches",
+    "grow",
     "override_topk",
     "scaling_law_lr",
+    "split_topk",
     "upload_saes_to_huggingface",
     "verified_loader",
 ]

@@ -40,7 +40,7 @@ def nearest_neighbours(W_FD: Tensor, n_experts: int = 1, *, block: int = 2048, b
     """Find each latent's nearest neighbour in its own expert and in the others.
 
     Costs F^2 D FLOPs on the device of ``W_FD``, half of all pairs at 2 D each, in tiles of block x block cosines.
-    Takes about 3 block^2 numbers of memory (50 MB by default) and 24 bytes per latent beside the weights, whatever F.
+    Memory beside the weights does not grow with F but for 24 bytes per latent: some numbers per pair of a tile.
 
     Args:
         W_FD: One row per latent: ``W_dec``, or the transpose of ``W_enc``.

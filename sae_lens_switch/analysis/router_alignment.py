@@ -16,8 +16,8 @@ class Alignment:
     Both are centred over the experts, since a softmax is invariant to what all its logits share. The null (P
     permutations) is the same number after the latents were dealt out to experts of the same size at random.
 
-    Alignment may be negative: without an encoder bias, encoder columns that point against the direction shared by an
-    expert's tokens keep its latents from firing on all of them.
+    Alignment may be negative. One possible reason: there is no encoder bias, and encoder columns that point against the
+    direction shared by an expert's tokens keep its latents from firing on all of them.
 
     Attributes:
         cosine_E: Cosine of r_e and c_e.
@@ -69,7 +69,7 @@ class RouterAlignment:
 def router_alignment(sae: SAE, *, n_permutations: int = 1000, seed: int = 0) -> RouterAlignment:
     """Test whether the router points where its experts' latents do, on the SAE's device.
 
-    Costs 4 n_permutations E F D FLOPs: half a second at E = 8, F = 4,608, D = 576 and 200 permutations on a CPU core.
+    Costs 4 n_permutations E F D FLOPs.
 
     Args:
         sae: A Switch SAE with at least two experts, for training or inference.

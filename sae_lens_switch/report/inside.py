@@ -100,8 +100,8 @@ def alignment(found: RouterAlignment | None) -> Section | None:
     says = (
         "Does the router send a token to the expert whose latents point its way? The orange range is what remains when "
         "latents are dealt out to the experts at random; bars outside it are more than chance. Bars below zero are "
-        "latents that point against what their expert's tokens share: the encoder has no bias, and this can take its "
-        "place. Share of the router's weights explained by a factor times the experts' means: "
+        "latents that point against what their expert's tokens share, perhaps in place of the encoder bias that a "
+        "Switch SAE does not have. Share of the router's weights explained by a factor times the experts' means: "
         f"{'; '.join(said)}."
     )
     return Section("alignment", "Router against chance", says=says, plots=plots)
