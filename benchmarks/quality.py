@@ -41,7 +41,6 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "2 of 16, renormalised": {"n_active_experts": 2, "gate": "renormalized"},
         "2 of 16, no gate": {"n_active_experts": 2, "gate": "one"},
         "4 of 16, renormalised": {"n_active_experts": 4, "gate": "renormalized"},
-        "4 of 16, no gate": {"n_active_experts": 4, "gate": "one"},
     },
     "dead latents at k = 8": {
         "no AuxK": AUX,
