@@ -1,6 +1,8 @@
 """Whole steps under autocast on Triton: the copies that its kernels write are those that its products read."""
 
+import importlib
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,15 +10,15 @@ from helpers import E, activations, training_sae
 from helpers.trainers import our_trainer, run, topk
 from helpers.triton_checks import DEVICE
 from sae_lens import LoggingConfig
-from sae_lens_switch_kernels import backend, products, torch_backend, working_copy
+from sae_lens_switch_kernels import WorkingCopies, backend, products
 from torch import Tensor
 
 from sae_lens_switch import SparseSAETrainer, SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 
 pytest.importorskip("triton")
 
-from sae_lens_switch_kernels import triton_backend  # noqa: E402
-
+# The module, not the function of the same name that the package exports.
+working_copy = importlib.import_module("sae_lens_switch_kernels.working_copy")
 BATCHES = [batch.to(DEVICE) for batch in activations(6, batch=9)]
 
 
@@ -44,14 +46,15 @@ def make_trainer(architecture: str, optimizer: str) -> SparseSAETrainer:
 def test_losses_are_those_of_casts_and_every_copy_is_written_by_a_kernel(architecture, optimizer, monkeypatch):
     asked = []
 
-    def checked(W: Tensor, dtype: torch.dtype) -> Tensor:
-        low = working_copy(W, dtype)
+    def checked(self: working_copy._Copy, W: Tensor, dtype: torch.dtype) -> Tensor | None:
+        low = seen_as(self, W, dtype)
+        assert low is not None
         assert torch.equal(low, W.to(dtype)), "a stale copy"
         asked.append(tuple(W.shape))
         return low
 
-    for module in (torch_backend, triton_backend):
-        monkeypatch.setattr(module, "working_copy", checked)
+    seen_as = working_copy._Copy.seen_as  # what every product goes through, in whichever file it is
+    monkeypatch.setattr(working_copy._Copy, "seen_as", checked)
     ours, plain = (make_trainer(architecture, optimizer) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # no kernel fails its self-check
@@ -60,8 +63,7 @@ def test_losses_are_those_of_casts_and_every_copy_is_written_by_a_kernel(archite
     current = [copy.is_current for copy in ours.optimizer.copies._copies if copy.numbers is not None]
     assert current
     assert all(current)
-    for module in (torch_backend, triton_backend):
-        monkeypatch.setattr(module, "working_copy", lambda W, dtype: W.to(dtype))
+    monkeypatch.setattr(WorkingCopies, "offered", lambda _: nullcontext())
     assert losses == [o.loss for o in run(plain, BATCHES)]
     for p, q in zip(ours.sae.parameters(), plain.sae.parameters(), strict=True):
         assert torch.equal(p, q)
