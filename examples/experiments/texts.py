@@ -215,6 +215,6 @@ def save(found: Contexts, file: Path) -> None:
 
 
 def load(file: Path) -> Contexts:
-    with np.load(file) as saved:
+    with np.load(file, allow_pickle=False) as saved:
         facts = json.loads(str(saved["facts"]))
         return Contexts({name: saved[name] for name in SPLITS}, facts["facts"], facts["kept_out"])

@@ -13,6 +13,8 @@ from sae_lens_switch.common.types import Json
 MANIFEST = "checkpoint.json"
 # How long a run is to be, and with it the end of its schedule, may change between a checkpoint and the resumed run.
 MAY_CHANGE = {"total_training_samples", "lr_decay_steps"}
+# What checkpoints from before a field was there have for it.
+_BEFORE = {"encoder_precision": "full", "n_active_experts": 1}
 ORDERED_BY = ("n_training_samples", "saved_at")
 
 
@@ -107,7 +109,7 @@ def _digest(manifest: Json) -> str:
 
 def _differences(saved: Json, wanted: Json) -> Iterator[str]:
     for name in sorted((saved.keys() | wanted.keys()) - MAY_CHANGE):
-        a, b = saved.get(name), wanted.get(name)
+        a, b = saved.get(name, _BEFORE.get(name) if name in wanted else None), wanted.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b)
         elif a != b:

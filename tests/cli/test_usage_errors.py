@@ -22,7 +22,7 @@ from helpers.command_line import SWITCH, file_of, refusal
         ([*SWITCH, "--lr", "nan"], "lr must be a number; got 'nan'"),
         ([*SWITCH, "--k", "2.5"], "k must be a whole number; got '2.5'"),
         ([*SWITCH, "--streaming", "maybe"], "streaming must be true or false; got 'maybe'"),
-        ([*SWITCH, "--gate", "two"], "gate must be one of 'probability', 'one'; got 'two'"),
+        ([*SWITCH, "--gate", "two"], "gate must be one of 'probability', 'renormalized', 'one'; got 'two'"),
         ([*SWITCH, "--hook-head-index", "x"], "hook_head_index must be a whole number or none; got 'x'"),
         ([*SWITCH, "--seqpos-slice", "1", "x"], "seqpos_slice must be a list, each a whole number or none; got .*"),
         ([*SWITCH, "--model-kwargs", "[1]"], "model_kwargs must be a table; got '\\[1\\]'"),
