@@ -19,16 +19,18 @@ pytest.importorskip("triton")
 
 # The module, not the function of the same name that the package exports.
 working_copy = importlib.import_module("sae_lens_switch_kernels.working_copy")
-BATCHES = [batch.to(DEVICE) for batch in activations(6, batch=9)]
+BATCHES = [batch.to(DEVICE) for batch in activations(3, batch=9)]
 
 
-@pytest.fixture(autouse=True)
-def on_triton(monkeypatch):
-    monkeypatch.setenv("SAE_LENS_SWITCH_BACKEND", "triton")
-    monkeypatch.setattr(products, "_DENSE_UP_TO", {DEVICE: 10**9})
-    backend._proven.cache_clear()
-    yield
-    backend._proven.cache_clear()
+@pytest.fixture(autouse=True, scope="module")
+def on_triton():
+    """For all cases together: the kernels' self-checks take longer than the steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_LENS_SWITCH_BACKEND", "triton")
+        patch.setattr(products, "_DENSE_UP_TO", {DEVICE: 10**9})
+        backend._proven.cache_clear()
+        yield
+        backend._proven.cache_clear()
 
 
 def make_trainer(architecture: str, optimizer: str) -> SparseSAETrainer:
