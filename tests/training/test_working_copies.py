@@ -1,25 +1,22 @@
 """Under autocast a step reads working copies of the weights: no matrix is cast, no number is stale, no loss changes."""
 
 import copy
-import importlib
 from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import D, E, activations, randomize, training_sae
+from helpers.copies import watch_copies
 from helpers.trainers import our_trainer, run, topk
 from sae_lens import LoggingConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens_switch_kernels import WorkingCopies, products
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from sae_lens_switch.saes.serialization import fold_activation_scaler
 from sae_lens_switch.training.collapse_response import reseed
 
-# The module, not the function of the same name that the package exports.
-working_copy = importlib.import_module("sae_lens_switch_kernels.working_copy")
 BATCHES = activations(20, batch=16)
 
 
@@ -37,18 +34,7 @@ def make_trainer(architecture: str, sae_fields: dict | None = None, **fields) ->
 @pytest.fixture
 def calls(monkeypatch):
     """What the products asked for; each answer is compared with a fresh cast, bit by bit."""
-    asked = []
-
-    def checked(self: working_copy._Copy, W: Tensor, dtype: torch.dtype) -> Tensor | None:
-        low = seen_as(self, W, dtype)
-        assert low is not None
-        assert torch.equal(low, W.to(dtype)), "a stale copy"
-        asked.append(tuple(W.shape))
-        return low
-
-    seen_as = working_copy._Copy.seen_as  # what every product goes through, in whichever file it is
-    monkeypatch.setattr(working_copy._Copy, "seen_as", checked)
-    return asked
+    return watch_copies(monkeypatch)
 
 
 both_architectures = pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])

@@ -1,24 +1,21 @@
 """Whole steps under autocast on Triton: the copies that its kernels write are those that its products read."""
 
-import importlib
 import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import E, activations, training_sae
+from helpers.copies import watch_copies
 from helpers.trainers import our_trainer, run, topk
 from helpers.triton_checks import DEVICE
 from sae_lens import LoggingConfig
 from sae_lens_switch_kernels import WorkingCopies, backend, products
-from torch import Tensor
 
 from sae_lens_switch import SparseSAETrainer, SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 
 pytest.importorskip("triton")
 
-# The module, not the function of the same name that the package exports.
-working_copy = importlib.import_module("sae_lens_switch_kernels.working_copy")
 BATCHES = [batch.to(DEVICE) for batch in activations(3, batch=9)]
 
 
@@ -46,17 +43,7 @@ def make_trainer(architecture: str, optimizer: str) -> SparseSAETrainer:
 @pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
 @pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])
 def test_losses_are_those_of_casts_and_every_copy_is_written_by_a_kernel(architecture, optimizer, monkeypatch):
-    asked = []
-
-    def checked(self: working_copy._Copy, W: Tensor, dtype: torch.dtype) -> Tensor | None:
-        low = seen_as(self, W, dtype)
-        assert low is not None
-        assert torch.equal(low, W.to(dtype)), "a stale copy"
-        asked.append(tuple(W.shape))
-        return low
-
-    seen_as = working_copy._Copy.seen_as  # what every product goes through, in whichever file it is
-    monkeypatch.setattr(working_copy._Copy, "seen_as", checked)
+    asked = watch_copies(monkeypatch)
     ours, plain = (make_trainer(architecture, optimizer) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # no kernel fails its self-check
