@@ -6,7 +6,7 @@ no gradient.
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,100 +15,19 @@ from torch.library import custom_op
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
 from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents
 from sae_lens_switch_kernels.indexing import ExpertGroups
-from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
+from sae_lens_switch_kernels.inputs import (
+    BackwardInputs,
+    DecoderInputs,
+    EncoderInputs,
+    InputGrads,
+    Outputs,
+    check_range,
+    flat_schema,
+)
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
 from sae_lens_switch_kernels.products import CodeProducts, is_dense
 from sae_lens_switch_kernels.row_grads import RowGrads, merge_rows, minus_weighted_sum
 from sae_lens_switch_kernels.several_experts import OwnGates, are_several, own_gates
-
-
-class DecoderInputs(NamedTuple):
-    """The arguments of ``autoencode`` that follow the encoder's.
-
-    Attributes:
-        W_dec_FD: Decoder weights.
-        dead_N: The dead latents, for AuxK.
-        aux_k: How many of them are chosen per token.
-    """
-
-    W_dec_FD: Tensor
-    dead_N: Tensor | None
-    aux_k: int
-
-
-class Outputs(NamedTuple):
-    """What ``autoencode`` computes; empty tensors where there is no AuxK.
-
-    Attributes:
-        out_BD: Reconstruction.
-        values_BK: Values of the active latents, after ReLU and before the gate.
-        indices_BK: The active latents.
-        aux_out_BD: Reconstruction from dead latents alone.
-        aux_values_BA: Pre-activations of the chosen dead latents, rows sorted by expert.
-        aux_slots_BA: Their slots in ``DeadLatents``, rows sorted by expert.
-        centered_BD: The encoder's input, rows sorted by expert; empty if it is x itself, which an operator may not
-            return, and on a GPU, which makes it anew in less time than it takes to save it.
-        order_B: Of the ``ExpertGroups``; empty if there is one group.
-        offsets_E1: Likewise.
-        doubtful_B: Whether low precision may have missed a latent of the token; empty without candidates.
-    """
-
-    out_BD: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_out_BD: Tensor
-    aux_values_BA: Tensor
-    aux_slots_BA: Tensor
-    centered_BD: Tensor
-    order_B: Tensor
-    offsets_E1: Tensor
-    doubtful_B: Tensor
-
-
-class BackwardInputs(NamedTuple):
-    """Arguments of ``autoencode_backward``: upstream gradients, then what forward saved, then what is needed."""
-
-    grad_out_BD: Tensor | None
-    grad_values_BK: Tensor | None
-    grad_aux_BD: Tensor | None
-    x_BD: Tensor
-    centered_BD: Tensor
-    W_enc_FD: Tensor
-    W_dec_FD: Tensor
-    pre_bias_D: Tensor | None
-    gates_B: Tensor | None
-    expert_B: Tensor | None
-    dead_N: Tensor | None
-    order_B: Tensor
-    offsets_E1: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_values_BA: Tensor
-    aux_slots_BA: Tensor
-    n_experts: int
-    dtype: torch.dtype
-    needs_x: bool
-    needs_pre_bias: bool
-
-    def groups(self) -> ExpertGroups:
-        return ExpertGroups(self.order_B if self.order_B.numel() else None, self.offsets_E1)
-
-    def centered(self, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:
-        if self.centered_BD.numel():
-            return self.centered_BD
-        return primitives(self.x_BD).sorted_rows(self.x_BD, self.pre_bias_D, groups, dtype)
-
-
-class InputGrads(NamedTuple):
-    """Gradients, under the names of the arguments of ``autoencode``; empty where not needed."""
-
-    x_BD: Tensor
-    W_enc_FD: Tensor
-    W_dec_FD: Tensor
-    gates_B: Tensor
-    pre_bias_D: Tensor
-    bias_F: Tensor
-
 
 _ARGUMENTS = EncoderInputs._fields + DecoderInputs._fields
 _SAVED = BackwardInputs._fields[3:17]  # tensors, from x_BD to aux_slots_BA
@@ -120,7 +39,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
 
 
 @custom_op(
-    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=10)
+    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=11)
 )
 def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of Outputs; takes those of EncoderInputs and DecoderInputs one by one."""
@@ -130,17 +49,14 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
     x_BD, E, (W_dec_FD, dead_N, aux_k) = inputs.x_BD, inputs.n_experts, decoder
     p, groups = primitives(x_BD), inputs.groups()
-    dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device)
+    dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device, inputs.dtype)
     # Candidates are recomputed from x in its own dtype.
     centered_BD = inputs.centered(groups, inputs.dtype if dense and inputs.candidate_dtype is None else None)
     with torch.autocast(x_BD.device.type, enabled=False):
         sorted_values_BK, sorted_indices_BK, doubtful_B = encode_sorted(inputs, centered_BD, groups)
         gating = _gating(p, inputs.expert_B, sorted_indices_BK, len(W_dec_FD) // E)
-        acts_BK, values_BK, indices_BK = gating.unsorted_codes(
-            sorted_values_BK, sorted_indices_BK, inputs.gates_B, groups
-        )
         codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype)
-        out_BD = codes.decode(acts_BK, W_dec_FD)
+        out_BD, acts_BK, values_BK, indices_BK = codes.decode_gated(gating, sorted_values_BK, inputs.gates_B, W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         if dead_N is not None:
             check_range("dead_N", dead_N, len(inputs.W_enc_FD))
@@ -149,7 +65,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
             aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype)
             gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.n_slots, groups)
             aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z])
-    none = x_BD.new_empty
+    none, is_given = x_BD.new_empty, inputs.ends_E1 is not None
     return Outputs(
         out_BD,
         values_BK,
@@ -158,9 +74,10 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         aux_values_BA,
         aux_slots_BA,
         none(0) if centered_BD is x_BD or isinstance(p, SelfChecked) else centered_BD,
-        none(0, dtype=torch.long) if groups.order_B is None else groups.order_B,
-        groups.offsets_E1,
+        none(0, dtype=torch.long) if groups.order_B is None or is_given else groups.order_B,
+        none(0, dtype=torch.long) if is_given else groups.offsets_E1,
         doubtful_B if inputs.candidate_dtype is None else groups.unsorted(doubtful_B),
+        none(0) if inputs.gates_B is None else acts_BK,
     )
 
 
@@ -170,7 +87,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     x_BD, W_enc_FD, W_dec_FD = inputs.x_BD, inputs.W_enc_FD, decoder.W_dec_FD
     B, long, has_aux = x_BD.shape[0], torch.long, decoder.dead_N is not None
     is_sorted = inputs.expert_B is not None and not are_several(inputs.expert_B)
-    has_centered = inputs.pre_bias_D is not None or is_sorted
+    has_centered, is_given = inputs.pre_bias_D is not None or is_sorted, inputs.ends_E1 is not None
     has_centered = has_centered and not isinstance(primitives(x_BD), SelfChecked)
     return (
         W_dec_FD.new_empty(x_BD.shape),
@@ -180,9 +97,10 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         W_enc_FD.new_empty((B, decoder.aux_k) if has_aux else 0),
         x_BD.new_empty(B, decoder.aux_k, dtype=long) if has_aux else W_dec_FD.new_empty(0),
         x_BD.new_empty(x_BD.shape if has_centered else 0),
-        x_BD.new_empty(B if is_sorted else 0, dtype=long),
-        x_BD.new_empty(inputs.n_experts + 1 if is_sorted else 2, dtype=long),
+        x_BD.new_empty(B if is_sorted and not is_given else 0, dtype=long),
+        x_BD.new_empty(0 if is_given else inputs.n_experts + 1 if is_sorted else 2, dtype=long),
         x_BD.new_empty(0 if inputs.candidate_dtype is None else B, dtype=torch.bool),
+        x_BD.new_empty(0) if inputs.gates_B is None else W_enc_FD.new_empty(B, inputs.k),
     )
 
 
@@ -221,31 +139,34 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     """
     p, groups = primitives(b.x_BD), b.groups()
     active_only = row_grads is not None and row_grads.active_only
-    has_radial = row_grads is not None and b.dtype == b.W_dec_FD.dtype and b.dtype.itemsize >= 4
+    gating = _gating(p, b.expert_B, b.indices_BK, len(b.W_dec_FD) // b.n_experts)
+    dense = not active_only and is_dense(len(b.W_dec_FD), b.indices_BK.shape[1], groups, b.x_BD.device, b.dtype)
 
     def none() -> Tensor:
         return b.x_BD.new_empty(0)  # one per output: those of an operator may not share memory
 
-    def products_at(indices: Tensor, n_latents: int) -> CodeProducts:
-        return CodeProducts(p, indices, n_latents, groups, b.dtype, active_only)
-
-    gating = _gating(p, b.expert_B, b.indices_BK, len(b.W_dec_FD) // b.n_experts)
-    acts_BK, values_BK, indices_BK = gating.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
-    codes = products_at(indices_BK, len(b.W_dec_FD))
+    has_radial = row_grads is not None and b.dtype == b.W_dec_FD.dtype and b.dtype.itemsize >= 4
     # Dense on a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
-    has_radial = has_radial and not (isinstance(p, SelfChecked) and (codes.dense or b.dead_N is not None))
-    rows_dtype = b.dtype if codes.dense else b.x_BD.dtype
+    has_radial = has_radial and not (isinstance(p, SelfChecked) and (dense or b.dead_N is not None))
+    rows_dtype = b.dtype if dense else b.x_BD.dtype
     grad_out_BD = b.x_BD.new_zeros(b.x_BD.shape) if b.grad_out_BD is None else b.grad_out_BD
-    g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
-    d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
-    d_pre_BK, d_gates_B = gating.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
-    # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
-    radial_BK = acts_BK * d_acts_BK if has_radial else None
-    rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
-    d_x_BD = codes.decode(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
+    if dense and isinstance(p, SelfChecked) and gating is p and not b.needs_x:
+        gated = b.values_BK, b.indices_BK, b.gates_B, b.grad_values_BK
+        found = p.gated_grads(*gated, grad_out_BD, b.x_BD, b.pre_bias_D, b.W_dec_FD, groups, b.dtype)
+        rows_R, grads, (d_gates_B, centered_BD), d_x_BD = None, found[:3], found[3:], none()
+    else:
+        acts_BK, values_BK, indices_BK = gating.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
+        codes = CodeProducts(p, indices_BK, len(b.W_dec_FD), groups, b.dtype, active_only)
+        g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
+        d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
+        d_pre_BK, d_gates_B = gating.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
+        # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
+        radial_BK = acts_BK * d_acts_BK if has_radial else None
+        rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
+        d_x_BD = codes.decode(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
         dead = dead_latents(b.dead_N, b.n_experts, len(b.W_enc_FD), b.aux_slots_BA.shape[1])
-        aux = products_at(b.aux_slots_BA, len(dead.latents_Z))
+        aux = CodeProducts(p, b.aux_slots_BA, len(dead.latents_Z), groups, b.dtype, active_only)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
         rows_R, grads = merge_rows(rows_R, grads, dead_R, dead_grads)
         d_x_BD = d_x_BD + d_dead_x_BD if b.needs_x else d_x_BD
@@ -302,6 +223,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(outputs.indices_BK, *outputs[4:])
     ctx.set_materialize_grads(False)
     saved = encoder._asdict() | decoder._asdict() | outputs._asdict()
+    if encoder.ends_E1 is not None:
+        order_B = outputs.order_B if encoder.sorted_B is None else encoder.sorted_B
+        saved |= {"order_B": order_B, "offsets_E1": encoder.ends_E1}
     ctx.save_for_backward(*(saved[name] for name in _SAVED))
     ctx.constants = encoder.n_experts, encoder.dtype
 

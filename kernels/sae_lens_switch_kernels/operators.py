@@ -125,11 +125,10 @@ def _encode_rows(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroup
     with torch.autocast(centered_BD.device.type, enabled=False):
         if inputs.candidate_dtype is None:
             values_BK, indices_BK = p.topk_encode(
-                centered_BD, inputs.W_enc_FD, inputs.k, groups, inputs.bias_F, inputs.scale_F, inputs.dtype
+                centered_BD, inputs.W_enc_FD, inputs.k, groups, inputs.bias_F, inputs.scale_F, inputs.dtype, True
             )
-            selected = Selected(values_BK, indices_BK, centered_BD.new_empty(0, dtype=torch.bool))
-        else:
-            selected = select_from_candidates(p, inputs, centered_BD, groups)
+            return Selected(values_BK, indices_BK, centered_BD.new_empty(0, dtype=torch.bool))
+        selected = select_from_candidates(p, inputs, centered_BD, groups)
     selected.values_BK.relu_()
     return selected
 
@@ -161,7 +160,7 @@ def _encode_backward(ctx: Any, grad_BK: Tensor, grad_indices: None) -> Gradients
         # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.
         -(d_bias_F @ W_FD) if needs_pre_bias else None,
         d_bias_F if needs_bias else None,
-        *[None] * 8,
+        *[None] * (len(EncoderInputs._fields) - 4),
     )
 
 

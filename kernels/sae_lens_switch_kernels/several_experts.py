@@ -84,7 +84,11 @@ class OwnGates(NamedTuple):
         """values * gate, values and indices."""
         return self._gated(values_BK, gates_BA), values_BK, indices_BK
 
-    unsorted_codes = sorted_codes
+    def unsorted_codes(
+        self, values_BK: Tensor, indices_BK: Tensor, gates_BA: Tensor | None, groups: ExpertGroups
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        acts_BK, *codes = self.sorted_codes(values_BK, indices_BK, gates_BA, groups)
+        return acts_BK, acts_BK, *codes
 
     def code_grads(
         self,

@@ -8,9 +8,7 @@ Letters beside the package's: R here counts the rows of a tile, P the latents of
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,19 +17,40 @@ from torch.nn import functional
 from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex, expert_groups, latent_index
-from sae_lens_switch_kernels.torch_adam import adam_rows, lazy_adam_rows
+from sae_lens_switch_kernels.torch_adam import adam_rows, adam_tensors, lazy_adam_rows
 from sae_lens_switch_kernels.torch_clipping import clip
-from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
+from sae_lens_switch_kernels.torch_codes import (
+    code_grads,
+    count_codes,
+    sorted_codes,
+    sorted_rows,
+    unsorted_codes,
+)
+from sae_lens_switch_kernels.torch_grouped import (
+    gated_decode,
+    gated_grads,
+    grouped_decode,
+    grouped_matmul_at_indices,
+    grouped_weight_grad,
+    grouped_weight_grads,
+    offsets_of,
+    row_tiles,
+    tile_rows,
+)
+from sae_lens_switch_kernels.torch_loss import loss, loss_backward
 from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
 from sae_lens_switch_kernels.torch_routing import route, route_backward, update_loads
 from sae_lens_switch_kernels.torch_topk import select_topk
-from sae_lens_switch_kernels.working_copy import working_copy
 
 __all__ = [
     "adam_rows",
+    "adam_tensors",
     "clip",
     "code_grads",
+    "count_codes",
     "expert_groups",
+    "gated_decode",
+    "gated_grads",
     "grouped_decode",
     "grouped_matmul_at_indices",
     "grouped_weight_grad",
@@ -39,6 +58,8 @@ __all__ = [
     "latent_index",
     "latent_weight_grads",
     "lazy_adam_rows",
+    "loss",
+    "loss_backward",
     "matmul_at_indices",
     "route",
     "route_backward",
@@ -54,8 +75,6 @@ __all__ = [
 # Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
 # that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
 # cache with their weights, for the same reason.
-_TILE_ROWS = {"cpu": 512}
-_TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
 _PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
 _MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
@@ -129,12 +148,13 @@ def topk_encode(
     bias_F: Tensor | None,
     scale_F: Tensor | None,
     dtype: torch.dtype,
+    relu: bool = False,
     select: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of (x W_e^T + bias) * scale per row: pre-activations without the scale, and indices over all F.
 
-    2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. ``select``
-    searches a tile; default: ``select_topk``.
+    2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. With ``relu``
+    pre-activations that are chosen, and negative, are 0. ``select`` searches a tile; default: ``select_topk``.
     """
     E, device = len(groups.offsets_E1) - 1, x_BD.device
     M = len(W_FD) // E
@@ -142,14 +162,14 @@ def topk_encode(
     indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=device)
     # Several experts share a tile, and one search, where they differ in nothing but their weights.
     alone = E == 1 or M > _TILE_LATENTS or bias_F is not None or scale_F is not None
-    rows = _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
-    offsets = _offsets(groups, len(x_BD))
+    rows = tile_rows(device)
+    offsets = offsets_of(groups, len(x_BD))
     # In low precision, the whole of W is converted once: less than half of it is then read once per tile.
     float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
     x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
     product_dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
     buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=product_dtype, device=device)
-    for tile in _row_tiles(offsets, rows, alone):
+    for tile in row_tiles(offsets, rows, alone):
         low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
         found = []
         for part in range(0, M, _TILE_LATENTS):
@@ -164,34 +184,8 @@ def topk_encode(
             found.append((values.to(W_FD.dtype), indices.add_(part)))
         scale = None if scale_F is None else scale_F[expert * M : (expert + 1) * M]
         values_BK[low:high], indices_BK[low:high] = found[0] if len(found) == 1 else _best(found, k, scale)
+    values_BK = values_BK.relu_() if relu else values_BK
     return values_BK, indices_BK if E == 1 else indices_BK.add_(groups.first_latents(len(x_BD), len(W_FD)))
-
-
-class _Rows(NamedTuple):
-    expert: int
-    start: int
-    end: int
-
-
-def _row_tiles(offsets: list[int], rows: int, alone: bool) -> Iterator[list[_Rows]]:
-    """Tiles of at most ``rows`` sorted rows, each as a list of runs of one expert; with ``alone``, of a single run."""
-    tile, room = [], rows
-    for expert, (start, end) in enumerate(pairwise(offsets)):
-        while start < end:
-            stop = min(end, start + room)
-            tile.append(_Rows(expert, start, stop))
-            room -= stop - start
-            start = stop
-            if alone or room == 0:
-                yield tile
-                tile, room = [], rows
-    if tile:
-        yield tile
-
-
-def _offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
-    # With one group they are known, and nothing needs to be read back from a GPU.
-    return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
 
 
 def _product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor) -> None:
@@ -220,91 +214,3 @@ def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) ->
     values, indices = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
     best_RK = (values if scale_F is None else values * scale_F[indices]).topk(k, dim=1, sorted=False).indices
     return values.gather(1, best_RK), indices.gather(1, best_RK)
-
-
-def grouped_decode(
-    values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    """sparse_decode as one dense product per expert, 2BMD flops: faster while M / K is small.
-
-    Codes are sorted by expert, as everywhere; what they decode to is in the order of the tokens.
-    """
-    out_BD = W_FD.new_empty(len(values_BK), W_FD.shape[1])
-    for block, tile, buffer_RM in _tiles(len(values_BK), len(W_FD), groups, dtype):
-        acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
-        _mm(out_BD[tile], acts_RM, working_copy(W_FD[block], dtype))
-    return groups.unsorted(out_BD)
-
-
-def grouped_matmul_at_indices(
-    g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    """matmul_at_indices as one dense product per expert."""
-    out_BK = g_BD.new_empty(indices_BK.shape)
-    for block, tile, buffer_RM in _tiles(len(g_BD), len(W_FD), groups, dtype):
-        torch.mm(g_BD[tile].to(dtype), working_copy(W_FD[block], dtype).T, out=buffer_RM)
-        out_BK[tile] = buffer_RM.gather(1, indices_BK[tile] - block.start)
-    return out_BK
-
-
-def grouped_weight_grad(
-    values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    """latent_weight_grad as one dense product per expert."""
-    grad_FD = empty_huge(n_latents, g_BD.shape[1], dtype=g_BD.dtype, device=g_BD.device)
-    written = 0
-    for block, tile, buffer_RM in _tiles(len(g_BD), n_latents, groups, dtype):
-        acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
-        g_RD = g_BD[tile].to(dtype)
-        if block.stop > written:  # the first tile of this expert
-            grad_FD[written : block.start] = 0  # experts without tokens
-            _mm(grad_FD[block], acts_RM.T, g_RD)
-            written = block.stop
-        elif dtype == grad_FD.dtype:
-            grad_FD[block].addmm_(acts_RM.T, g_RD)
-        else:
-            grad_FD[block] += acts_RM.T @ g_RD
-    grad_FD[written:] = 0
-    return grad_FD
-
-
-def grouped_weight_grads(
-    values_BK: Tensor,
-    indices_BK: Tensor,
-    g_BD: Tensor,
-    d_pre_BK: Tensor,
-    x_BD: Tensor,
-    n_latents: int,
-    groups: ExpertGroups,
-    dtype: torch.dtype,
-) -> LatentGrads:
-    """latent_weight_grads as two dense products per expert; in the dtype of the values."""
-    return LatentGrads(
-        grouped_weight_grad(values_BK, indices_BK, g_BD, n_latents, groups, dtype),
-        grouped_weight_grad(d_pre_BK, indices_BK, x_BD, n_latents, groups, dtype),
-        latent_sums(d_pre_BK, indices_BK, n_latents),
-    )
-
-
-def _tiles(
-    n_tokens: int, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each expert's latents with each tile of its rows, and a buffer [rows, M] that all tiles share."""
-    device = groups.offsets_E1.device
-    M = n_latents // (len(groups.offsets_E1) - 1)
-    rows = _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
-    buffer = empty_huge(min(rows, n_tokens), M, dtype=dtype, device=device)
-    for (tile,) in _row_tiles(_offsets(groups, n_tokens), rows, alone=True):
-        block, tile_rows = slice(tile.expert * M, (tile.expert + 1) * M), slice(tile.start, tile.end)
-        yield block, tile_rows, buffer[: tile.end - tile.start]
-
-
-def _scatter(buffer_RM: Tensor, values_RK: Tensor, indices_RK: Tensor) -> Tensor:
-    return buffer_RM.zero_().scatter_add_(1, indices_RK, values_RK.to(buffer_RM.dtype))
-
-
-def _mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)

@@ -1,7 +1,6 @@
 """SparseSAE, the base of our SAEs; and SparseTrainingSAE, all that SparseSAETrainer asks of one in training."""
 
 from abc import ABC, abstractmethod
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
+from sae_lens_switch.saes.losses import Balance, is_plain, losses_of_output, losses_of_product
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
 from sae_lens_switch.saes.serialization import latent_major
 from sae_lens_switch.saes.sparse_codes import SparseCodes
@@ -214,26 +214,31 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         metrics: Metrics = {}
         if self.has_dense_hooks:
             acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
-            sae_out = self.decode(acts)
+            sae_out, product = self.decode(acts), None
         else:
             assignment = self._route_batch(inputs_BD)
             dead = self._dead_latents(step_input.dead_neuron_mask)
             row_grads = None if options is None else options.row_grads
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
-            sae_out, aux_out_BD = self._finish_decoding(result.out_BD + self.b_dec), result.aux_out_BD
+            product, aux_out_BD = result.out_BD, result.aux_out_BD
+            sae_out = None if is_plain(self) else self._finish_decoding(product + self.b_dec)
             codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae)
             if result.doubtful_B is not None:
                 doubtful_B = result.doubtful_B
                 metrics["doubtful_tokens"] = lambda: doubtful_B.float().mean()
 
-        losses = {"mse_loss": self._reconstruction_error(sae_out, x_BD)}
-        routing = self._add_routing(losses, metrics, step_input, x_BD, assignment)
+        balance, routing = self._balance(step_input, metrics, assignment)
+        if sae_out is None:
+            assert product is not None
+            sae_out, loss, losses = losses_of_product(product, self.b_dec, x_BD, balance)
+        else:
+            _, loss, losses = losses_of_output(self, sae_out, x_BD, balance)
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
         if dead.indices_N is not None and aux_out_BD is not None:
             n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
             losses["auxiliary_reconstruction_loss"] = self._aux_loss(x_BD, sae_out, aux_out_BD, n_dead)
-        loss = reduce(torch.add, losses.values())
+            loss = loss + losses["auxiliary_reconstruction_loss"]
         if options is None or options.refuse_non_finite:
             self._check_loss(loss, x_BD, step_input.n_training_steps)
 
@@ -274,24 +279,14 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     ) -> tuple[Reconstruction, Tensor]:
         """The fused encoder and decoder, without b_dec; and the latents as seen from outside, [B, K], detached."""
 
-    def _reconstruction_error(self, sae_out: Tensor, x_BD: Tensor) -> Tensor:
-        """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes.
-
-        So does torch, where it can: not all its versions differentiate a loss of two dtypes.
-        """
-        dtype = torch.promote_types(sae_out.dtype, x_BD.dtype)
-        return self.mse_loss_fn(sae_out.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()
-
-    def _add_routing(
+    def _balance(
         self,
-        losses: dict[str, Tensor],  # noqa: ARG002
-        metrics: Metrics,  # noqa: ARG002
         step_input: TrainStepInput,  # noqa: ARG002
-        x_BD: Tensor,  # noqa: ARG002
+        metrics: Metrics,  # noqa: ARG002
         assignment: Assignment | None,  # noqa: ARG002
-    ) -> RoutingStatistics | None:
-        """Add the router's losses and metrics; returns statistics of the routing."""
-        return None
+    ) -> tuple[Balance | None, RoutingStatistics | None]:
+        """How even the load of the experts is, and statistics of the routing; adds the router's metrics."""
+        return None, None
 
     def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
         """May raise ValueError for a non-finite loss."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
-from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode
+from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, router_logits, sparse_autoencode
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,17 +20,15 @@ from sae_lens_switch.saes.decoder_constraint import (
     normalize_rows_,
     project_out_rows_,
 )
+from sae_lens_switch.saes.losses import Balance, weighted
 from sae_lens_switch.saes.router import (
     Assignment,
     RoutingStatistics,
     assign_batch,
     expert_load,
     load_balance_loss,
-    router_dtype,
-    spread,
 )
 from sae_lens_switch.saes.serialization import FRESH
-from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents, LatentParameters, activation_rows, why_not_finite
 from sae_lens_switch.saes.switch_sae import SwitchBase
@@ -137,7 +135,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     def _route_batch(self, inputs_BD: Tensor) -> Assignment:
         if has_hooks(self.hook_sae_router_probs) or self.cfg.n_active_experts > 1:
             return self._route(inputs_BD)
-        return assign_batch(self._router_logits(inputs_BD))
+        logits_BE = router_logits(inputs_BD, self.W_router, self.effective_router_bias)
+        return assign_batch(self.hook_sae_router_logits(logits_BE))
 
     @override
     def _autoencode(
@@ -151,6 +150,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             self.W_dec,
             self.cfg.k,
             expert_B=experts_BA,
+            groups=assignment.groups,
             n_experts=self.cfg.n_experts,
             gates_B=gates_BA,
             pre_bias_D=self.pre_bias,
@@ -159,25 +159,20 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             row_grads=row_grads,
             encoder_precision=self.encoder_precision,
         )
-        codes = SparseCodes(result.values_BK.detach(), result.indices_BK, self.cfg.d_sae)
-        return result, self._gated(codes, assignment).detach()
+        assert result.acts_BK is not None
+        return result, result.acts_BK.detach()
 
     @override
-    def _add_routing(
-        self,
-        losses: dict[str, Tensor],
-        metrics: Metrics,
-        step_input: TrainStepInput,
-        x_BD: Tensor,
-        assignment: Assignment | None,
-    ) -> RoutingStatistics:
+    def _balance(
+        self, step_input: TrainStepInput, metrics: Metrics, assignment: Assignment | None
+    ) -> tuple[Balance, RoutingStatistics]:
         assert assignment is not None
         load_E = expert_load(assignment)
-        balance = load_balance_loss(assignment, load_E)
-        losses["load_balance_loss"] = step_input.coefficients["load_balance"] * self._load_balance_scale(x_BD) * balance
+        value = load_balance_loss(assignment, load_E)
         statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
-        metrics.update(load_balance=balance.detach(), **statistics.metrics())
-        return statistics
+        metrics.update(load_balance=value.detach(), **statistics.metrics())
+        scale = float(self.cfg.d_in) if self.cfg.load_balance_scale == "d_in" else None
+        return Balance(value, step_input.coefficients["load_balance"], scale), statistics
 
     @override
     def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
@@ -191,16 +186,9 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
-        losses: dict[str, Tensor] = {}
         x_BD = activation_rows(step_input.sae_in, self.cfg.d_in)
-        self._add_routing(losses, {}, step_input, x_BD, self._route(self.normalized_input(x_BD)))
-        return losses
-
-    @torch.no_grad()
-    def _load_balance_scale(self, x_BD: Tensor) -> Tensor | float:
-        if self.cfg.load_balance_scale == "d_in":
-            return float(self.cfg.d_in)
-        return spread(x_BD.to(router_dtype(x_BD.dtype)))
+        balance, _ = self._balance(step_input, {}, self._route(self.normalized_input(x_BD)))
+        return {"load_balance_loss": weighted(balance, x_BD)}
 
     # Dead latents: those of a token's own expert
 

@@ -128,6 +128,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         sys.modules["torch.utils._foreach_utils"], "_get_foreach_kernels_supported_devices", lambda: ["meta"]
     )
+    # Every storage of the meta device would be at 0, and all weights one.
+    monkeypatch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
     monkeypatch.setattr(torch, "autocast", _Autocast)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: _Autocast.on)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: torch.bfloat16)

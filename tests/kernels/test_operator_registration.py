@@ -9,18 +9,37 @@ OPERATORS = {
     "sparse_decode": lambda t: (t["values"], t["indices"], t["W"]),
     "matmul_at_indices": lambda t: (t["g"], t["W"], t["indices"]),
     "latent_weight_grad": lambda t: (t["values"], t["indices"], t["g"], 8),
-    "encode": lambda t: (t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64, None, 0),
+    "encode": lambda t: (
+        t["x"],
+        t["W"],
+        t["bias"],
+        t["scale"],
+        None,
+        None,
+        None,
+        3,
+        1,
+        torch.float64,
+        None,
+        0,
+        None,
+        None,
+    ),
     "encode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(torch.bfloat16, 7),
+        *(torch.bfloat16, 7, None, None),
     ),
     "autoencode": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0),
-        *(t["W_dec"], torch.arange(4), 2),
+        *(None, None, t["W_dec"], torch.arange(4), 2),
     ),
     "autoencode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3),
-        *(t["W_dec"], torch.arange(4), 2),
+        *(None, None, t["W_dec"], torch.arange(4), 2),
+    ),
+    "autoencode what is sorted": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0),
+        *(t["experts"].argsort(stable=True), torch.tensor([0, 3, 6]), t["W_dec"], None, 0),
     ),
 }
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from helpers.kernel_cases import assert_close, autoencoder_inputs
-from sae_lens_switch_kernels import reference, sparse_autoencode, switch_encode, torch_backend, torch_topk
+from sae_lens_switch_kernels import (
+    reference,
+    sparse_autoencode,
+    switch_encode,
+    torch_backend,
+    torch_grouped,
+    torch_topk,
+)
 
 
 @pytest.mark.parametrize(("n_latents", "k"), [(1000, 4), (4099, 3), (9000, 32), (300, 1), (64, 64), (40000, 5)])
@@ -31,7 +38,7 @@ def test_the_pruned_top_k_is_exact(n_latents, k, values):
 
 def test_a_dictionary_wider_than_a_tile_gives_the_same_codes(monkeypatch):
     monkeypatch.setattr(torch_backend, "_TILE_LATENTS", 7)
-    monkeypatch.setitem(torch_backend._TILE_ROWS, "cpu", 5)
+    monkeypatch.setitem(torch_grouped._TILE_ROWS, "cpu", 5)
     monkeypatch.setattr(torch_backend, "_PRODUCT_LATENTS", 3)
     leaves, constants = autoencoder_inputs(33, 6, 1, 40, 9, {"pre_bias_D", "bias_F", "scale_F"})
     ours, truth = sparse_autoencode(**leaves, **constants), reference.sparse_autoencode(**leaves, **constants)

@@ -22,7 +22,7 @@ def make_sae(architecture: str):
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "float32"])
-@pytest.mark.parametrize(("architecture", "at_most"), [("switch", 76), ("sparse_topk", 73)])
+@pytest.mark.parametrize(("architecture", "at_most"), [("switch", 30), ("sparse_topk", 47)])
 def test_a_step_launches_few_kernels_and_never_waits(architecture, at_most, autocast, monkeypatch):
     launches = launches_of_a_step(make_sae(architecture), B, autocast, monkeypatch)
     assert launches.n <= at_most, f"{launches.n} launches, at most {at_most} so far; by place:\n{launches.table()}"

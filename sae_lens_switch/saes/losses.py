@@ -1,0 +1,67 @@
+"""The losses of a training step: in one operator where nothing changes the reconstruction, else part by part."""
+
+from typing import NamedTuple
+
+import torch
+from sae_lens.saes.sae import TrainingSAE, mse_loss
+from sae_lens_switch_kernels import reconstruction_loss, spread
+from torch import Tensor
+
+from sae_lens_switch.common.torch_private import has_hooks
+from sae_lens_switch.saes.router import router_dtype
+
+
+class Balance(NamedTuple):
+    """How even the load of the experts is, and what it is multiplied by in the loss.
+
+    Attributes:
+        value: 1 when uniform.
+        coefficient: The scheduled coefficient.
+        scale: None: the spread of the activations.
+    """
+
+    value: Tensor
+    coefficient: float | Tensor
+    scale: float | None
+
+
+class Losses(NamedTuple):
+    """The reconstruction, with b_dec and whatever follows it; the sum of the losses, and each by its name."""
+
+    sae_out_BD: Tensor
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def is_plain(sae: TrainingSAE) -> bool:
+    """Whether nothing but b_dec stands between the decoder's product and a mean squared error."""
+    changes_output = sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+    observed = changes_output or sae.hook_z_reshaping_mode or has_hooks(sae.hook_sae_recons)
+    return not observed and sae.mse_loss_fn is mse_loss
+
+
+def losses_of_product(out_BD: Tensor, b_dec: Tensor, x_BD: Tensor, balance: Balance | None) -> Losses:
+    """Of a plain SAE, whose product of codes and decoder is ``out_BD``."""
+    found = reconstruction_loss(out_BD, b_dec, x_BD, *(() if balance is None else balance))
+    parts = {"mse_loss": found.error}
+    if balance is not None:
+        parts["load_balance_loss"] = found.balance
+    return Losses(found.out_BD, found.total, parts)
+
+
+def losses_of_output(sae: TrainingSAE, sae_out_BD: Tensor, x_BD: Tensor, balance: Balance | None) -> Losses:
+    """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes; and the balance.
+
+    So does torch, where it can: not all its versions differentiate a loss of two dtypes.
+    """
+    dtype = torch.promote_types(sae_out_BD.dtype, x_BD.dtype)
+    parts = {"mse_loss": sae.mse_loss_fn(sae_out_BD.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()}
+    if balance is not None:
+        parts["load_balance_loss"] = weighted(balance, x_BD)
+    return Losses(sae_out_BD, sum(list(parts.values())[1:], start=parts["mse_loss"]), parts)
+
+
+def weighted(balance: Balance, x_BD: Tensor) -> Tensor:
+    """coefficient * scale * value."""
+    scale = spread(x_BD.detach().to(router_dtype(x_BD.dtype))) if balance.scale is None else balance.scale
+    return balance.coefficient * scale * balance.value
