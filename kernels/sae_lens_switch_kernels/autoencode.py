@@ -146,8 +146,8 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
         return b.x_BD.new_empty(0)  # one per output: those of an operator may not share memory
 
     has_radial = row_grads is not None and b.dtype == b.W_dec_FD.dtype and b.dtype.itemsize >= 4
-    # Dense on a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
-    has_radial = has_radial and not (isinstance(p, SelfChecked) and (dense or b.dead_N is not None))
+    # On a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
+    has_radial = has_radial and not isinstance(p, SelfChecked)
     rows_dtype = b.dtype if dense else b.x_BD.dtype
     grad_out_BD = b.x_BD.new_zeros(b.x_BD.shape) if b.grad_out_BD is None else b.grad_out_BD
     if dense and isinstance(p, SelfChecked) and gating is p and not b.needs_x:

@@ -11,9 +11,11 @@ from sae_lens_switch_kernels.several_experts import OwnGates
 from sae_lens_switch_kernels.torch_codes import latent_sums
 
 # Dense if the expert has at most this many latents per active one: the matrix product then beats the gather.
-# Measured on a CPU (kernels/README.md); on a GPU predicted from its bandwidth and matrix rate.
+# Measured on a CPU (kernels/README.md). On a GPU from the products measured on an H200 (docs/gpu): the lines of decode,
+# dots and both weight gradients cross at 31 (D 768) and 43 (D 2,304) in bfloat16, at 7 and 11 in float32, and at 15 and
+# below 6 where float32 is multiplied as TF32, whose weight gradients are slow.
 _DENSE_UP_TO = {"cpu": 2}
-_DENSE_UP_TO_ON_GPU = {2: 128, 4: 128}  # by the bytes of a number
+_DENSE_UP_TO_ON_GPU = {2: 32, 4: 8}  # by the bytes of a number
 
 
 def is_dense(n_latents: int, K: int, groups: ExpertGroups, device: torch.device, dtype: torch.dtype) -> bool:

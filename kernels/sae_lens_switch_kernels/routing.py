@@ -119,7 +119,7 @@ def routed(logits_BE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
 def _(logits_BE: Tensor) -> tuple[Tensor, ...]:
     B, E = logits_BE.shape
     empty = logits_BE.new_empty
-    order_B, offsets_E1 = empty(B, dtype=torch.long), empty(E + 1, dtype=torch.long)
+    order_B, offsets_E1 = empty(B, dtype=torch.long), empty(E + 1, dtype=torch.int32)
     return empty(B, E), empty(B, dtype=torch.long), empty(B), empty(E), empty(E), empty(()), order_B, offsets_E1
 
 

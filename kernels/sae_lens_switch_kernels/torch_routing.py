@@ -19,7 +19,7 @@ class Routed(NamedTuple):
         importance_E: Batch mean of each expert's probability.
         balance: E * sum_e load_e importance_e: 1 when uniform.
         order_B: The token in each row of the batch sorted by expert.
-        offsets_E1: [E + 1]; expert e owns the sorted rows offsets_E1[e] to offsets_E1[e + 1].
+        offsets_E1: [E + 1], int32; expert e owns the sorted rows offsets_E1[e] to offsets_E1[e + 1].
     """
 
     probs_BE: Tensor
@@ -38,6 +38,7 @@ def route(logits_BE: Tensor) -> Routed:
     expert_B1 = probs_BE.argmax(dim=-1, keepdim=True)
     counts_E = probs_BE.new_zeros(probs_BE.shape[-1])
     counts_E.index_add_(0, expert_B1.flatten(), counts_E.new_ones(()).expand(len(probs_BE)))
+    order_B, offsets_E1 = expert_groups(expert_B1.flatten(), len(counts_E))
     load_E, importance_E = counts_E / max(1, len(probs_BE)), probs_BE.mean(dim=0)
     return Routed(
         probs_BE,
@@ -46,7 +47,8 @@ def route(logits_BE: Tensor) -> Routed:
         load_E,
         importance_E,
         len(load_E) * torch.dot(load_E, importance_E),
-        *expert_groups(expert_B1.flatten(), len(load_E)),
+        order_B,
+        offsets_E1.int(),
     )
 
 

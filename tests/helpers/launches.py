@@ -27,7 +27,15 @@ from sae_lens_switch.training import trainer
 # Of one call, where CUDA launches more than one kernel. A stable sort of int64 was measured to take eight passes (its
 # DeviceRadixSortOnesweepKernel, docs/gpu); its histogram, prefix sum, and the making of its indices are known from its
 # source. Of the others only the least is known.
-_SEVERAL = {"sort": 12, "topk": 2, "embedding_bag": 3, "_embedding_bag": 3, "unique_consecutive": 4, "_foreach_norm": 3}
+_SEVERAL = {
+    "_grouped_mm": 2,
+    "sort": 12,
+    "topk": 2,
+    "embedding_bag": 3,
+    "_embedding_bag": 3,
+    "unique_consecutive": 4,
+    "_foreach_norm": 3,
+}
 _NONE = {
     "squeeze_",
     "empty",

@@ -16,13 +16,33 @@ B, SHAPE = 8192, {"d_in": 768, "d_sae": 24576, "k": 32, "device": "meta", "dtype
 
 def make_sae(architecture: str):
     options = {**SHAPE, "aux_loss_coefficient": 0.0}
-    if architecture == "switch":
-        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=32))
+    if architecture.startswith("switch"):
+        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=int(architecture.split()[1])))
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
 
 
-@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "float32"])
-@pytest.mark.parametrize(("architecture", "at_most"), [("switch", 30), ("sparse_topk", 47)])
+def test_torchs_grouped_product_launches_two_more_kernels_and_never_waits(monkeypatch):
+    from sae_lens_switch_kernels.triton_backend import grouped_library
+
+    monkeypatch.delenv("SAE_LENS_SWITCH_GROUPED", raising=False)
+    monkeypatch.setattr(grouped_library, "_is_hopper", lambda _: True)
+    launches = launches_of_a_step(make_sae("switch 32"), B, True, monkeypatch)
+    assert sum(n for (_, name), n in launches.places.items() if name == "_grouped_mm") == 4
+    assert launches.n == 32, launches.table()
+    assert launches.waits == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "autocast", "at_most"),
+    [
+        ("switch 32", True, 30),
+        ("switch 128", True, 30),
+        ("switch 128", False, 29),
+        ("switch 32", False, 41),  # sparse products: in float32 dense ones would take twice as long
+        ("sparse_topk", True, 47),
+        ("sparse_topk", False, 43),
+    ],
+)
 def test_a_step_launches_few_kernels_and_never_waits(architecture, at_most, autocast, monkeypatch):
     launches = launches_of_a_step(make_sae(architecture), B, autocast, monkeypatch)
     assert launches.n <= at_most, f"{launches.n} launches, at most {at_most} so far; by place:\n{launches.table()}"

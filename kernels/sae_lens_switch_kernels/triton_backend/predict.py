@@ -106,6 +106,16 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     yield Operation("grouped_encode", lambda: grouped_encode(x, W, offsets), products, True)
     yield Operation("grouped_decode", lambda: grouped_decode(a, W, offsets), products, True)
     yield Operation("grouped_decode, unsorted", lambda: grouped_decode(a, W, offsets, order, fp32), products, True)
+    for tokens in (16, 32, 64):  # per expert
+        n = B // tokens
+        few = empty(B, F // n), empty(n + 1, dtype=torch.int64)
+        traffic = grouped_traffic(B, D, F // n, n, size)
+        yield Operation(
+            f"grouped_encode, {tokens} tokens each", lambda few=few: grouped_encode(x, W, few[1]), traffic, True
+        )
+        yield Operation(
+            f"grouped_decode, {tokens} tokens each", lambda few=few: grouped_decode(few[0], W, few[1]), traffic, True
+        )
     yield Operation("grouped_weight_grad", lambda: grouped_weight_grad(a, x, offsets), products, True)
     yield Operation(
         "grouped_weight_grads",

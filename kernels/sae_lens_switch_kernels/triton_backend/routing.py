@@ -129,8 +129,8 @@ def _place_tokens_kernel(
         tl.store(load + e, share, mask=e < E)
         tl.store(importance + e, mean, mask=e < E)
         tl.store(balance, tl.sum(tl.where(e < E, share * mean, 0.0), 0) * E)
-        tl.store(offsets + e, begin.to(tl.int64), mask=e < E)
-        tl.store(offsets + E, tl.sum(counts, 0).to(tl.int64))
+        tl.store(offsets + e, begin, mask=e < E)
+        tl.store(offsets + E, tl.sum(counts, 0))
     place = begin + earlier.to(tl.int32)
     end = tl.minimum(B, (p + 1) * per_program)
     for first in range(p * per_program, end, ROWS):
@@ -214,14 +214,14 @@ def route(logits_BE: Tensor) -> Routed:
     launch(_route_kernel, (P,), 4, logits=logits_BE.contiguous(), **found, **sizes)
     sums = {"parts": parts, "load": load_E, "importance": importance_E, "P": P}
     if E <= _SORTED:
-        order_B, offsets_E1 = empty(B, dtype=torch.int64), empty(E + 1, dtype=torch.int64)
+        order_B, offsets_E1 = empty(B, dtype=torch.int64), empty(E + 1, dtype=torch.int32)
         placed = {"expert": expert_B, "balance": balance, "order": order_B, "offsets": offsets_E1}
         launch(_place_tokens_kernel, (P,), 4, **sums, **placed, **sizes, AT_ONCE=ROWS)
     else:
         at_once = {"AT_ONCE": _TILE // _EXPERTS, "BLOCK_E": _EXPERTS}
         launch(_shares_kernel, (cdiv(E, _EXPERTS),), 4, **sums, B=max(1, B), E=E, **at_once)
         order_B, offsets_E1 = sorted_places(expert_B, E, torch.int64)
-        balance = E * torch.dot(load_E, importance_E)
+        offsets_E1, balance = offsets_E1.int(), E * torch.dot(load_E, importance_E)
     return Routed(probs_BE, expert_B, gates_B, load_E, importance_E, balance, order_B, offsets_E1)
 
 
