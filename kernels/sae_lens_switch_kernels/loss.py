@@ -76,8 +76,8 @@ def _(
     total = torch.promote_types(dtype, of_balance)
     has_columns = isinstance(primitives(out_BD), SelfChecked) and out_BD.dtype == torch.float32
     columns_PD = empty(*((n_parts(B), D) if has_columns else (0,)), dtype=torch.float32)
-    numbers = empty((), dtype=total), empty((), dtype=dtype), *(empty((), dtype=of_balance) for _ in range(2))
-    return empty(B, D), *numbers, columns_PD
+    weighted, factor = empty((), dtype=of_balance), empty((), dtype=of_balance)
+    return empty(B, D), empty((), dtype=total), empty((), dtype=dtype), weighted, factor, columns_PD
 
 
 @custom_op("sae_lens_switch::loss_backward", mutates_args=())

@@ -58,8 +58,9 @@ class CodeProducts:
         """Values times gates, decoded; them; values and indices. All in the order of the tokens; values are sorted."""
         if self.dense and gating is self.p:
             return self.p.gated_decode(values_BK, self.indices_BK, gates_B, W_FD, *self.dense_options)
-        sorted_acts_BK, *codes = gating.unsorted_codes(values_BK, self.indices_BK, gates_B, self.groups)
-        return self.decode(sorted_acts_BK, W_FD), *codes
+        found = gating.unsorted_codes(values_BK, self.indices_BK, gates_B, self.groups)
+        sorted_acts_BK, acts_BK, values_BK, indices_BK = found
+        return self.decode(sorted_acts_BK, W_FD), acts_BK, values_BK, indices_BK
 
     def decode(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
         """In the order of the tokens."""

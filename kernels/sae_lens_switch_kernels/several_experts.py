@@ -87,8 +87,8 @@ class OwnGates(NamedTuple):
     def unsorted_codes(
         self, values_BK: Tensor, indices_BK: Tensor, gates_BA: Tensor | None, groups: ExpertGroups
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        acts_BK, *codes = self.sorted_codes(values_BK, indices_BK, gates_BA, groups)
-        return acts_BK, acts_BK, *codes
+        acts_BK, values_BK, indices_BK = self.sorted_codes(values_BK, indices_BK, gates_BA, groups)
+        return acts_BK, acts_BK, values_BK, indices_BK
 
     def code_grads(
         self,

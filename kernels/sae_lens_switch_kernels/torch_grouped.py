@@ -124,8 +124,8 @@ def gated_decode(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grouped_decode of values times gates; these, values and indices, in the order of the tokens."""
-    sorted_acts_BK, *codes = unsorted_codes(values_BK, indices_BK, gates_B, groups)
-    return grouped_decode(sorted_acts_BK, indices_BK, W_FD, groups, dtype), *codes
+    sorted_acts_BK, acts_BK, values_BK, unsorted_BK = unsorted_codes(values_BK, indices_BK, gates_B, groups)
+    return grouped_decode(sorted_acts_BK, indices_BK, W_FD, groups, dtype), acts_BK, values_BK, unsorted_BK
 
 
 def gated_grads(

@@ -39,6 +39,7 @@ def route(logits_BE: Tensor) -> Routed:
     counts_E = probs_BE.new_zeros(probs_BE.shape[-1])
     counts_E.index_add_(0, expert_B1.flatten(), counts_E.new_ones(()).expand(len(probs_BE)))
     order_B, offsets_E1 = expert_groups(expert_B1.flatten(), len(counts_E))
+    assert order_B is not None
     load_E, importance_E = counts_E / max(1, len(probs_BE)), probs_BE.mean(dim=0)
     return Routed(
         probs_BE,

@@ -42,11 +42,11 @@ def is_plain(sae: TrainingSAE) -> bool:
 
 def losses_of_product(out_BD: Tensor, b_dec: Tensor, x_BD: Tensor, balance: Balance | None) -> Losses:
     """Of a plain SAE, whose product of codes and decoder is ``out_BD``."""
-    found = reconstruction_loss(out_BD, b_dec, x_BD, *(() if balance is None else balance))
-    parts = {"mse_loss": found.error}
-    if balance is not None:
-        parts["load_balance_loss"] = found.balance
-    return Losses(found.out_BD, found.total, parts)
+    if balance is None:
+        found = reconstruction_loss(out_BD, b_dec, x_BD)
+        return Losses(found.out_BD, found.total, {"mse_loss": found.error})
+    found = reconstruction_loss(out_BD, b_dec, x_BD, balance.value, balance.coefficient, balance.scale)
+    return Losses(found.out_BD, found.total, {"mse_loss": found.error, "load_balance_loss": found.balance})
 
 
 def losses_of_output(sae: TrainingSAE, sae_out_BD: Tensor, x_BD: Tensor, balance: Balance | None) -> Losses:

@@ -58,8 +58,8 @@ class FiringCounter:
                 codes = fired.values, fired.indices
                 count_codes(*codes, is_finite, number, self.last_fired_F, self.counts_F)
             else:
-                now = torch.where((fired > 0) & is_finite, number, self.last_fired_F)
-                self.last_fired_F.copy_(now)
+                number_now = torch.zeros_like(self.last_fired_F) + number
+                self.last_fired_F.copy_(torch.where((fired > 0) & is_finite, number_now, self.last_fired_F))
                 self.counts_F += (fired * is_finite).long()
 
 

@@ -102,8 +102,9 @@ def gated_decode(
     groups: ExpertGroups,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acts_BM, *codes = gated_rows(values_BK, indices_BK, gates_B, len(W_FD), groups, dtype)
-    return decode_dense(acts_BM, working_copy(W_FD, dtype), groups.offsets_E1, groups.order_B, W_FD.dtype), *codes
+    acts_BM, acts_BK, values_BK, indices_BK = gated_rows(values_BK, indices_BK, gates_B, len(W_FD), groups, dtype)
+    out_BD = decode_dense(acts_BM, working_copy(W_FD, dtype), groups.offsets_E1, groups.order_B, W_FD.dtype)
+    return out_BD, acts_BK, values_BK, indices_BK
 
 
 def gated_grads(

@@ -187,9 +187,11 @@ def _optimisers(D: int) -> Iterator[Operation]:
             adam_rows_traffic(F, D, "project" in given, 2 if "copy_FD" in given else 0),
         )
     small = [empty(D), empty(D, E), empty(D)]
-    several, sizes = [small, small, small, small, [number] * 3], [t.numel() for t in small]
+    small_state, sizes = (small, small, small, small, [number] * 3), [t.numel() for t in small]
     for name, lr in (("adam_tensors", 1e-4), ("adam_tensors, lr on device", number)):
-        yield Operation(name, lambda lr=lr: adam_tensors(*several, lr, *options, *numbers), adam_tensors_traffic(sizes))
+        yield Operation(
+            name, lambda lr=lr: adam_tensors(*small_state, lr, *options, *numbers), adam_tensors_traffic(sizes)
+        )
     grads = [W, grad.T, *small]
     for name, max_norm in (("clip", 1.0), ("clip, no limit", None)):
         yield Operation(
