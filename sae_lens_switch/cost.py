@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from sae_lens_switch.common.speed import Machine
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 __all__ = ["Cost", "Machine", "describe", "main"]
 
@@ -79,7 +80,7 @@ class Cost:
     @property
     def expert_width(self) -> int:
         """Latents per expert."""
-        return self.d_sae // self.n_experts
+        return ExpertLayout(self.d_sae, self.n_experts).expert_width
 
     @property
     def active_width(self) -> int:

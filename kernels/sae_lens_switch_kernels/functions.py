@@ -266,7 +266,7 @@ def _checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Enco
             inputs = inputs._replace(expert_B=expert_B.flatten(), gates_B=gates_B)
     elif n_experts != 1:
         raise ValueError(f"expert_B must be given for n_experts={n_experts}")
-    width = F // n_experts
+    width = inputs.expert_width
     if not 1 <= k <= n_active * width:
         several = f"{n_active} F / n_experts" if n_active > 1 else "F / n_experts"
         raise ValueError(f"k must be between 1 and {several} = {n_active * width}; got k={k}")

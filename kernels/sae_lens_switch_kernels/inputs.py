@@ -43,6 +43,11 @@ class EncoderInputs(NamedTuple):
     candidate_dtype: torch.dtype | None = None
     n_candidates: int = 0
 
+    @property
+    def expert_width(self) -> int:
+        """M, the latents of one expert."""
+        return len(self.W_enc_FD) // self.n_experts
+
     def groups(self) -> ExpertGroups:
         """Of the tokens as their codes are decoded: one group where a token has several experts."""
         return token_groups(self.x_BD, self.expert_B, self.n_experts)

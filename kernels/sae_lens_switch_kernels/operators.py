@@ -111,7 +111,7 @@ def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGrou
     pairs = inputs.pairs()
     if pairs is None:
         return _encode_rows(inputs, centered_BD, groups)
-    of_one = inputs._replace(k=min(inputs.k, len(inputs.W_enc_FD) // inputs.n_experts))
+    of_one = inputs._replace(k=min(inputs.k, inputs.expert_width))
     values_RK, indices_RK, doubtful_R = _encode_rows(of_one, pairs.rows(centered_BD), pairs.groups)
     values_BN, indices_BN = pairs.by_token(values_RK), pairs.by_token(indices_RK)
     place_BK = times_gates(values_BN, inputs.gates_B).topk(inputs.k, dim=1, sorted=False).indices

@@ -21,6 +21,8 @@ from sae_lens_switch.analysis.accumulators import (
     typical_tokens,
 )
 from sae_lens_switch.analysis.label_counts import CountingLabels, LabelCounts
+from sae_lens_switch.saes.config import layout_of
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
@@ -63,6 +65,10 @@ class Activity:
     position_counts: LabelCounts | None = None
 
     @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout(len(self.fired_F), self.n_experts)
+
+    @property
     def density_F(self) -> Tensor:
         """Share of the tokens on which each latent is active."""
         return self.fired_F / self.n_tokens
@@ -75,7 +81,7 @@ class Activity:
     @property
     def dead_E(self) -> Tensor:
         """Number of latents per expert that never fired."""
-        return (self.fired_F == 0).view(self.n_experts, -1).sum(1)
+        return self.layout.by_expert(self.fired_F == 0).sum(1)
 
     @property
     def l0(self) -> float:
@@ -113,7 +119,7 @@ def observe(
     for name, n in (("n_examples", n_examples), ("n_typical_tokens", n_typical_tokens)):
         if n < 0:
             raise ValueError(f"{name} must be at least 0; got {n}")
-    F, E = sae.cfg.d_sae, n_experts_of(sae)
+    F, E = sae.cfg.d_sae, layout_of(sae.cfg).n_experts
     ignored = torch.tensor(sorted(ignore_tokens), dtype=torch.int64)
     fired_F, sum_F = torch.zeros(F, dtype=torch.int64), torch.zeros(F, dtype=torch.float64)
     moments = Moments(sae.cfg.d_in)
@@ -174,11 +180,6 @@ def activations_of(sae: SAE, x: Tensor, latents: Sequence[int]) -> Tensor:
         wanted = column_F[piece.latent] >= 0
         out[piece.start + piece.token[wanted], column_F[piece.latent[wanted]]] = piece.value[wanted]
     return out.view(*x.shape[:-1], len(latents))
-
-
-def n_experts_of(sae: SAE) -> int:
-    """Number of experts; 1 for an SAE without a router."""
-    return sae.cfg.n_experts if isinstance(sae, SwitchBase) else 1
 
 
 def encode(sae: SAE, x: Tensor) -> SparseCodes | Tensor:

@@ -13,6 +13,7 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from sae_lens_switch.common.printable import printable
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 PICTURE = "summary.png"
 Config = Mapping[str, object]
@@ -213,7 +214,7 @@ def _experts(cfg: Config) -> list[object]:
     d_sae, n_experts = cfg.get("d_sae"), cfg.get("n_experts")
     width = None
     if isinstance(d_sae, int) and isinstance(n_experts, int) and n_experts > 0:
-        width = d_sae // n_experts
+        width = ExpertLayout(d_sae, n_experts).expert_width
     return [n_experts, cfg.get("n_active_experts", 1), width]
 
 

@@ -148,16 +148,15 @@ def choose_latents(activity: Activity, n: int) -> list[int]:
 
     Latents that fire in a few contexts and rarely come first; others fill up where there are not enough of these.
     """
-    E = activity.n_experts
+    E, expert_of = activity.n_experts, activity.layout.expert_of
     contexts_F = (activity.examples.contexts >= 0).sum(1)
     clear_F = (contexts_F >= min(_FEW_CONTEXTS, activity.examples.contexts.shape[1])) & (activity.density_F <= _OFTEN)
     order = sorted(
         (activity.fired_F > 0).nonzero().flatten().tolist(),
         key=lambda f: (not clear_F[f], -activity.mean_F[f].item(), f),
     )
-    M = len(contexts_F) // E
     per_expert = -(-n // E)
-    return sorted(f for e in range(E) for f in [f for f in order if f // M == e][:per_expert])
+    return sorted(f for e in range(E) for f in [f for f in order if expert_of(f) == e][:per_expert])
 
 
 def _windows(

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from sae_lens_switch.common import rules
 from sae_lens_switch.saes import field_rules
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale
 
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
@@ -31,6 +32,10 @@ class SwitchSAEConfig(SAEConfig):
     k: int = 32
     n_active_experts: int = 1
     gate: Gate = "probability"
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout(self.d_sae, self.n_experts)
 
     @override
     @classmethod
@@ -83,6 +88,10 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     aux_k: int | None = None
     encoder_precision: EncoderPrecision = "full"
     tie_router_bias: bool = False
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout(self.d_sae, self.n_experts)
 
     @override
     @classmethod
@@ -145,7 +154,7 @@ def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
         raise ValueError(f"d_sae must be a multiple of n_experts={cfg.n_experts}; got d_sae={cfg.d_sae}")
     if cfg.n_active_experts > cfg.n_experts:
         raise ValueError(f"n_active_experts must be at most n_experts={cfg.n_experts}; got {cfg.n_active_experts}")
-    width, A = cfg.d_sae // cfg.n_experts, cfg.n_active_experts
+    width, A = cfg.layout.expert_width, cfg.n_active_experts
     if cfg.k > A * width:
         several = "" if A == 1 else "n_active_experts * "
         factor, whose = ("", "one expert") if A == 1 else (f"{A} * ", f"{A} experts")
@@ -162,6 +171,11 @@ def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
         raise ValueError(
             f"decoder_init_norm must be 1.0 or None when normalize_decoder is on; got {cfg.decoder_init_norm!r}"
         )
+
+
+def layout_of(cfg: SAEConfig) -> ExpertLayout:
+    """Of an SAE without a router, one expert."""
+    return cfg.layout if isinstance(cfg, SwitchSAEConfig | SwitchTrainingSAEConfig) else ExpertLayout(cfg.d_sae)
 
 
 def check_trainable(cfg: SAEConfig) -> None:

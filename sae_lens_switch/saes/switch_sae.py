@@ -122,13 +122,12 @@ class SwitchBase(SparseSAE):
 
         Only the chosen expert's block is computed; the others are zero and cannot be selected.
         """
-        E, M = self.cfg.n_experts, self.cfg.d_sae // self.cfg.n_experts
+        layout, M = self.cfg.layout, self.cfg.layout.expert_width
         centered_BD = self._centered(x).reshape(-1, x.shape[-1])
         experts_BA, gates_BA = self._chosen(assignment)
         pre_BF = centered_BD.new_zeros(len(centered_BD), self.cfg.d_sae)
-        for e in range(E):
-            rows = (experts_BA == e).any(1).nonzero().flatten()
-            block = slice(e * M, (e + 1) * M)
+        for e in range(self.cfg.n_experts):
+            rows, block = (experts_BA == e).any(1).nonzero().flatten(), layout.latents_of(e)
             pre_BF[rows, block] = (centered_BD[rows] @ self.W_enc[:, block]).to(pre_BF.dtype)
         pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], self.cfg.d_sae))
         blocks = (assignment.experts_BA.unsqueeze(-1) * M + torch.arange(M, device=x.device)).flatten(-2)
@@ -146,8 +145,7 @@ class SwitchBase(SparseSAE):
         if gates is None:
             return codes.values
         if self.cfg.n_active_experts > 1:
-            experts = torch.div(codes.indices, self.cfg.d_sae // self.cfg.n_experts, rounding_mode="floor")
-            gates = code_gates(gates, assignment.experts_BA, experts)
+            gates = code_gates(gates, assignment.experts_BA, self.cfg.layout.experts_of(codes.indices))
         return codes.values * gates.to(codes.values.dtype)
 
     # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here

@@ -20,6 +20,7 @@ from sae_lens_switch.saes.decoder_constraint import (
     normalize_rows_,
     project_out_rows_,
 )
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import (
     Assignment,
     RoutingStatistics,
@@ -80,8 +81,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @property
     @override
-    def n_experts(self) -> int:
-        return self.cfg.n_experts
+    def expert_layout(self) -> ExpertLayout:
+        return self.cfg.layout
 
     @override
     def latent_parameters(self) -> LatentParameters:
@@ -175,7 +176,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         load_E = expert_load(assignment)
         balance = load_balance_loss(assignment, load_E)
         losses["load_balance_loss"] = step_input.coefficients["load_balance"] * self._load_balance_scale(x_BD) * balance
-        statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
+        gates_B = assignment.gates_BA.detach().flatten()
+        statistics = RoutingStatistics(load_E, gates_B, self.cfg.layout, step_input.dead_neuron_mask)
         metrics.update(load_balance=balance.detach(), **statistics.metrics())
         return statistics
 
@@ -219,13 +221,13 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:
         if self.cfg.n_experts == 1:
             return n_dead
-        return int(dead_F.view(self.cfg.n_experts, -1).sum(1).topk(self.cfg.n_active_experts).values.sum())
+        return int(self.cfg.layout.by_expert(dead_F).sum(1).topk(self.cfg.n_active_experts).values.sum())
 
     @override
     def _n_dead(self, dead_N: Tensor, dead_F: Tensor | None, assignment: Assignment | None) -> Tensor:
         assert dead_F is not None
         assert assignment is not None
-        return dead_F.view(self.cfg.n_experts, -1).sum(1)[assignment.experts_BA.flatten(0, -2)].sum(-1)
+        return self.cfg.layout.by_expert(dead_F).sum(1)[assignment.experts_BA.flatten(0, -2)].sum(-1)
 
     # Around the step of an optimiser that knows nothing of the constraint
 

@@ -63,7 +63,7 @@ def grow(
     stays_N = source_E[new_N] == old_N
     if sae.cfg.gate == "probability":
         scale_E = _gate_scale(old_gates_N[stays_N], gates_N[stays_N], new_N[stays_N], n_experts)
-        grown.W_enc.mul_(scale_E.to(grown.W_enc.dtype).repeat_interleave(sae.cfg.d_sae // sae.cfg.n_experts))
+        grown.W_enc.mul_(scale_E.to(grown.W_enc.dtype).repeat_interleave(sae.cfg.layout.expert_width))
     grown.is_fresh = False
     moved = 1 - float(stays_N.double().mean())
     logger.info(
@@ -117,7 +117,7 @@ def _margin(logits_NE: Tensor) -> Tensor:
 
 def _wider(sae: SwitchTrainingSAE, source_E: Tensor, W_router_DE: Tensor) -> SwitchTrainingSAE:
     """A new SAE whose expert e has the weights of expert ``source_E[e]``."""
-    E, M = len(source_E), sae.cfg.d_sae // sae.cfg.n_experts
+    E, M = len(source_E), sae.cfg.layout.expert_width
     cfg = replace(sae.cfg, d_sae=E * M, n_experts=E, metadata=copy.deepcopy(sae.cfg.metadata))
     grown = SwitchTrainingSAE(cfg)
     latents_F = (source_E.unsqueeze(1) * M + torch.arange(M, device=source_E.device)).flatten()
