@@ -16,21 +16,27 @@ def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Encod
     check_matrix("x_BD", x_BD)
     check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
     check_like("x_BD", x_BD, "W_enc_FD", W_FD)
-    F = len(W_FD)
-    if n_experts < 1 or F % n_experts:
-        raise ValueError(f"n_experts must divide the number of latents; got n_experts={n_experts}, F={F}")
+    F, n_shared = len(W_FD), inputs.n_shared
+    if not 0 <= n_shared < max(F, 1):
+        raise ValueError(f"n_shared must be at least 0 and less than the number of latents; got {n_shared}, F={F}")
+    if n_experts < 1 or (F - n_shared) % n_experts:
+        of = "" if n_shared == 0 else f" beside the {n_shared} shared ones"
+        raise ValueError(f"n_experts must divide the number of latents{of}; got n_experts={n_experts}, F={F}")
     n_active = 1
     if expert_B is not None:
         n_active = check_experts(expert_B, x_BD, n_experts)
-        if expert_B.ndim == 2 and n_active == 1:
-            gates_B = None if inputs.gates_B is None else inputs.gates_B.flatten()
-            inputs = inputs._replace(expert_B=expert_B.flatten(), gates_B=gates_B)
-    elif n_experts != 1:
-        raise ValueError(f"expert_B must be given for n_experts={n_experts}")
-    width = inputs.expert_width
-    if not 1 <= k <= n_active * width:
-        several = f"{n_active} F / n_experts" if n_active > 1 else "F / n_experts"
-        raise ValueError(f"k must be between 1 and {several} = {n_active * width}; got k={k}")
+        if n_active == 1:  # a token with one expert and shared latents chooses from two, as one with two experts
+            shape = (-1, 1) if n_shared else (-1,)
+            gates_B = inputs.gates_B
+            if gates_B is not None and gates_B.shape == expert_B.shape:
+                gates_B = gates_B.reshape(shape)
+            inputs = inputs._replace(expert_B=expert_B.reshape(shape), gates_B=gates_B)
+    elif n_experts != 1 or n_shared:
+        raise ValueError(f"expert_B must be given for n_experts={n_experts}, n_shared={n_shared}")
+    most = n_active * inputs.blocks.width + n_shared
+    if not 1 <= k <= most:
+        F_E = "F / n_experts" if n_shared == 0 else "(F - n_shared) / n_experts + n_shared"
+        raise ValueError(f"k must be between 1 and {'' if n_active == 1 else f'{n_active} '}{F_E} = {most}; got k={k}")
     if inputs.gates_B is not None:
         expected = x_BD.shape[:1] if inputs.expert_B is None else inputs.expert_B.shape
         if inputs.gates_B.shape != expected:

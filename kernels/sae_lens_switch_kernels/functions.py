@@ -151,6 +151,7 @@ def switch_encode(
     k: int,
     n_experts: int,
     *,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     encoder_precision: EncoderPrecision = "full",
@@ -158,15 +159,18 @@ def switch_encode(
     """TopK_k(relu((x - pre_bias) W_e^T)) for e = expert[b], where W_e is rows ``e * M : (e + 1) * M`` of W_enc.
 
     Only the chosen block is computed: 2BDM flops. With A experts per token, TopK_k over the latents of all of them,
-    each multiplied by the gate of its expert for the selection: 2BDMA flops. Otherwise as ``topk_encode``.
+    each multiplied by the gate of its expert for the selection: 2BDMA flops. With shared latents, of these as well,
+    whose gate is 1: 2BD(MA + n_shared) flops. Otherwise as ``topk_encode``.
 
     Args:
         x_BD: Tokens.
         expert_B: The expert of each token, int32 or int64; or its experts, [B, A], distinct.
         W_enc_FD: Encoder weights.
         k: Active latents per token, over all its experts.
-        n_experts: E; every expert owns M = F / E latents.
-        gates_B: Positive gates, of the shape of ``expert_B``. That of a single expert changes nothing.
+        n_experts: E; every expert owns M = (F - n_shared) / E latents.
+        n_shared: The first so many latents belong to no expert, and every token may choose them.
+        gates_B: Positive gates, of the shape of ``expert_B``. That of a single expert changes nothing, unless there
+            are shared latents.
         pre_bias_D: Subtracted from x.
         encoder_precision: As in ``topk_encode``.
 
@@ -174,10 +178,11 @@ def switch_encode(
         values [B, K], without the gate, and indices [B, K], which count over all F latents.
 
     Raises:
-        ValueError: As ``topk_encode``; also if n_experts does not divide F, if k > A M, or if an expert is outside
-            [0, n_experts).
+        ValueError: As ``topk_encode``; also if n_experts does not divide F - n_shared, if k > A M + n_shared, or if an
+            expert is outside [0, n_experts).
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
+    inputs = inputs._replace(n_shared=n_shared)
     return operators.encode(*checked(inputs, encoder_precision))
 
 
@@ -189,6 +194,7 @@ def sparse_autoencode(
     *,
     expert_B: Tensor | None = None,
     n_experts: int = 1,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     bias_F: Tensor | None = None,
@@ -211,14 +217,15 @@ def sparse_autoencode(
         k: Active latents per token.
         expert_B: The expert of each token, or its experts, as in ``switch_encode``.
         n_experts: Number of experts.
+        n_shared: Latents of no expert, as in ``switch_encode``.
         gates_B: Multiplies the values of each token, or of each of its experts, before decoding.
         pre_bias_D: Subtracted from x.
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only.
         dead_N: Dead latents, whose own aux_k largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
             A.2). Only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
-            token's own experts, all of them if there are fewer than aux_k, weighted by the gate, which gets no
-            gradient from them.
+            token's own experts and the shared ones, all of them if there are fewer than aux_k, weighted by the gate,
+            which gets no gradient from them.
         aux_k: Dead latents per token.
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
@@ -233,7 +240,7 @@ def sparse_autoencode(
     check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    inputs = checked(inputs, encoder_precision)
+    inputs = checked(inputs._replace(n_shared=n_shared), encoder_precision)
     if dead_N is not None:
         check_integers("dead_N", dead_N)
         check_device("dead_N", dead_N, "x_BD", x_BD)

@@ -38,7 +38,7 @@ class Activity:
 
     Attributes:
         n_tokens: Number of tokens observed.
-        n_experts: Number of experts; 1 for an SAE without a router.
+        n_experts: Number of experts; 1 for an SAE without a router. Shared ones are not among them.
         fired_F: Number of tokens on which each latent was active, int64.
         sum_F: Sum of each latent's activations, float64.
         mse: Mean over tokens of ||x - x_hat||^2.
@@ -49,6 +49,7 @@ class Activity:
         typical_tokens: The most informative tokens per expert; None without a router or token ids.
         token_counts: How often each token id was routed to each expert; None without a router or token ids.
         position_counts: The same of positions in the context; None without a router or contexts.
+        n_shared: Number of shared latents, the first ones.
     """
 
     n_tokens: int
@@ -63,10 +64,11 @@ class Activity:
     typical_tokens: TypicalTokens | None
     token_counts: LabelCounts | None = None
     position_counts: LabelCounts | None = None
+    n_shared: int = 0
 
     @property
     def layout(self) -> ExpertLayout:
-        return ExpertLayout(len(self.fired_F), self.n_experts)
+        return ExpertLayout(len(self.fired_F), self.n_experts, self.n_shared)
 
     @property
     def density_F(self) -> Tensor:
@@ -80,7 +82,7 @@ class Activity:
 
     @property
     def dead_E(self) -> Tensor:
-        """Number of latents per expert that never fired."""
+        """Number of latents per expert that never fired; shared ones are not counted."""
         return self.layout.by_expert(self.fired_F == 0).sum(1)
 
     @property
@@ -119,7 +121,8 @@ def observe(
     for name, n in (("n_examples", n_examples), ("n_typical_tokens", n_typical_tokens)):
         if n < 0:
             raise ValueError(f"{name} must be at least 0; got {n}")
-    F, E = sae.cfg.d_sae, layout_of(sae.cfg).n_experts
+    layout = layout_of(sae.cfg)
+    F, E = layout.d_sae, layout.n_experts
     ignored = torch.tensor(sorted(ignore_tokens), dtype=torch.int64)
     fired_F, sum_F = torch.zeros(F, dtype=torch.int64), torch.zeros(F, dtype=torch.float64)
     moments = Moments(sae.cfg.d_in)
@@ -166,6 +169,7 @@ def observe(
         typical_tokens=typical_tokens(of_tokens, n_typical_tokens) if of_tokens is not None else None,
         token_counts=of_tokens,
         position_counts=of_places,
+        n_shared=layout.shared_width,
     )
 
 

@@ -18,7 +18,8 @@ class Duplicates:
         threshold: The cosine above which two latents count as duplicates.
         pairs_P2: Latents i < j of each pair, most similar pair first; at most ``max_pairs`` of them.
         cosines_P: The cosine of each pair.
-        n_pairs_EE: Number of pairs between two experts or, on the diagonal, within one. Counts all pairs.
+        n_pairs_EE: Number of pairs between two experts or, on the diagonal, within one. Counts all pairs. Shared
+            latents, if there are any, have the last row and column.
         within_F: Whether a latent has a duplicate in its own expert.
         across_F: Whether a latent has a duplicate in another expert.
         nearest: Each latent's nearest neighbours, from the same pass over the cosines.
@@ -53,6 +54,7 @@ def duplicate_latents(
     W_dec_FD: Tensor,
     n_experts: int = 1,
     *,
+    n_shared: int = 0,
     threshold: float = 0.9,
     max_pairs: int = 100_000,
     block: int = 2048,
@@ -66,7 +68,8 @@ def duplicate_latents(
 
     Args:
         W_dec_FD: The decoder, one row per latent.
-        n_experts: Number of experts, each owning F / n_experts consecutive rows.
+        n_experts: Number of experts, each owning (F - n_shared) / n_experts consecutive rows.
+        n_shared: Rows before these, of shared latents, which count as one more expert.
         threshold: Cosine above which two latents count as duplicates.
         max_pairs: How many of the most similar pairs to list. All pairs are counted.
         block: Rows per tile.
@@ -74,9 +77,9 @@ def duplicate_latents(
             near the threshold is computed again.
 
     Raises:
-        ValueError: Unless ``n_experts`` divides F and ``0 < threshold < 1``.
+        ValueError: Unless ``n_experts`` divides F - n_shared and ``0 < threshold < 1``.
     """
-    layout = checked_layout("W_dec", W_dec_FD, n_experts, block)
+    layout = checked_layout("W_dec", W_dec_FD, n_experts, n_shared, block)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be between 0 and 1; got {threshold}")
     if max_pairs < 0:
@@ -95,9 +98,10 @@ class _PairsSoFar:
     def __init__(self, W_FD: Tensor, layout: ExpertLayout, threshold: float, max_pairs: int, bfloat16: bool) -> None:
         self.W_FD, self.layout, self.bfloat16 = W_FD, layout, bfloat16
         self.threshold, self.max_pairs = threshold, max_pairs
+        E = layout.n_experts + (layout.shared_width > 0)
         device, dtype = W_FD.device, torch.promote_types(W_FD.dtype, torch.float32)
         self.within_F, self.across_F = (torch.zeros(len(W_FD), dtype=torch.bool, device=device) for _ in range(2))
-        self.n_pairs_EE = torch.zeros(layout.n_experts, layout.n_experts, dtype=torch.int64, device=device)
+        self.n_pairs_EE = torch.zeros(E, E, dtype=torch.int64, device=device)
         self.pairs_P2 = torch.empty(0, 2, dtype=torch.int64, device=device)
         self.cosines_P = torch.empty(0, dtype=dtype, device=device)
 
@@ -105,7 +109,8 @@ class _PairsSoFar:
         pairs_P2, cosines_P = self._alike(tile)
         if not len(pairs_P2):
             return
-        E, experts_P2 = len(self.n_pairs_EE), self.layout.experts_of(pairs_P2)
+        E = len(self.n_pairs_EE)
+        experts_P2 = self.layout.experts_of(pairs_P2) % E  # that of shared latents is -1
         same_P = experts_P2[:, 0] == experts_P2[:, 1]
         self.within_F[pairs_P2[same_P].flatten()] = True
         self.across_F[pairs_P2[~same_P].flatten()] = True

@@ -37,7 +37,9 @@ class Neighbours:
 
 
 @torch.no_grad()
-def nearest_neighbours(W_FD: Tensor, n_experts: int = 1, *, block: int = 2048, bfloat16: bool = False) -> Neighbours:
+def nearest_neighbours(
+    W_FD: Tensor, n_experts: int = 1, *, n_shared: int = 0, block: int = 2048, bfloat16: bool = False
+) -> Neighbours:
     """Find each latent's nearest neighbour in its own expert and in the others.
 
     Costs F^2 D FLOPs on the device of ``W_FD``, half of all pairs at 2 D each, in tiles of block x block cosines.
@@ -45,15 +47,16 @@ def nearest_neighbours(W_FD: Tensor, n_experts: int = 1, *, block: int = 2048, b
 
     Args:
         W_FD: One row per latent: ``W_dec``, or the transpose of ``W_enc``.
-        n_experts: Number of experts, each owning F / n_experts consecutive rows.
+        n_experts: Number of experts, each owning (F - n_shared) / n_experts consecutive rows.
+        n_shared: Rows before these, of shared latents, which count as one more expert.
         block: Rows per tile.
         bfloat16: Search in bfloat16, which is several times faster on CPUs and GPUs with matrix units for it. The
             cosines are those in float32 of the latents found, which are at most 2^-6 less than the nearest.
 
     Raises:
-        ValueError: Unless W is a matrix and ``n_experts`` divides F.
+        ValueError: Unless W is a matrix and ``n_experts`` divides F - n_shared.
     """
-    nearest = NearestSoFar(W_FD, checked_layout("W", W_FD, n_experts, block), bfloat16)
+    nearest = NearestSoFar(W_FD, checked_layout("W", W_FD, n_experts, n_shared, block), bfloat16)
     for tile in cosine_tiles(W_FD, block, bfloat16=bfloat16):
         nearest.add(tile)
     return nearest.result()

@@ -84,9 +84,9 @@ def describe(
     if SPARSITY_FILENAME in files:
         density_F = _density(sae_id, files[SPARSITY_FILENAME], cfg["d_sae"])
         measured["dead_latents"] = int((density_F == 0).sum())
-        if isinstance(E, int) and density_F.sum() > 0:
-            by_expert = ExpertLayout(len(density_F), E).by_expert(density_F)
-            measured["expert_firings"] = (by_expert.sum(1) / density_F.sum()).tolist()
+        layout = ExpertLayout.of_fields(cfg)
+        if layout is not None and (routed_EM := layout.by_expert(density_F)).sum() > 0:
+            measured["expert_firings"] = (routed_EM.sum(1) / routed_EM.sum()).tolist()
     metadata.pop("requires", None)
     if (plugin := _plugin(cfg)) is not None:
         metadata["requires"] = plugin

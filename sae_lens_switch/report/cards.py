@@ -29,7 +29,7 @@ def latents(run: Run, texts: Texts) -> Section | None:
     for latent, windows in texts.windows.items():
         top = max((max(values) for _, values in windows), default=0.0)
         examples = [(f"{max(values):.3g}", _shaded(pieces, values, top)) for pieces, values in windows]
-        expert = f", expert {run.layout.expert_of(latent)}" if run.n_experts > 1 else ""
+        expert = f", {run.layout.owner_of(latent)}" if run.n_experts > 1 else ""
         density, mean = float(texts.activity.density_F[latent]), float(texts.activity.mean_F[latent])
         facts = f"fires on {percent(density)} of the tokens, with a mean activation of {mean:.3g}"
         cards.append(Card(f"Latent {latent}{expert}", latent=latent, facts=facts, examples=examples))

@@ -30,7 +30,7 @@ class PairedLatent:
     """One of a pair of duplicates; ``has_card`` if the page shows texts of it."""
 
     latent: int
-    expert: int
+    owner: str
     density: str
     has_card: bool
 
@@ -83,7 +83,8 @@ def architecture(run: Run) -> str:
     """Architecture and size in words."""
     cfg = run.sae.cfg
     experts = f", {run.n_experts} experts" if run.n_experts > 1 else ""
-    return f"{cfg.architecture()} SAE, {cfg.d_sae:,} latents{experts}"
+    shared = f", {run.layout.shared_width:,} of them shared" if run.layout.shared_width else ""
+    return f"{cfg.architecture()} SAE, {cfg.d_sae:,} latents{shared}{experts}"
 
 
 def _dead(run: Run, texts: Texts | None) -> list[tuple[Tensor, str]]:
@@ -162,6 +163,7 @@ def _facts(run: Run, texts: Texts | None) -> list[tuple[str, str]]:
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
         "n_experts": settings.get("n_experts"),
+        "n_shared_experts": settings.get("n_shared_experts") or None,
         "k": settings.get("k"),
         "training_tokens": runner.get("training_tokens"),
         "train_batch_size_tokens": runner.get("train_batch_size_tokens"),
@@ -247,6 +249,9 @@ def load(run: Run, texts: Texts | None) -> Section | None:
         title, axis = f"Dead latents, of {run.layout.expert_width:,} per expert", {"rangemode": "tozero"}
         plots.append(plot("dead", title, dead, "expert", "latents", yaxis=axis, showlegend=True))
     says = "Share of the tokens routed to each expert, and the number of its latents that never fired."
+    for dead_F, where in _dead(run, texts) if run.layout.shared_width else ():
+        n_dead = int(run.layout.shared(dead_F).sum())
+        says += f" Of the {run.layout.shared_width:,} shared latents, {n_dead:,} never fired {where}."
     return Section("load", "Load and dead latents", says=says, plots=plots) if plots else None
 
 
@@ -312,13 +317,14 @@ def duplicate_pairs(run: Run, found: Duplicates, texts: Texts | None) -> Section
     plots = []
     if run.n_experts > 1 and found.n_pairs:
         data, axis = heatmap(found.n_pairs_EE, COUNTS, "%{y}, %{x}: %{z} pairs"), {"autorange": "reversed"}
-        plots.append(plot("duplicates", "Pairs between experts", data, "expert", "expert", yaxis=axis))
+        title = "Pairs between experts" + (", and shared latents, the last" if run.layout.shared_width else "")
+        plots.append(plot("duplicates", title, data, "expert", "expert", yaxis=axis))
     density_F = texts.activity.density_F if texts is not None else run.density_F
 
     def paired(latent: int) -> PairedLatent:
         fires = "\u2013" if density_F is None else percent(density_F[latent].item())
         has_card = texts is not None and latent in texts.windows
-        return PairedLatent(latent, run.layout.expert_of(latent), fires, has_card)
+        return PairedLatent(latent, run.layout.owner_of(latent), fires, has_card)
 
     pairs = [
         (f"{cosine:.3f}", [paired(latent) for latent in pair])

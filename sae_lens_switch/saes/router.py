@@ -91,10 +91,16 @@ class RoutingStatistics:
 
     @cached_property
     def dead_latents_E(self) -> Tensor:
-        """Dead latents of each expert, [E]."""
+        """Dead latents of each expert, [E]; shared ones are not among them."""
         if self.dead_latents_F is None:
             return torch.zeros(self.layout.n_experts)
         return self.layout.by_expert(self.dead_latents_F).sum(1)
+
+    @property
+    def dead_latents_shared(self) -> Tensor:
+        if self.dead_latents_F is None:
+            return torch.zeros(())
+        return self.layout.shared(self.dead_latents_F).sum()
 
     @property
     def load_entropy(self) -> Tensor:
@@ -114,4 +120,5 @@ class RoutingStatistics:
             "expert_load_entropy": lambda: self.load_entropy,
             "gate_mean": lambda: self.gate_mean,
             **per_expert,
+            **({"dead_latents_shared": lambda: self.dead_latents_shared} if self.layout.shared_width else {}),
         }
