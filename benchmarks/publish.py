@@ -39,6 +39,7 @@ _NAMES = {
     "ours: sparse_topk, bfloat16 encoder": "**`sparse_topk`, bfloat16 encoder**",
     "all experts, masked, 32 experts": "Switch formula, 32 experts, all computed and masked",
     "all experts, masked, 2 of 32 experts": "the same with 2 active experts",
+    "all experts, masked, 32 experts and 1 shared": "the same with a shared expert",
 }
 
 

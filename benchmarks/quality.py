@@ -42,6 +42,11 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "2 of 16, no gate": {"n_active_experts": 2, "gate": "one"},
         "4 of 16, renormalised": {"n_active_experts": 4, "gate": "renormalized"},
     },
+    "shared experts": {
+        f"{which}, {gate}": {"gate": gate, **fields}
+        for gate in ("probability", "one")
+        for which, fields in (("none", {}), ("768 shared latents", {"n_shared_experts": 1, "shared_width": 768}))
+    },
     "dead latents at k = 8": {
         "no AuxK": AUX,
         "AuxK of d_in / 2, 1/32": AUX_OF_SAELENS | {"aux_loss_coefficient": 1 / 32},

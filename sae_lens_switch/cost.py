@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from sae_lens_switch.common.speed import Machine
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 __all__ = ["Cost", "Machine", "describe", "main"]
 
@@ -39,6 +40,8 @@ class Cost:
         k: Active latents per token.
         n_experts: Number of experts; 1 unless the architecture is "switch".
         n_active_experts: Experts per token.
+        n_shared_experts: Experts that every token uses beside them.
+        shared_width: Latents of these together; None: each is as wide as the others.
         batch: Activations per training step.
         optimizer: "adam" or "row_sparse_adam".
         bytes_per_weight: 4 for float32, 2 for bfloat16.
@@ -56,6 +59,8 @@ class Cost:
     optimizer: OptimizerName = "adam"
     bytes_per_weight: int = 4
     n_active_experts: int = 1
+    n_shared_experts: int = 0
+    shared_width: int | None = None
 
     def __post_init__(self) -> None:
         if self.architecture not in ("switch", "sparse_topk", "topk"):
@@ -64,27 +69,43 @@ class Cost:
             value = vars(self)[name]
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+        for name, least in (("n_shared_experts", 0), ("shared_width", 1)):
+            value = vars(self)[name]
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
         if self.architecture != "switch" and self.n_experts != 1:
             raise ValueError(f"n_experts must be 1 unless architecture is 'switch'; got {self.n_experts}")
-        if self.d_sae % self.n_experts:
-            raise ValueError(f"n_experts must divide d_sae={self.d_sae}; got {self.n_experts}")
+        if self.n_shared_experts and self.architecture != "switch":
+            raise ValueError(f"n_shared_experts must be 0 unless architecture is 'switch'; got {self.n_shared_experts}")
+        if self.shared_width is not None and not self.n_shared_experts:
+            raise ValueError(f"shared_width must be None without shared experts; got {self.shared_width}")
+        if not self.layout.is_possible:
+            rest = f" less the {self.layout.shared_width} latents of shared experts" if self.n_shared_experts else ""
+            raise ValueError(f"n_experts must divide d_sae={self.d_sae}{rest}; got {self.n_experts}")
         if self.n_active_experts > self.n_experts:
             raise ValueError(
                 f"n_active_experts must be at most n_experts={self.n_experts}; got {self.n_active_experts}"
             )
         if self.k > self.active_width:
             several = "" if self.n_active_experts == 1 else "n_active_experts * "
-            raise ValueError(f"k must be at most {several}d_sae / n_experts = {self.active_width}; got {self.k}")
+            what = "the latents of a token's experts and the shared ones," if self.n_shared_experts else ""
+            what = what or f"{several}d_sae / n_experts ="
+            raise ValueError(f"k must be at most {what} {self.active_width}; got {self.k}")
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Which latents belong to which expert."""
+        return ExpertLayout.of(self.d_sae, self.n_experts, self.n_shared_experts, self.shared_width)
 
     @property
     def expert_width(self) -> int:
         """Latents per expert."""
-        return self.d_sae // self.n_experts
+        return self.layout.expert_width
 
     @property
     def active_width(self) -> int:
-        """Latents of a token's experts together."""
-        return self.n_active_experts * self.expert_width
+        """Latents of a token's experts together, shared ones included."""
+        return self.layout.shared_width + self.n_active_experts * self.expert_width
 
     @property
     def rows(self) -> int:
@@ -133,12 +154,13 @@ class Cost:
         if self.architecture == "topk":  # from the second step on, SAELens holds seven tensors of B x F
             latents = 7 * 4 * B * self.d_sae
         else:  # codes, their gradients and index, and the tile of pre-activations that top-k searches
-            latents = B * K * (4 * 4 + 4 * 8) + 4 * 512 * min(self.expert_width, 1 << 15)
+            widest = max(self.expert_width, self.layout.shared_width)
+            latents = B * K * (4 * 4 + 4 * 8) + 4 * 512 * min(widest, 1 << 15)
         return {
             "weights": self.bytes_per_weight * n,
             "gradients": self.bytes_per_weight * 2 * self.rows * D,
             "optimiser": 2 * 4 * n + masters,
-            "activations": (5 + self.n_active_experts) * 4 * B * D,
+            "activations": (5 + self.n_active_experts + (self.n_shared_experts > 0)) * 4 * B * D,
             "latents": latents,
         }
 
@@ -146,9 +168,8 @@ class Cost:
     def bytes_moved(self) -> dict[str, float]:
         """Bytes moved between memory and processor in a step, by part."""
         w, B, D, F, K = self.bytes_per_weight, self.batch, self.d_in, self.d_sae, self.k
-        reached = (
-            min(self.n_experts, B * self.n_active_experts) * self.expert_width
-        )  # latents of experts with at least one token
+        # Latents that are shared, or of experts with at least one token.
+        reached = self.layout.shared_width + min(self.n_experts, B * self.n_active_experts) * self.expert_width
         touched = 2 * w * self.rows * D
         if self.architecture == "topk":
             return {
@@ -236,6 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--n-experts", type=int, default=1)
     parser.add_argument("--n-active-experts", type=int, default=1)
+    parser.add_argument("--n-shared-experts", type=int, default=0)
+    parser.add_argument("--shared-width", type=int, help="latents of all shared experts together")
     parser.add_argument("--batch", type=int, default=4096, help="activations per training step")
     parser.add_argument("--optimizer", default="adam", choices=["adam", "row_sparse_adam"])
     parser.add_argument("--bytes-per-weight", type=int, default=4)

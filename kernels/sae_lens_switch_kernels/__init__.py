@@ -10,7 +10,7 @@ The suffix of a name gives a tensor's shape (``x_BD``), one letter per dimension
 
 A file that uses another letter, or one of these otherwise, says so in its docstring. E1 and F1 are one longer than E
 and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decoder row are both contiguous. Expert e
-owns latents ``e * M`` to ``(e + 1) * M``.
+owns latents ``e * M`` to ``(e + 1) * M``, after the shared ones if there are any.
 """
 
 from sae_lens_switch_kernels.backend import triton_kernel

@@ -1,7 +1,4 @@
-"""The public functions: they check their arguments and call the registered operators.
-
-Values of indices are checked by the operators, where they are read.
-"""
+"""The public functions: they check their arguments and call the registered operators."""
 
 from typing import NamedTuple
 
@@ -9,7 +6,16 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels import autoencode, operators
-from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
+from sae_lens_switch_kernels.arguments import (
+    check_codes,
+    check_device,
+    check_indices,
+    check_integers,
+    check_like,
+    check_matrix,
+    checked,
+)
+from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.row_grads import RowGrads
 
@@ -48,9 +54,9 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Te
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
-    _check_matrix("W_dec_FD", W_dec_FD)
-    _check_codes(values_BK, indices_BK)
-    _check_like("values_BK", values_BK, "W_dec_FD", W_dec_FD)
+    check_matrix("W_dec_FD", W_dec_FD)
+    check_codes(values_BK, indices_BK)
+    check_like("values_BK", values_BK, "W_dec_FD", W_dec_FD)
     return operators.sparse_decode(values_BK, indices_BK, W_dec_FD)
 
 
@@ -70,11 +76,11 @@ def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
-    _check_matrix("g_BD", g_BD)
-    _check_matrix("W_FD", W_FD, columns=g_BD.shape[1])
-    _check_indices(indices_BK, rows=len(g_BD))
-    _check_like("g_BD", g_BD, "W_FD", W_FD)
-    _check_device("indices_BK", indices_BK, "W_FD", W_FD)
+    check_matrix("g_BD", g_BD)
+    check_matrix("W_FD", W_FD, columns=g_BD.shape[1])
+    check_indices(indices_BK, rows=len(g_BD))
+    check_like("g_BD", g_BD, "W_FD", W_FD)
+    check_device("indices_BK", indices_BK, "W_FD", W_FD)
     return operators.matmul_at_indices(g_BD, W_FD, indices_BK)
 
 
@@ -96,9 +102,9 @@ def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_la
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
-    _check_codes(values_BK, indices_BK)
-    _check_matrix("g_BD", g_BD, rows=len(values_BK))
-    _check_like("values_BK", values_BK, "g_BD", g_BD)
+    check_codes(values_BK, indices_BK)
+    check_matrix("g_BD", g_BD, rows=len(values_BK))
+    check_like("values_BK", values_BK, "g_BD", g_BD)
     return operators.latent_weight_grad(values_BK, indices_BK, g_BD, n_latents)
 
 
@@ -135,7 +141,7 @@ def topk_encode(
         ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs, encoder_precision))
+    return operators.encode(*checked(inputs, encoder_precision))
 
 
 def switch_encode(
@@ -145,6 +151,7 @@ def switch_encode(
     k: int,
     n_experts: int,
     *,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     encoder_precision: EncoderPrecision = "full",
@@ -152,15 +159,18 @@ def switch_encode(
     """TopK_k(relu((x - pre_bias) W_e^T)) for e = expert[b], where W_e is rows ``e * M : (e + 1) * M`` of W_enc.
 
     Only the chosen block is computed: 2BDM flops. With A experts per token, TopK_k over the latents of all of them,
-    each multiplied by the gate of its expert for the selection: 2BDMA flops. Otherwise as ``topk_encode``.
+    each multiplied by the gate of its expert for the selection: 2BDMA flops. With shared latents, of these as well,
+    whose gate is 1: 2BD(MA + n_shared) flops. Otherwise as ``topk_encode``.
 
     Args:
         x_BD: Tokens.
         expert_B: The expert of each token, int32 or int64; or its experts, [B, A], distinct.
         W_enc_FD: Encoder weights.
         k: Active latents per token, over all its experts.
-        n_experts: E; every expert owns M = F / E latents.
-        gates_B: Positive gates, of the shape of ``expert_B``. That of a single expert changes nothing.
+        n_experts: E; every expert owns M = (F - n_shared) / E latents.
+        n_shared: The first so many latents belong to no expert, and every token may choose them.
+        gates_B: Positive gates, of the shape of ``expert_B``. That of a single expert changes nothing, unless there
+            are shared latents.
         pre_bias_D: Subtracted from x.
         encoder_precision: As in ``topk_encode``.
 
@@ -168,11 +178,12 @@ def switch_encode(
         values [B, K], without the gate, and indices [B, K], which count over all F latents.
 
     Raises:
-        ValueError: As ``topk_encode``; also if n_experts does not divide F, if k > A M, or if an expert is outside
-            [0, n_experts).
+        ValueError: As ``topk_encode``; also if n_experts does not divide F - n_shared, if k > A M + n_shared, or if an
+            expert is outside [0, n_experts).
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs, encoder_precision))
+    inputs = inputs._replace(n_shared=n_shared)
+    return operators.encode(*checked(inputs, encoder_precision))
 
 
 def sparse_autoencode(
@@ -183,6 +194,7 @@ def sparse_autoencode(
     *,
     expert_B: Tensor | None = None,
     n_experts: int = 1,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     bias_F: Tensor | None = None,
@@ -205,14 +217,15 @@ def sparse_autoencode(
         k: Active latents per token.
         expert_B: The expert of each token, or its experts, as in ``switch_encode``.
         n_experts: Number of experts.
+        n_shared: Latents of no expert, as in ``switch_encode``.
         gates_B: Multiplies the values of each token, or of each of its experts, before decoding.
         pre_bias_D: Subtracted from x.
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only.
         dead_N: Dead latents, whose own aux_k largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
             A.2). Only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
-            token's own experts, all of them if there are fewer than aux_k, weighted by the gate, which gets no
-            gradient from them.
+            token's own experts and the shared ones, all of them if there are fewer than aux_k, weighted by the gate,
+            which gets no gradient from them.
         aux_k: Dead latents per token.
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
@@ -224,13 +237,13 @@ def sparse_autoencode(
     Raises:
         ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= aux_k <= N.
     """
-    _check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
-    _check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
+    check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
+    check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    inputs = _checked(inputs, encoder_precision)
+    inputs = checked(inputs._replace(n_shared=n_shared), encoder_precision)
     if dead_N is not None:
-        _check_integers("dead_N", dead_N)
-        _check_device("dead_N", dead_N, "x_BD", x_BD)
+        check_integers("dead_N", dead_N)
+        check_device("dead_N", dead_N, "x_BD", x_BD)
         if not 1 <= aux_k <= len(dead_N):
             raise ValueError(f"aux_k must be between 1 and the {len(dead_N)} dead latents; got aux_k={aux_k}")
     arguments = *inputs, W_dec_FD, dead_N, aux_k
@@ -247,99 +260,3 @@ def sparse_autoencode(
         None if dead_N is None else aux_out_BD,
         None if inputs.candidate_dtype is None else doubtful_B,
     )
-
-
-def _checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> EncoderInputs:
-    """The inputs with the dtypes of the matrix products: autocast's where it is enabled. Raises ValueError."""
-    x_BD, W_FD, k, n_experts, expert_B = inputs.x_BD, inputs.W_enc_FD, inputs.k, inputs.n_experts, inputs.expert_B
-    _check_matrix("x_BD", x_BD)
-    _check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
-    _check_like("x_BD", x_BD, "W_enc_FD", W_FD)
-    F = len(W_FD)
-    if n_experts < 1 or F % n_experts:
-        raise ValueError(f"n_experts must divide the number of latents; got n_experts={n_experts}, F={F}")
-    n_active = 1
-    if expert_B is not None:
-        n_active = _check_experts(expert_B, x_BD, n_experts)
-        if expert_B.ndim == 2 and n_active == 1:
-            gates_B = None if inputs.gates_B is None else inputs.gates_B.flatten()
-            inputs = inputs._replace(expert_B=expert_B.flatten(), gates_B=gates_B)
-    elif n_experts != 1:
-        raise ValueError(f"expert_B must be given for n_experts={n_experts}")
-    width = F // n_experts
-    if not 1 <= k <= n_active * width:
-        several = f"{n_active} F / n_experts" if n_active > 1 else "F / n_experts"
-        raise ValueError(f"k must be between 1 and {several} = {n_active * width}; got k={k}")
-    if inputs.gates_B is not None:
-        expected = x_BD.shape[:1] if inputs.expert_B is None else inputs.expert_B.shape
-        if inputs.gates_B.shape != expected:
-            raise ValueError(f"gates_B must have shape {tuple(expected)}; got {tuple(inputs.gates_B.shape)}")
-        _check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
-    _check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
-    _check_vector("bias_F", inputs.bias_F, F, W_FD)
-    _check_vector("scale_F", inputs.scale_F, F, W_FD)
-    device_type = x_BD.device.type
-    if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
-        inputs = inputs._replace(dtype=torch.get_autocast_dtype(device_type))
-    return with_candidates(inputs, encoder_precision)
-
-
-def _check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:
-    """The number of experts per token. Raises ValueError."""
-    n_active = expert_B.shape[1] if expert_B.ndim == 2 else 1
-    if expert_B.ndim not in (1, 2) or len(expert_B) != len(x_BD) or not 1 <= n_active <= n_experts:
-        expected = f"({len(x_BD)},) or ({len(x_BD)}, n_active) with n_active from 1 to {n_experts}"
-        raise ValueError(f"expert_B must have shape {expected}; got {tuple(expert_B.shape)}")
-    _check_integers("expert_B", expert_B)
-    _check_device("expert_B", expert_B, "x_BD", x_BD)
-    return n_active
-
-
-def _check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor) -> None:
-    if t is None:
-        return
-    if t.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},); got {tuple(t.shape)}")
-    _check_like(name, t, "W_enc_FD", W_FD)
-
-
-def _check_matrix(name: str, t: Tensor, rows: int | None = None, columns: int | None = None) -> None:
-    fits = t.ndim == 2 and rows in (None, t.shape[0]) and columns in (None, t.shape[1])
-    if not fits:
-        expected = f"({'any' if rows is None else rows}, {'any' if columns is None else columns})"
-        raise ValueError(f"{name} must have shape {expected}; got {tuple(t.shape)}")
-    if not t.is_floating_point():
-        raise ValueError(f"{name} must be floating point; got {t.dtype}")
-
-
-def _check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    if t.dtype != other.dtype:
-        raise ValueError(f"{name} and {other_name} must share a dtype; got {t.dtype} and {other.dtype}")
-    _check_device(name, t, other_name, other)
-
-
-def _check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    if t.device != other.device:
-        raise ValueError(f"{name} and {other_name} must share a device; got {t.device} and {other.device}")
-
-
-def _check_codes(values_BK: Tensor, indices_BK: Tensor) -> None:
-    _check_matrix("values_BK", values_BK)
-    if values_BK.shape != indices_BK.shape:
-        raise ValueError(
-            f"values_BK and indices_BK must share a shape; got {tuple(values_BK.shape)} and {tuple(indices_BK.shape)}"
-        )
-    _check_indices(indices_BK)
-    _check_device("indices_BK", indices_BK, "values_BK", values_BK)
-
-
-def _check_indices(indices_BK: Tensor, rows: int | None = None) -> None:
-    if indices_BK.ndim != 2 or rows not in (None, len(indices_BK)):
-        expected = f"({'any' if rows is None else rows}, any)"
-        raise ValueError(f"indices_BK must have shape {expected}; got {tuple(indices_BK.shape)}")
-    _check_integers("indices_BK", indices_BK)
-
-
-def _check_integers(name: str, t: Tensor) -> None:
-    if t.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64; got {t.dtype}")

@@ -29,6 +29,8 @@ SAE: dict[str, Rule] = {
 SWITCH: dict[str, Rule] = {
     **SAE,
     **dict.fromkeys(("n_experts", "n_active_experts", "k"), _size),
+    "n_shared_experts": _count,
+    "shared_width": Whole(at_least=1, optional=True),
     "gate": Choice(get_args(Gate)),
     "load_balance_coefficient": Number(at_least=0, optional=True),
     "load_balance_scale": Choice(get_args(LoadBalanceScale)),

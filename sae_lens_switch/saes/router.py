@@ -8,6 +8,8 @@ import torch
 from sae_lens_switch_kernels import route
 from torch import Tensor
 
+from sae_lens_switch.saes.expert_layout import ExpertLayout
+
 # Where torch's variance, which reads a batch once, takes half as long again as several passes.
 _IN_PASSES = {"cpu"}
 
@@ -81,17 +83,24 @@ def spread(x_BD: Tensor) -> Tensor:
 class RoutingStatistics:
     """Statistics of a training step's routing, each computed lazily."""
 
-    def __init__(self, load_E: Tensor, gates_B: Tensor, dead_latents_F: Tensor | None = None) -> None:
+    def __init__(
+        self, load_E: Tensor, gates_B: Tensor, layout: ExpertLayout, dead_latents_F: Tensor | None = None
+    ) -> None:
         self.load_E, self.gates_B = load_E, gates_B
-        self.dead_latents_F = dead_latents_F
+        self.layout, self.dead_latents_F = layout, dead_latents_F
 
     @cached_property
     def dead_latents_E(self) -> Tensor:
-        """Dead latents of each expert, [E]."""
-        E = len(self.load_E)
+        """Dead latents of each expert, [E]; shared ones are not among them."""
         if self.dead_latents_F is None:
-            return torch.zeros(E)
-        return self.dead_latents_F.view(E, -1).sum(1)
+            return torch.zeros(self.layout.n_experts)
+        return self.layout.by_expert(self.dead_latents_F).sum(1)
+
+    @property
+    def dead_latents_shared(self) -> Tensor:
+        if self.dead_latents_F is None:
+            return torch.zeros(())
+        return self.layout.shared(self.dead_latents_F).sum()
 
     @property
     def load_entropy(self) -> Tensor:
@@ -111,4 +120,5 @@ class RoutingStatistics:
             "expert_load_entropy": lambda: self.load_entropy,
             "gate_mean": lambda: self.gate_mean,
             **per_expert,
+            **({"dead_latents_shared": lambda: self.dead_latents_shared} if self.layout.shared_width else {}),
         }

@@ -17,6 +17,7 @@ from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
 from sae_lens_switch.saes.serialization import latent_major
 from sae_lens_switch.saes.sparse_codes import SparseCodes
@@ -163,7 +164,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     # What the trainer asks
 
     @property
-    def n_experts(self) -> int | None:
+    def expert_layout(self) -> ExpertLayout | None:
         """None without a router."""
         return None
 
@@ -255,10 +256,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         pass
 
     def _encode_dense(self, inputs_BD: Tensor) -> tuple[Tensor, Tensor, Assignment | None]:
-        """Dense latents [B, F], what was selected [B, K], and the routing, for hooks on the dense latents.
-
-        Of an SAE that does not leave such a step to SAELens, as sparse_topk does.
-        """
+        """For hooks on dense latents, unless SAELens takes the step: latents [B, F], those selected [B, K], routing."""
         raise NotImplementedError
 
     def _route(self, inputs_BD: Tensor) -> Assignment | None:  # noqa: ARG002, there is one expert

@@ -25,7 +25,8 @@ class SwitchBase(SparseSAE):
 
     Router   p = softmax((x - b_router) @ W_router), e = argmax p, in float32 whatever the SAE's dtype
     Encoder  z = TopK_K(relu((x - b_dec) @ W_enc[:, block e])), f = p_e z
-             with A active experts: f = TopK_K(g_e relu((x - b_dec) @ W_enc)) over the blocks of all A, g_e their gates
+             with A active experts: f = TopK_K(g_e relu((x - b_dec) @ W_enc)) over the blocks of all A, g_e their gates,
+             and over the latents of shared experts, whose gate is 1
     Decoder  x_hat = f @ W_dec + b_dec, linear in any dense f
     """
 
@@ -99,6 +100,7 @@ class SwitchBase(SparseSAE):
             self.W_enc.T,
             self.cfg.k,
             self.cfg.n_experts,
+            n_shared=self.cfg.layout.shared_width,
             gates_B=None if gates is None else gates.detach(),
             pre_bias_D=self.pre_bias,
             encoder_precision=self.encoder_precision,
@@ -120,24 +122,25 @@ class SwitchBase(SparseSAE):
     def _encode_hooked(self, x: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
         """As ``_encode_codes``, with pre-activations laid out densely for ``hook_sae_acts_pre`` to see and edit.
 
-        Only the chosen expert's block is computed; the others are zero and cannot be selected.
+        Only the shared block and those of the chosen experts are computed; the others are zero and cannot be selected.
         """
-        E, M = self.cfg.n_experts, self.cfg.d_sae // self.cfg.n_experts
+        layout = self.cfg.layout
         centered_BD = self._centered(x).reshape(-1, x.shape[-1])
         experts_BA, gates_BA = self._chosen(assignment)
         pre_BF = centered_BD.new_zeros(len(centered_BD), self.cfg.d_sae)
-        for e in range(E):
-            rows = (experts_BA == e).any(1).nonzero().flatten()
-            block = slice(e * M, (e + 1) * M)
+        shared = slice(layout.shared_width)
+        pre_BF[:, shared] = (centered_BD @ self.W_enc[:, shared]).to(pre_BF.dtype)
+        for e in range(layout.n_experts):
+            rows, block = (experts_BA == e).any(1).nonzero().flatten(), layout.latents_of(e)
             pre_BF[rows, block] = (centered_BD[rows] @ self.W_enc[:, block]).to(pre_BF.dtype)
         pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], self.cfg.d_sae))
-        blocks = (assignment.experts_BA.unsqueeze(-1) * M + torch.arange(M, device=x.device)).flatten(-2)
-        mine = ranked = pre.gather(-1, blocks)
-        if gates_BA is not None and self.cfg.n_active_experts > 1:
-            gates = gates_BA.detach().to(pre.dtype).repeat_interleave(M, dim=1)
-            ranked = mine.relu() * gates.view(mine.shape)
+        latents = layout.latents(assignment.experts_BA)
+        mine = ranked = pre.gather(-1, latents)
+        if gates_BA is not None and self._mixes_gates:
+            gates = gates_BA.detach().to(pre.dtype).view(assignment.experts_BA.shape)
+            ranked = mine.relu() * code_gates(gates, assignment.experts_BA, layout.experts_of(latents))
         place = ranked.topk(self.cfg.k, dim=-1).indices
-        codes = SparseCodes(mine.gather(-1, place).relu(), blocks.gather(-1, place), self.cfg.d_sae)
+        codes = SparseCodes(mine.gather(-1, place).relu(), latents.gather(-1, place), self.cfg.d_sae)
         return SparseCodes(self._gated(codes, assignment), codes.indices, self.cfg.d_sae).to_dense(), pre
 
     def _gated(self, codes: SparseCodes, assignment: Assignment) -> Tensor:
@@ -145,10 +148,14 @@ class SwitchBase(SparseSAE):
         gates = self._gates(assignment)
         if gates is None:
             return codes.values
-        if self.cfg.n_active_experts > 1:
-            experts = torch.div(codes.indices, self.cfg.d_sae // self.cfg.n_experts, rounding_mode="floor")
-            gates = code_gates(gates, assignment.experts_BA, experts)
+        if self._mixes_gates:
+            gates = code_gates(gates, assignment.experts_BA, self.cfg.layout.experts_of(codes.indices))
         return codes.values * gates.to(codes.values.dtype)
+
+    @property
+    def _mixes_gates(self) -> bool:
+        """Whether latents with different gates compete for the k places of a token."""
+        return self.cfg.n_active_experts > 1 or self.cfg.n_shared_experts > 0
 
     # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here
 
@@ -175,11 +182,11 @@ class SwitchBase(SparseSAE):
     def fold_W_dec_norm(self) -> None:
         """Fold decoder norms into the encoder where that is exact: when those that compete are equal.
 
-        These are the norms within each expert, or all where a token has several experts. Raises NotImplementedError
-        otherwise, since rescaled pre-activations would select other latents.
+        These are the norms within each expert, or all where a token has several experts, shared ones included. Raises
+        NotImplementedError otherwise, since rescaled pre-activations would select other latents.
         """
-        competing = self.cfg.n_experts if self.cfg.n_active_experts == 1 else 1
-        norms_EM = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1).view(competing, -1)
+        norms_F = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1)
+        norms_EM = norms_F.unsqueeze(0) if self._mixes_gates else self.cfg.layout.by_expert(norms_F)
         spread_E = norms_EM.amax(1) / norms_EM.amin(1) - 1
         # Rows of equal norm differ by their rounding to the dtype, and by the rounding of the norms themselves.
         tolerance = 2 * torch.finfo(self.dtype).eps + 16 * torch.finfo(norms_EM.dtype).eps

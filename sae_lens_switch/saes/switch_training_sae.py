@@ -20,6 +20,7 @@ from sae_lens_switch.saes.decoder_constraint import (
     normalize_rows_,
     project_out_rows_,
 )
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import (
     Assignment,
     RoutingStatistics,
@@ -41,7 +42,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; and AuxK
     (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead latents of a token's own experts, weighted by their
-    gates, reconstruct the token's residual.
+    gates, and of shared ones, reconstruct the token's residual. Load balance concerns routed experts alone.
     A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK is then left out.
     """
 
@@ -80,8 +81,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @property
     @override
-    def n_experts(self) -> int:
-        return self.cfg.n_experts
+    def expert_layout(self) -> ExpertLayout:
+        return self.cfg.layout
 
     @override
     def latent_parameters(self) -> LatentParameters:
@@ -152,6 +153,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             self.cfg.k,
             expert_B=experts_BA,
             n_experts=self.cfg.n_experts,
+            n_shared=self.cfg.layout.shared_width,
             gates_B=gates_BA,
             pre_bias_D=self.pre_bias,
             dead_N=dead.indices_N,
@@ -175,7 +177,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         load_E = expert_load(assignment)
         balance = load_balance_loss(assignment, load_E)
         losses["load_balance_loss"] = step_input.coefficients["load_balance"] * self._load_balance_scale(x_BD) * balance
-        statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
+        gates_B = assignment.gates_BA.detach().flatten()
+        statistics = RoutingStatistics(load_E, gates_B, self.cfg.layout, step_input.dead_neuron_mask)
         metrics.update(load_balance=balance.detach(), **statistics.metrics())
         return statistics
 
@@ -217,15 +220,19 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @override
     def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:
-        if self.cfg.n_experts == 1:
+        layout = self.cfg.layout
+        if layout.n_experts == 1:
             return n_dead
-        return int(dead_F.view(self.cfg.n_experts, -1).sum(1).topk(self.cfg.n_active_experts).values.sum())
+        of_experts = layout.by_expert(dead_F).sum(1).topk(self.cfg.n_active_experts).values.sum()
+        return int(of_experts + layout.shared(dead_F).sum())
 
     @override
     def _n_dead(self, dead_N: Tensor, dead_F: Tensor | None, assignment: Assignment | None) -> Tensor:
         assert dead_F is not None
         assert assignment is not None
-        return dead_F.view(self.cfg.n_experts, -1).sum(1)[assignment.experts_BA.flatten(0, -2)].sum(-1)
+        layout = self.cfg.layout
+        of_experts_B = layout.by_expert(dead_F).sum(1)[assignment.experts_BA.flatten(0, -2)].sum(-1)
+        return of_experts_B + layout.shared(dead_F).sum()
 
     # Around the step of an optimiser that knows nothing of the constraint
 

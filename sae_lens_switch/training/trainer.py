@@ -91,8 +91,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.skipped = SkippedSteps(cfg.max_skipped_steps, cfg.device)
         self.collapse = CollapseResponse(cfg.on_collapse)
         self.routing: RoutingMonitor | None = None
-        if self._sparse_sae is not None and (n_experts := self._sparse_sae.n_experts) is not None:
-            self.routing = RoutingMonitor(n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
+        if self._sparse_sae is not None and (layout := self._sparse_sae.expert_layout) is not None:
+            self.routing = RoutingMonitor(layout, cfg.collapse_share, cfg.collapse_patience, cfg.device)
         self._last_gates_B: Tensor | None = None
         self._interruption = Interruption()
         self.history = History(cfg.total_training_steps)

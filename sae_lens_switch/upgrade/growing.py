@@ -28,7 +28,7 @@ def grow(
     Each new expert is a copy of the one that is busiest by then, encoder and decoder, so that whichever of the two a
     token goes to, the same latents are selected. Their two columns of the router are set apart, by equal amounts in
     opposite directions, along the first principal direction of their tokens: each gets about half. Twins share one
-    expert's tokens but no gradient, and so become different.
+    expert's tokens but no gradient, and so become different. Shared experts stay as they are.
     What is not preserved: a token's gate rises or falls as the probability of the twins is divided, and a few
     tokens of other experts change theirs. Each expert's encoder is multiplied by the factor that makes up for the
     gates best, in the sense of least squares. The share of tokens that select other latents is logged.
@@ -63,7 +63,8 @@ def grow(
     stays_N = source_E[new_N] == old_N
     if sae.cfg.gate == "probability":
         scale_E = _gate_scale(old_gates_N[stays_N], gates_N[stays_N], new_N[stays_N], n_experts)
-        grown.W_enc.mul_(scale_E.to(grown.W_enc.dtype).repeat_interleave(sae.cfg.d_sae // sae.cfg.n_experts))
+        routed = grown.W_enc[:, sae.cfg.layout.shared_width :]
+        routed.mul_(scale_E.to(grown.W_enc.dtype).repeat_interleave(sae.cfg.layout.expert_width))
     grown.is_fresh = False
     moved = 1 - float(stays_N.double().mean())
     logger.info(
@@ -117,10 +118,11 @@ def _margin(logits_NE: Tensor) -> Tensor:
 
 def _wider(sae: SwitchTrainingSAE, source_E: Tensor, W_router_DE: Tensor) -> SwitchTrainingSAE:
     """A new SAE whose expert e has the weights of expert ``source_E[e]``."""
-    E, M = len(source_E), sae.cfg.d_sae // sae.cfg.n_experts
-    cfg = replace(sae.cfg, d_sae=E * M, n_experts=E, metadata=copy.deepcopy(sae.cfg.metadata))
+    E, layout = len(source_E), sae.cfg.layout
+    d_sae = layout.shared_width + E * layout.expert_width
+    cfg = replace(sae.cfg, d_sae=d_sae, n_experts=E, metadata=copy.deepcopy(sae.cfg.metadata))
     grown = SwitchTrainingSAE(cfg)
-    latents_F = (source_E.unsqueeze(1) * M + torch.arange(M, device=source_E.device)).flatten()
+    latents_F = layout.latents(source_E)
     grown.W_enc.copy_(sae.W_enc[:, latents_F])
     grown.W_dec.copy_(sae.W_dec[latents_F])
     grown.b_dec.copy_(sae.b_dec)

@@ -33,8 +33,9 @@ def reference_loss(
     sae: SwitchTrainingSAE, x: Tensor, coefficient: float, scale: float, k: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """DESIGN's formulas, token by token. Returns latents, outputs, loss and the balance loss without coefficient."""
-    E = sae.cfg.n_experts
-    M = sae.cfg.d_sae // E
+    E, s, S = sae.cfg.n_experts, sae.cfg.n_shared_experts, sae.cfg.shared_width
+    S = s * sae.cfg.d_sae // (E + s) if S is None else S
+    M = (sae.cfg.d_sae - S) // E
     latents, outputs, probs, chosen = [], [], [], []
     for x_D in x:
         logits = [(x_D - sae.b_router) @ sae.W_router[:, e] for e in range(E)]
@@ -42,12 +43,12 @@ def reference_loss(
         p_E = torch.stack([w / sum(weights) for w in weights])
         experts = sorted(range(E), key=lambda e: p_E[e].item(), reverse=True)[: sae.cfg.n_active_experts]
         among = sum(p_E[e] for e in experts)
-        acts = {}
+        acts = {i: torch.relu((x_D - sae.b_dec) @ sae.W_enc[:, i]) for i in range(S)}
         for e in experts:
             gate = {"probability": p_E[e], "renormalized": p_E[e] / among, "one": 1}[sae.cfg.gate]
-            for i in range(e * M, (e + 1) * M):
+            for i in range(S + e * M, S + (e + 1) * M):
                 acts[i] = gate * torch.relu((x_D - sae.b_dec) @ sae.W_enc[:, i])
-        f = [torch.zeros((), dtype=x.dtype)] * (E * M)
+        f = [torch.zeros((), dtype=x.dtype)] * sae.cfg.d_sae
         x_hat = sae.b_dec
         for i in sorted(acts, key=lambda i: acts[i].item(), reverse=True)[: k or sae.cfg.k]:
             f[i] = acts[i]
@@ -66,3 +67,21 @@ def reference_loss(
 def variance(x: Tensor) -> float:
     mean = sum(x) / len(x)
     return float(sum(((x_D - mean) ** 2).sum() for x_D in x) / len(x))
+
+
+def compare_with_token_loop(sae: SwitchTrainingSAE, x: Tensor) -> None:
+    """Latents, outputs, losses and every gradient, that of x too."""
+    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    output = sae.training_forward_pass(step_input(mine))
+    latents, out, loss, balance = reference_loss(sae, theirs, 0.7, variance(x))
+    torch.testing.assert_close(output.sae_out, out)
+    torch.testing.assert_close(output.feature_acts.to_dense(), latents)
+    torch.testing.assert_close(sae.encode(x), latents)
+    torch.testing.assert_close(sae.decode(sae.encode_sparse(x)), out)
+    torch.testing.assert_close(output.metrics["load_balance"], balance)
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    ours = torch.autograd.grad(output.loss, (*parameters, mine), allow_unused=True)
+    truth = torch.autograd.grad(loss, (*parameters, theirs), allow_unused=True)
+    for name, a, b, p in zip((*names, "x"), ours, truth, (*parameters, x), strict=True):
+        a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"gradient of {name}: {text}")
