@@ -26,7 +26,7 @@ from sae_lens_switch_kernels.functions import (
     topk_encode,
 )
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
-from sae_lens_switch_kernels.routing import route, update_loads
+from sae_lens_switch_kernels.routing import biased_probs, route, update_expert_bias, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
 from sae_lens_switch_kernels.torch_private import version_of
@@ -37,6 +37,7 @@ __all__ = [
     "Reconstruction",
     "RowGrads",
     "WorkingCopies",
+    "biased_probs",
     "clip",
     "code_gates",
     "latent_weight_grad",
@@ -48,6 +49,7 @@ __all__ = [
     "to_huge_pages",
     "topk_encode",
     "triton_kernel",
+    "update_expert_bias",
     "update_loads",
     "version_of",
     "working_copy",

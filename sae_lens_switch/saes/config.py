@@ -10,7 +10,7 @@ from typing_extensions import override
 from sae_lens_switch.common import rules
 from sae_lens_switch.saes import field_rules
 from sae_lens_switch.saes.expert_layout import ExpertLayout
-from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale
+from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale, LoadBalancing
 
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
 _DEFAULT_COEFFICIENT = {"d_in": 3.0, "variance": 0.3}
@@ -28,6 +28,7 @@ class SwitchSAEConfig(SAEConfig):
         n_shared_experts (int): Experts that every token uses beside the routed ones, with a gate of 1. They own the first latents.
         shared_width (int | None): Latents of all shared experts together, out of d_sae. None: each is as wide as a routed one, so that n_experts + n_shared_experts must divide d_sae.
         gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "renormalized": by that among the token's own experts, which sum to 1. "one": they are not.
+        load_balancing (str): "bias": experts are chosen by their logits plus expert_bias, which training has fitted. Gates are without it. "loss": there is none.
     """
 
     n_experts: int = 16
@@ -36,6 +37,7 @@ class SwitchSAEConfig(SAEConfig):
     n_shared_experts: int = 0
     shared_width: int | None = None
     gate: Gate = "probability"
+    load_balancing: LoadBalancing = "loss"
 
     @property
     def layout(self) -> ExpertLayout:
@@ -64,9 +66,12 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         n_shared_experts (int): Experts that every token uses beside the routed ones, with a gate of 1. They own the first latents.
         shared_width (int | None): Latents of all shared experts together, out of d_sae. None: each is as wide as a routed one, so that n_experts + n_shared_experts must divide d_sae.
         gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "renormalized": by that among the token's own experts, which sum to 1. "one": they are not, and the router learns from the load balance alone, as with "renormalized" and one expert.
-        load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in".
+        load_balancing (str): How tokens are spread over the experts. "loss": by the load-balance loss, as in the paper. "bias": by expert_bias, a number per expert that is added to its logit for the choice of experts alone, never to the gate, and moved against its load after every step (arXiv 2408.15664).
+        load_balance_bias_rate (float): By how much a step moves each expert_bias, up or down. 0: it stays as it is.
+        load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in"; 0 with load_balancing="bias".
         load_balance_scale (str): "variance": the batch's E||x - mean||^2, so that the coefficient means the same for activations of any scale. "d_in": the authors' constant.
         load_balance_warm_up_steps (int): Steps over which the coefficient rises linearly from 0.
+        router_z_loss_coefficient (float): Weight of the router z-loss, mean_B logsumexp(logits)^2 (arXiv 2202.08906), times load_balance_scale. 0: there is none.
         normalize_decoder (bool): Scale decoder rows to unit norm after every optimiser step.
         project_decoder_grad (bool): Before every optimiser step, after clipping, remove from each decoder row's gradient the part parallel to the row. Only with normalize_decoder.
         decoder_init_norm (float | None): Norm of the decoder rows at the start; the encoder starts as the decoder's transpose.
@@ -84,9 +89,12 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     n_shared_experts: int = 0
     shared_width: int | None = None
     gate: Gate = "probability"
+    load_balancing: LoadBalancing = "loss"
+    load_balance_bias_rate: float = 0.01
     load_balance_coefficient: float | None = None
     load_balance_scale: LoadBalanceScale = "variance"
     load_balance_warm_up_steps: int = 0
+    router_z_loss_coefficient: float = 0.0
     normalize_decoder: bool = True
     project_decoder_grad: bool = True
     decoder_init_norm: float | None = 1.0
@@ -110,7 +118,8 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         check_sae(self)
         if self.load_balance_coefficient is None:
-            self.load_balance_coefficient = _DEFAULT_COEFFICIENT[self.load_balance_scale]
+            default = _DEFAULT_COEFFICIENT[self.load_balance_scale]
+            self.load_balance_coefficient = default if self.load_balancing == "loss" else 0.0
         if self.aux_k is None:
             self.aux_k = self.k
         super().__post_init__()

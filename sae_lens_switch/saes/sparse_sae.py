@@ -187,8 +187,8 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     def latent_parameters(self) -> LatentParameters:
         """The parameters whose rows a row-sparse optimiser may step one by one."""
 
-    def settle_start(self, is_finite: Tensor | bool) -> None:
-        """Called once the step's outcome is known: an initialisation from a non-finite step is reverted."""
+    def settle_step(self, is_finite: Tensor) -> None:
+        """Called with the step's outcome: what it began is kept, or reverted if loss or gradient were non-finite."""
 
     def after_own_step(self) -> None:
         """Called at the end of a step of an optimiser that applies the decoder's constraint itself."""

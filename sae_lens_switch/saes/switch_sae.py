@@ -17,13 +17,14 @@ from sae_lens_switch.saes.serialization import FRESH, digits, take_exact
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
 
-_ROUTER = ("W_router", "b_router")
+_ROUTER = ("W_router", "b_router", "expert_bias")
 
 
 class SwitchBase(SparseSAE):
     """What training and inference share.
 
     Router   p = softmax((x - b_router) @ W_router), e = argmax p, in float32 whatever the SAE's dtype
+             with load_balancing="bias": e = argmax (logits + expert_bias)
     Encoder  z = TopK_K(relu((x - b_dec) @ W_enc[:, block e])), f = p_e z
              with A active experts: f = TopK_K(g_e relu((x - b_dec) @ W_enc)) over the blocks of all A, g_e their gates,
              and over the latents of shared experts, whose gate is 1
@@ -32,6 +33,7 @@ class SwitchBase(SparseSAE):
 
     W_router: nn.Parameter
     b_router: nn.Parameter
+    expert_bias: Tensor | None
 
     def __init__(self, cfg: SwitchSAEConfig | SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -45,6 +47,8 @@ class SwitchBase(SparseSAE):
         W_router_DE = torch.empty(self.cfg.d_in, self.cfg.n_experts, dtype=router_dtype(self.dtype), device=self.device)
         self.W_router = nn.Parameter(W_router_DE.uniform_(-1, 1) / self.cfg.d_in**0.5)
         self.b_router = nn.Parameter(W_router_DE.new_zeros(self.cfg.d_in))
+        is_biased = self.cfg.load_balancing == "bias"
+        self.register_buffer("expert_bias", W_router_DE.new_zeros(self.cfg.n_experts) if is_biased else None)
 
     # Encoding
 
@@ -81,7 +85,8 @@ class SwitchBase(SparseSAE):
 
     def _route(self, inputs_BD: Tensor) -> Assignment:
         logits = self._router_logits(inputs_BD)
-        return assign(logits, self.hook_sae_router_probs(logits.softmax(dim=-1)), self.cfg.n_active_experts)
+        probs = self.hook_sae_router_probs(logits.softmax(dim=-1))
+        return assign(logits, probs, self.cfg.n_active_experts, self.expert_bias)
 
     def _router_logits(self, inputs_BD: Tensor) -> Tensor:
         return self.hook_sae_router_logits(router_logits(inputs_BD, self.W_router, self.effective_router_bias))
@@ -203,27 +208,31 @@ class SwitchBase(SparseSAE):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """A change of dtype leaves the router in float32, bit for bit: bf16 would reroute tokens."""
-        before = {name: getattr(self, name).data for name in _ROUTER}
+        before = {name: t.data for name, t in self._router().items()}
         super()._apply(fn, recurse)
-        for name, data in before.items():
-            parameter = getattr(self, name)
-            wanted = router_dtype(parameter.dtype)
-            if parameter.dtype != wanted:
-                parameter.data = data.to(parameter.device, wanted)
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.to(wanted)
+        for name, t in self._router().items():
+            wanted = router_dtype(t.dtype)
+            if t.dtype != wanted:
+                t.data = before[name].to(t.device, wanted)
+                if t.grad is not None:
+                    t.grad = t.grad.to(wanted)
         return self
+
+    def _router(self) -> dict[str, Tensor]:
+        """All that routes, by name."""
+        named = {"W_router": self.W_router, "b_router": self.b_router, "expert_bias": self.expert_bias}
+        return {name: t for name, t in named.items() if t is not None}
 
     @override
     def process_state_dict_for_saving(self, state_dict: StateDict) -> None:
         super().process_state_dict_for_saving(state_dict)
-        for name in _ROUTER:
+        for name in self._router():
             # SAELens casts every tensor of a file to the dtype it is loaded in before we see it.
             state_dict[f"{name}_digits"] = digits(state_dict[name])
 
     @override
     def process_state_dict_for_loading(self, state_dict: StateDict) -> None:
-        expected = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        expected = {name: tuple(t.shape) for name, t in self.state_dict().items()}
         for name, shape in expected.items():
             if name not in state_dict:
                 raise ValueError(

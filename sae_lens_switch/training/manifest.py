@@ -14,7 +14,15 @@ MANIFEST = "checkpoint.json"
 # How long a run is to be, and with it the end of its schedule, may change between a checkpoint and the resumed run.
 MAY_CHANGE = {"total_training_samples", "lr_decay_steps"}
 # What checkpoints from before a field was there have for it.
-_BEFORE = {"encoder_precision": "full", "n_active_experts": 1, "n_shared_experts": 0, "shared_width": None}
+_BEFORE = {
+    "encoder_precision": "full",
+    "n_active_experts": 1,
+    "n_shared_experts": 0,
+    "shared_width": None,
+    "load_balancing": "loss",
+    "load_balance_bias_rate": 0.01,
+    "router_z_loss_coefficient": 0.0,
+}
 ORDERED_BY = ("n_training_samples", "saved_at")
 
 

@@ -212,7 +212,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             is_finite = self.optimizer.clipped_step(output.loss, self.cfg.max_grad_norm, self._scalars.get("lr"))
             self.skipped.update(is_finite)
             if self._sparse_sae is not None:
-                self._sparse_sae.settle_start(is_finite)
+                self._sparse_sae.settle_step(is_finite)
             self.firing.count(firings, is_finite, cast(Tensor, self.act_freq_scores))
             if self.routing is not None and isinstance(output, SparseStepOutput) and output.routing is not None:
                 self.routing.update(output.routing.load_E)

@@ -15,7 +15,7 @@ def make_sae(seed: int = 0, **fields) -> SwitchTrainingSAE:
     sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**fields))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in sae.parameters():
+        for p in sae.state_dict().values():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / math.sqrt(p.shape[0]))
     return sae
 
@@ -36,12 +36,15 @@ def reference_loss(
     E, s, S = sae.cfg.n_experts, sae.cfg.n_shared_experts, sae.cfg.shared_width
     S = s * sae.cfg.d_sae // (E + s) if S is None else S
     M = (sae.cfg.d_sae - S) // E
-    latents, outputs, probs, chosen = [], [], [], []
+    bias = [0.0] * E if sae.expert_bias is None else sae.expert_bias.tolist()
+    latents, outputs, probs, chosen, z_losses = [], [], [], [], []
     for x_D in x:
         logits = [(x_D - sae.b_router) @ sae.W_router[:, e] for e in range(E)]
         weights = [(logit - max(logits)).exp() for logit in logits]
         p_E = torch.stack([w / sum(weights) for w in weights])
-        experts = sorted(range(E), key=lambda e: p_E[e].item(), reverse=True)[: sae.cfg.n_active_experts]
+        z_losses.append(sum(logit.exp() for logit in logits).log() ** 2)
+        scores = [logit.item() + b for logit, b in zip(logits, bias, strict=True)]
+        experts = sorted(range(E), key=lambda e: scores[e], reverse=True)[: sae.cfg.n_active_experts]
         among = sum(p_E[e] for e in experts)
         acts = {i: torch.relu((x_D - sae.b_dec) @ sae.W_enc[:, i]) for i in range(S)}
         for e in experts:
@@ -61,6 +64,7 @@ def reference_loss(
     load = [chosen.count(e) / len(chosen) for e in range(E)]
     balance = E * sum(load[e] * torch.stack(probs)[:, e].mean() for e in range(E))
     loss = sum(((x_hat - x_D) ** 2).sum() for x_hat, x_D in zip(outputs, x, strict=True)) / len(x)
+    loss = loss + sae.cfg.router_z_loss_coefficient * scale * sum(z_losses) / len(x)
     return torch.stack(latents), out, loss + coefficient * scale * balance, balance
 
 
