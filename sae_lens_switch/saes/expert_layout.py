@@ -1,10 +1,13 @@
 """Which latents belong to which expert: asked here, computed nowhere else."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class ExpertLayout:
 
     def latents(self, experts: Tensor) -> Tensor:
         """All latents of tokens with these experts, [..., A] to [..., S + A * M]."""
+        import torch  # not by the cost model, which starts at once
+
         M, lead = self.expert_width, experts.shape[:-1]
         within = self.shared_width + torch.arange(M, device=experts.device)
         routed = (experts.unsqueeze(-1) * M + within).flatten(-2)

@@ -16,7 +16,9 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
-from sae_lens_switch.cost import _MATRIX_PRODUCTS, Cost, Machine, describe
+from sae_lens_switch.cost import Cost, Machine, Plan, describe, describe_plan
+from sae_lens_switch.planning.hardware import HARDWARE
+from sae_lens_switch.planning.step_cost import _MATRIX_PRODUCTS
 
 SHAPE = {"d_in": 24, "d_sae": 160, "k": 4}
 MACHINE = Machine(flops=1e11, gather=5e9, regather=2e10, stream=1e10, select=1e9, fresh=2e9)
@@ -153,3 +155,20 @@ def test_matrix_products_of_saelens_topk_are_those_that_torch_counts():
         sae.training_forward_pass(step).loss.backward()
     flops = Cost("topk", 6, 40, 3, batch=16).flops
     assert counter.get_total_flops() == 16 * sum(flops[name] for name in _MATRIX_PRODUCTS)
+
+
+def test_the_command_plans_a_cluster_and_refuses_what_does_not_fit():
+    wide = ("--plan", "--d-in", "768", "--d-sae", "4194304")
+    done = run_command(*wide, "--n-ranks", "16", "--n-experts", "256", "--load-spread", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == describe_plan(Plan(HARDWARE["h100"], 768, 4194304, 32, 256, 16))
+    assert "4,194,304 latents of 768 numbers in 256 experts of 16,384, 1 active, k 32" in done.stdout
+    for arguments, message in (
+        ((*wide, "--n-ranks", "1", "--reserved-gb", "60"), "n_ranks must be larger: 1 of h100 do not have the memory"),
+        ((*wide, "--architecture", "topk"), "architecture must be 'switch' with --plan; got 'topk'"),
+        ((*wide, "--n-ranks", "16", "--n-experts", "24"), "n_ranks must divide n_experts=24; got 16"),
+    ):
+        refused = run_command(*arguments)
+        assert refused.returncode != 0
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
