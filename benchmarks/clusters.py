@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from gpu import publish as gpu
 from gpu.publish import table
 
-from sae_lens_switch.planning.hardware import HARDWARE, Precision
-from sae_lens_switch.planning.plan import Plan, smallest
-from sae_lens_switch.planning.step_cost import Cost
+if TYPE_CHECKING:
+    from sae_lens_switch.planning.hardware import Precision
+    from sae_lens_switch.planning.plan import Plan
 
 # d_in, d_sae, k: a small model's dictionary, then GPT-2's, Gemma 2 2B's and Llama 3 8B's width.
 TARGETS = [
@@ -30,6 +32,9 @@ _PRECISIONS: dict[str, Precision] = {"fp32": "float32", "tf32": "tf32", "bf16": 
 
 
 def plan_for(d_in: int, d_sae: int, k: int) -> Plan:
+    from sae_lens_switch.planning.hardware import HARDWARE
+    from sae_lens_switch.planning.plan import Plan, smallest
+
     return smallest(Plan(HARDWARE["h100"], d_in, d_sae, k, n_experts=1, load_spread=0.3))
 
 
@@ -48,6 +53,9 @@ def plans() -> str:
 
 def against_measured() -> str:
     """Predicted steps of one H200 beside measured ones."""
+    from sae_lens_switch.planning.hardware import HARDWARE
+    from sae_lens_switch.planning.step_cost import Cost
+
     rows = []
     for shape, experts, precision, ms in gpu.measured_steps():
         B, D, F, K = shape

@@ -25,14 +25,14 @@ class ExpertLayout:
     shared_width: int = 0
 
     @classmethod
-    def of(cls, d_sae: int, n_experts: int, n_shared_experts: int, shared_width: int | None) -> "ExpertLayout":
+    def of(cls, d_sae: int, n_experts: int, n_shared_experts: int, shared_width: int | None) -> ExpertLayout:
         """As a config has them; ``shared_width`` None: all experts, shared or not, are equally wide."""
         if shared_width is None:
             shared_width = n_shared_experts * (d_sae // (n_experts + n_shared_experts))
         return cls(d_sae, n_experts, shared_width)
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, object]) -> "ExpertLayout | None":
+    def of_fields(cls, fields: Mapping[str, object]) -> ExpertLayout | None:
         """Of a config as a file has it; None where there is no router, or no layout."""
         d_sae, n_experts = fields.get("d_sae"), fields.get("n_experts")
         n_shared, width = fields.get("n_shared_experts", 0), fields.get("shared_width")
