@@ -176,7 +176,10 @@ def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
         factor, whose = ("", "one expert") if A == 1 else (f"{A} * ", f"{A} experts")
         most = f"{several}d_sae / n_experts = {factor}{cfg.d_sae} / {cfg.n_experts} = {A * width}"
         if S:
-            most, whose = f"{S} shared latents + {factor}{width} = {S + A * width}", f"{whose} and the shared ones"
+            most = (
+                f"shared_width + {several}(d_sae - shared_width) / n_experts = {S} + {factor}{width} = {S + A * width}"
+            )
+            whose += " and the shared ones"
         raise ValueError(f"k must be at most {most}, the latents of {whose}; got k={cfg.k}")
     if cfg.normalize_activations == "covariance_whitening" and not cfg.apply_b_dec_to_input:
         raise ValueError(

@@ -320,11 +320,12 @@ def test_a_file_without_the_fields_has_no_shared_experts():
         ({"n_shared_experts": 1, "shared_width": 63}, "shared_width must leave a multiple of n_experts=7"),
         (
             {"n_shared_experts": 1, "shared_width": 14, "k": 21},
-            r"k must be at most 14 shared latents \+ 6 = 20, the latents of one expert and the shared ones; got k=21",
+            r"k must be at most shared_width \+ \(d_sae - shared_width\) / n_experts = 14 \+ 6 = 20, the latents of "
+            "one expert and the shared ones; got k=21",
         ),
         (
             {"n_shared_experts": 1, "n_active_experts": 2, "k": 22},
-            r"k must be at most 7 shared latents \+ 2 \* 7 = 21, the latents of 2 experts and the shared ones; got",
+            r"n_active_experts \* \(d_sae - shared_width\) / n_experts = 7 \+ 2 \* 7 = 21, the latents of 2 experts",
         ),
     ],
 )
