@@ -105,6 +105,11 @@ class Ranks:
         first = self.data_rank * self.expert_parallel
         return list(range(first, first + self.expert_parallel))
 
+    @property
+    def column(self) -> list[int]:
+        """The ranks that hold the same experts as this one, itself among them."""
+        return list(range(self.expert_rank, self.size, self.expert_parallel))
+
     # Tensors; each result has the same bits on every process that takes part
 
     def gather(self, t: Tensor, what: str) -> Tensor:
@@ -114,6 +119,10 @@ class Ranks:
     def gather_row(self, t: Tensor, what: str) -> Tensor:
         """``t`` of the processes of this row, [P, ...]."""
         return self._gather(t, self.expert_parallel, self._expert_group, what)
+
+    def gather_column(self, t: Tensor, what: str) -> Tensor:
+        """``t`` of the processes that hold the same experts, [W / P, ...]."""
+        return self._gather(t, self.n_rows, self._data_group, what)
 
     def _gather(self, t: Tensor, n: int, group: dist.ProcessGroup | None, what: str) -> Tensor:
         everybodys = t.new_empty(n, *t.shape)

@@ -1,7 +1,5 @@
 """ParallelSparseSAETrainer: a run on several processes, with the experts of its Switch SAE divided over them."""
 
-from collections.abc import Iterator
-
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SaveCheckpointFn
@@ -9,15 +7,16 @@ from sae_lens_switch_kernels import RowGrads
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_switch.common.printable import logger
-from sae_lens_switch.common.progress import Bar, Sentences, Silent
 from sae_lens_switch.common.types import Metrics
-from sae_lens_switch.parallel.agreement import AgreedInterruption, refuse_differences
-from sae_lens_switch.parallel.expert_shard import ExpertShard
-from sae_lens_switch.parallel.ranks import Ranks, start_process_group
-from sae_lens_switch.parallel.reduction import complete_step_, norm_of_all
-from sae_lens_switch.parallel.resumable import ResumableParallelTrainer
-from sae_lens_switch.parallel.share import share_of
+from sae_lens_switch.parallel.expert_shard import LATENT_DIM, ExpertShard
+from sae_lens_switch.parallel.ranked_trainer import compare_settings, join
+from sae_lens_switch.parallel.reduction import (
+    complete_step_,
+    firings_over_data,
+    norm_of_all,
+    sum_gradients_over_data_,
+)
+from sae_lens_switch.parallel.resumable import ShardedTrainer
 from sae_lens_switch.parallel.step_log import step_log
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
@@ -25,11 +24,8 @@ from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.firing import Firings
 
-# What may differ between the processes.
-_OF_EACH_PROCESS = {"device"}
 
-
-class ParallelSparseSAETrainer(ResumableParallelTrainer):
+class ParallelSparseSAETrainer(ShardedTrainer):
     """SparseSAETrainer on the processes that torchrun has started, each with its own experts and its own activations.
 
     A step sends every token to the process that owns its expert, and sums what is shared: the gradients of ``b_dec``
@@ -51,8 +47,6 @@ class ParallelSparseSAETrainer(ResumableParallelTrainer):
         RankLostError: During ``fit``, once another process has died or not answered for ``rank_timeout`` seconds.
     """
 
-    _is_parallel = True
-
     def __init__(
         self,
         cfg: SparseSAETrainerConfig,
@@ -60,17 +54,14 @@ class ParallelSparseSAETrainer(ResumableParallelTrainer):
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
-        cfg = cfg.resolved(sae.cfg.d_sae)
+        whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
+        cfg = cfg.resolved(whole.d_sae)
         _refuse_what_is_for_one_process(cfg)
-        start_process_group(cfg.device, cfg.rank_timeout)
-        self.ranks = Ranks(cfg.expert_parallel, cfg.device)
-        of_all = {name: value for name, value in vars(cfg).items() if name not in _OF_EACH_PROCESS}
-        refuse_differences(self.ranks, {"sae": sae.cfg.to_dict(), "trainer": of_all})
-        shard = ExpertShard.of(sae, self.ranks)
-        share = share_of(data_provider, cfg.train_batch_size_samples, self.ranks)
-        super().__init__(cfg, shard, share, None, save_checkpoint_fn)
+        ranks = sae.ranks if isinstance(sae, ExpertShard) else join(cfg)
+        compare_settings(ranks, cfg, whole.to_dict())
+        shard = sae if isinstance(sae, ExpertShard) else ExpertShard.of(sae, ranks)
+        super().__init__(cfg, shard, data_provider, save_checkpoint_fn, ranks)
         self.optimizer.total_norm = lambda grads: norm_of_all(grads, shard)
-        self._interruption = AgreedInterruption()
 
     # The step
 
@@ -80,51 +71,16 @@ class ParallelSparseSAETrainer(ResumableParallelTrainer):
         if shard.is_fresh:
             shard.start(self.ranks.gather_rows(x_BD, "the first batch"))
         mine_BD = shard.receive(x_BD)
-        others = shard.received.n_tokens - len(x_BD)
-        self.n_training_samples += others
-        self.n_frac_active_samples += others
+        self._count_others(shard.received.n_tokens, len(x_BD))
         return super()._forward(mine_BD, dead_mask, row_grads)
 
     @override
     def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
         assert isinstance(output, SparseStepOutput)
         complete_step_(output, self.sae)
-        return output, firings
-
-    @override
-    def _non_finite_weights(self) -> list[str]:
-        everybodys = self.ranks.gather_objects(super()._non_finite_weights())
-        return sorted({name for names in everybodys for name in names})
-
-    # The loop
-
-    @override
-    def _next_batch(self) -> Tensor | None:
-        """None for all processes once the activations of one have ended."""
-        interruption = self._interruption
-        assert isinstance(interruption, AgreedInterruption)
-        interruption.check()
-        with torch.enable_grad():
-            batch = next(self.data_provider, None)
-        told = self.ranks.gather_objects((batch is not None, interruption.received))
-        interruption.agree(next((signum for _, signum in told if signum is not None), None))
-        ended = [rank for rank, (has_batch, _) in enumerate(told) if not has_batch]
-        if ended:
-            logger.warning(
-                f"activations of rank {', '.join(map(str, ended))} ended after {self.n_training_samples} of "
-                f"{self.cfg.total_training_samples} samples: training ends here"
-            )
-            return None
-        return batch
-
-    @override
-    def _batches_for_estimate(self) -> Iterator[Tensor]:
-        for batch in super()._batches_for_estimate():
-            yield self.ranks.gather_rows(batch.to(self.cfg.device), "batches to estimate their norm")
-
-    @override
-    def _progress(self) -> Bar | Sentences | Silent:
-        return super()._progress() if self.ranks.is_first else Silent()
+        own = [self.sae.get_parameter(name) for name in LATENT_DIM]
+        sum_gradients_over_data_(own, self.optimizer.row_grads, self.ranks, self.sae.W_dec)
+        return output, firings_over_data(firings, self.sae.cfg.d_sae, self.ranks)
 
     # What is logged and shown
 
@@ -149,16 +105,6 @@ class ParallelSparseSAETrainer(ResumableParallelTrainer):
         }
         log |= {f"details/{name}_coefficient": s.value for name, s in self.coefficient_schedulers.items()}
         return log | self.routing.metrics()
-
-    @override
-    def _log_step(self, output: TrainStepOutput) -> None:
-        if self._is_logging_step():
-            self._log(self.build_train_step_log_dict(output, self.n_training_samples))
-
-    @override
-    def _log(self, metrics: Metrics) -> None:
-        if self.ranks.is_first:
-            super()._log(metrics)
 
     @property
     @override
