@@ -30,7 +30,7 @@ from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.manifest import fingerprint
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 
-WEIGHTS, OPTIMIZER, SHARED, RANKS = "weights", "optimizer", "trainer.pt", "ranks"
+WEIGHTS, OPTIMIZER, RANKS = "weights", "optimizer", "ranks"
 # Of the trainer, with an entry per latent.
 STATISTICS = ("act_freq_scores", "passes_since_fired")
 _MASTER = "master of the weights"

@@ -10,12 +10,12 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_
 from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.common.torch_private import consolidate_safetensors
 from sae_lens_switch.common.types import Json
-from sae_lens_switch.parallel.checkpoints import SHARED, WEIGHTS
+from sae_lens_switch.parallel.checkpoints import WEIGHTS
 from sae_lens_switch.parallel.sharded_files import shapes
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.serialization import FRESH
 from sae_lens_switch.training import checkpoints
-from sae_lens_switch.training.checkpoints import CheckpointError
+from sae_lens_switch.training.checkpoints import SHARED, CheckpointError
 from sae_lens_switch.training.history import FILENAME as HISTORY_FILENAME
 
 

@@ -7,6 +7,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_switch.common.seeds import mixed_seed
 from sae_lens_switch.parallel.exchange import RoutedBatch, send_to_owners
 from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
@@ -35,18 +36,16 @@ class ExpertShard(SwitchTrainingSAE):
 
     def __init__(self, whole: SwitchTrainingSAEConfig, ranks: Ranks) -> None:
         P = ranks.expert_parallel
-        for fits, expected, got in (
-            (whole.n_experts % P == 0, "expert_parallel must divide n_experts", f"{P} and {whole.n_experts}"),
-            (whole.n_active_experts == 1, "n_active_experts must be 1 with experts on several processes",
-             str(whole.n_active_experts)),
-        ):  # fmt: skip
-            if not fits:
-                raise ValueError(f"{expected}; got {got}")
+        if whole.n_experts % P:
+            raise ValueError(f"expert_parallel must divide n_experts; got {P} and {whole.n_experts}")
+        if whole.n_active_experts != 1:
+            raise ValueError(
+                f"n_active_experts must be 1 with experts on several processes; got {whole.n_active_experts}"
+            )
         self.whole, self.ranks = whole, ranks
         self.first = ranks.expert_rank * (whole.n_experts // P)
         self.batch: RoutedBatch | None = None
         super().__init__(replace(whole, d_sae=whole.d_sae // P, n_experts=whole.n_experts // P))
-        whole.add_training_info_to_metadata()  # which both configs share
 
     @classmethod
     def of(cls, sae: SwitchTrainingSAE, ranks: Ranks) -> "ExpertShard":
@@ -58,6 +57,23 @@ class ExpertShard(SwitchTrainingSAE):
                 p.copy_(shard.part(name, whole))
                 p.requires_grad = whole.requires_grad
         shard.is_fresh = sae.is_fresh
+        shard.copy_shared_from_first()
+        return shard
+
+    @classmethod
+    @torch.no_grad()
+    def fresh(cls, whole: SwitchTrainingSAEConfig, ranks: Ranks) -> "ExpertShard":
+        """This process's part of a new SAE, initialised expert by expert: the same for any number of processes."""
+        seed = ranks.first_says(int(torch.randint(2**62, ())))
+        shard, M = cls(whole, ranks), whole.d_sae // whole.n_experts
+        alone = replace(whole, d_sae=M, n_experts=1, device="cpu")
+        for e in range(shard.cfg.n_experts):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mixed_seed(seed, shard.first + e))
+                expert = SwitchTrainingSAE(alone)
+            for name, dim in LATENT_DIM.items():
+                shard.get_parameter(name).narrow(dim, e * M, M).copy_(expert.get_parameter(name))
+        shard.is_fresh = True
         shard.copy_shared_from_first()
         return shard
 

@@ -33,7 +33,7 @@ _OF_EACH_RANK = ("random", "random_cuda", "data")
 def join(cfg: SparseSAETrainerConfig) -> Ranks:
     """This process's place among those that torchrun has started."""
     start_process_group(cfg.device, cfg.rank_timeout)
-    return Ranks(cfg.expert_parallel, cfg.device)
+    return Ranks(cfg.expert_parallel, cfg.device, cfg.rank_timeout)
 
 
 def compare_settings(ranks: Ranks, cfg: SparseSAETrainerConfig, sae: Json) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -51,8 +51,29 @@ def start_process_group(device: str | torch.device, timeout: float) -> bool:
             "a parallel run must be started by torchrun, e.g. torchrun --nproc-per-node 2 script.py; the environment "
             f"lacks {', '.join(missing)}"
         )
-    dist.init_process_group(_BACKENDS[device.type], timeout=timedelta(seconds=timeout))
+    _initialize(_BACKENDS[device.type], timedelta(seconds=timeout))
     return True
+
+
+def _initialize(backend: str, timeout: timedelta) -> None:
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # torch 2.13 restarts processes on the store of those that failed, whose addresses are still in it.
+    address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(*address, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
+    attempt = f"restart {env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(attempt, store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(
+        backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]), timeout=timeout
+    )
+
+
+def leave_process_group() -> None:
+    """At the end of a run, on every process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_device(device: str) -> str:
@@ -69,6 +90,7 @@ class Ranks:
     Args:
         expert_parallel: P.
         device: What this process computes on.
+        timeout: Seconds that a message of a row or column may take.
 
     Attributes:
         rank: Of W.
@@ -81,17 +103,19 @@ class Ranks:
         ValueError: If P does not divide W.
     """
 
-    def __init__(self, expert_parallel: int, device: str | torch.device) -> None:
+    def __init__(self, expert_parallel: int, device: str | torch.device, timeout: float) -> None:
         self.device = torch.device(device)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.expert_parallel = expert_parallel
         if self.size % expert_parallel:
             raise ValueError(f"expert_parallel must divide the number of processes, {self.size}; got {expert_parallel}")
         self.n_rows = self.size // expert_parallel
-        self.mesh = init_device_mesh(
-            self.device.type, (self.n_rows, expert_parallel), mesh_dim_names=("data", "expert")
+        places = torch.arange(self.size).view(self.n_rows, expert_parallel)
+        # Not by init_device_mesh, whose groups would wait as long as torch thinks right.
+        self._expert_group, self._data_group = (_own_group(t.tolist(), timeout) for t in (places, places.T))
+        self.mesh = DeviceMesh.from_group(
+            [self._data_group, self._expert_group], self.device.type, places, mesh_dim_names=("data", "expert")
         )
-        self._expert_group, self._data_group = self.mesh.get_group("expert"), self.mesh.get_group("data")
         self.data_rank, self.expert_rank = divmod(self.rank, expert_parallel)
         self.bytes_sent: Counter[str] = Counter()
 
@@ -125,9 +149,11 @@ class Ranks:
         return self._gather(t, self.n_rows, self._data_group, what)
 
     def _gather(self, t: Tensor, n: int, group: dist.ProcessGroup | None, what: str) -> Tensor:
+        if n == 1:
+            return t.unsqueeze(0)
         everybodys = t.new_empty(n, *t.shape)
         with self.heard(what, (n - 1) * t.nbytes):
-            dist.all_gather_into_tensor(everybodys.view(-1), t.contiguous().view(-1), group=group)
+            dist.all_gather(list(everybodys.unbind(0)), t.contiguous(), group=group)
         return everybodys
 
     def gather_rows(self, t_BD: Tensor, what: str) -> Tensor:
@@ -194,3 +220,10 @@ class Ranks:
                 f"in time ({reason}). Training stops here; the last checkpoint is whole: resume='latest' continues "
                 "from it"
             ) from error
+
+
+def _own_group(groups: list[list[int]], timeout: float) -> dist.ProcessGroup:
+    """The one of these groups that this process is in; all processes must take part."""
+    group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout))
+    assert isinstance(group, dist.ProcessGroup)
+    return group

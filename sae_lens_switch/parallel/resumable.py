@@ -14,7 +14,6 @@ from typing_extensions import override
 from sae_lens_switch.common.types import Json, StateDict
 from sae_lens_switch.parallel.checkpoints import (
     OPTIMIZER,
-    SHARED,
     STATISTICS,
     WEIGHTS,
     load_optimizer,
@@ -28,7 +27,7 @@ from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of
 from sae_lens_switch.parallel.sharded_files import Part, write_parts
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.serialization import fold_activation_scaler
-from sae_lens_switch.training.checkpoints import TRAINING_FOLDER, CheckpointError
+from sae_lens_switch.training.checkpoints import SHARED, TRAINING_FOLDER, CheckpointError
 
 _COUNTS = ("n_training_samples", "n_training_steps", "n_frac_active_samples", "started_fine_tuning")
 
@@ -44,8 +43,17 @@ class ShardedTrainer(RankedTrainer[ExpertShard, SwitchTrainingSAEConfig]):
     # Saving
 
     @override
-    def write_checkpoint(self, folder: Path) -> None:
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
         self._refuse_routers_apart()
+        super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+
+    @override
+    def write_checkpoint(self, folder: Path) -> None:
         sae, scaler = self.sae, self.activation_scaler
         if scaler.scaling_factor is not None or scaler.whitening is not None:
             # As in one process: the SAE takes raw activations, and training resumes from weights that take scaled ones.
@@ -122,7 +130,7 @@ class ShardedTrainer(RankedTrainer[ExpertShard, SwitchTrainingSAEConfig]):
         return torch.load(path / SHARED, map_location="cpu", weights_only=True)
 
     @override
-    def _load_weights(self, path: Path) -> None:
+    def load_weights(self, path: Path) -> None:
         read_weights(path / WEIGHTS, self.sae)
 
     @override

@@ -33,6 +33,8 @@ from sae_lens_switch.training.manifest import (
 
 # In a checkpoint of a run that scales its activations: what training resumes from.
 TRAINING_FOLDER = "training"
+# In one of several processes with divided experts: what all of them share.
+SHARED = "trainer.pt"
 _FINAL, _DIVERGED = "final_", "diverged_"
 
 

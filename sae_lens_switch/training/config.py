@@ -90,6 +90,15 @@ class SparseSAETrainerConfig(TrainerOptions, SAETrainerConfig):
         return cls(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
 
 
+def refuse_several_processes(expert_parallel: int) -> None:
+    """Raises ValueError for experts on several processes, where there is but one."""
+    if expert_parallel > 1:
+        raise ValueError(
+            f"expert_parallel must be 1 in a run of one process; got {expert_parallel}. Start several with torchrun, and "
+            "train with ParallelSparseSAETrainer or python -m sae_lens_switch.train"
+        )
+
+
 def scaling_law_lr(d_sae: int) -> float:
     """2e-4 / sqrt(d_sae / 2^14), the learning rate of arXiv 2410.08201 (from Gao et al. 2024)."""
     if d_sae < 1:

@@ -23,7 +23,7 @@ from sae_lens_switch.common.progress import track
 from sae_lens_switch.common.types import Json, Options, StateDict
 from sae_lens_switch.saes.serialization import fold_activation_scaler
 from sae_lens_switch.training import checkpoints, manifest
-from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
+from sae_lens_switch.training.checkpoints import SHARED, TRAINING_FOLDER
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.history import History
 
@@ -203,7 +203,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return None
         with checkpoints.loading(path):
             state = self._load(path)
-            self._load_weights(path)
+            self.load_weights(path)
             self.restore_training_weights()
         if "data" in state and isinstance(self.data_provider, ResumableData):
             self.data_provider.load_state_dict(state["data"])
@@ -213,7 +213,8 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         logger.info(f"resumed from {path} at {self.n_training_samples} samples")
         return path
 
-    def _load_weights(self, path: Path) -> None:
+    def load_weights(self, path: Path) -> None:
+        """The SAE of a checkpoint."""
         self.sae.load_weights_from_checkpoint(path)
 
     def _latest(self, base: str) -> Path | None:
@@ -275,6 +276,8 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return torch.load(folder / STATE_FILENAME, map_location="cpu", weights_only=True)
 
     def _read_saelens_state(self, folder: Path) -> None:
+        if (folder / SHARED).exists():
+            raise checkpoints.CheckpointError(f"checkpoint {folder} is of several processes: resume it under torchrun")
         super().load_trainer_state(folder)
 
     def _load_saelens_state(self, path: Path, training: Path) -> None:

@@ -21,7 +21,7 @@ from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.accumulation import RowGradsSum, merged, release, without_graph
 from sae_lens_switch.training.activations import ActivationSource, activation_batches
 from sae_lens_switch.training.collapse_response import CollapseResponse
-from sae_lens_switch.training.config import SparseSAETrainerConfig
+from sae_lens_switch.training.config import SparseSAETrainerConfig, refuse_several_processes
 from sae_lens_switch.training.firing import FiringCounter, Firings, firings_of
 from sae_lens_switch.training.history import History
 from sae_lens_switch.training.interruption import Interruption
@@ -76,11 +76,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         **kwargs: Any,
     ) -> None:
         cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
-        if cfg.expert_parallel > 1 and not self._is_parallel:
-            raise ValueError(
-                f"expert_parallel must be 1 in a run of one process; got {cfg.expert_parallel}. Start several with "
-                "torchrun, and train with ParallelSparseSAETrainer or python -m sae_lens_switch.train"
-            )
+        if not self._is_parallel:
+            refuse_several_processes(cfg.expert_parallel)
         check_trainable(sae.cfg)
         check_device("device", cfg.device)
         check_device("device", sae.cfg.device)

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
 from helpers import D, E, F, activations
 from helpers.parallel_runs import BATCH, alone, assert_same_run, config, shared_bits, together, tokens
-from helpers.processes import ended_processes, on_processes
+from helpers.processes import PATIENCE, ended_processes, on_processes
 from helpers.resumed import make_sae
 
 from sae_lens_switch import SparseSAETrainer, SwitchTrainingSAE, TrainingDivergedError
@@ -213,15 +214,19 @@ def test_the_others_stop_with_a_message_when_a_process_dies_in_mid_step(tmp_path
     assert "RankLostError: rank 0 of 2 has lost another one, during" in survivor
 
 
-def test_the_others_stop_within_the_time_allowed_when_a_process_hangs(tmp_path):
+@pytest.mark.parametrize("place", ["receive", "exchange"])
+def test_the_others_stop_within_the_time_allowed_when_a_process_hangs(place, tmp_path):
     def run() -> None:
-        trainer = ParallelSparseSAETrainer(config(50, expert_parallel=2), make_sae(), tokens())
+        trainer = ParallelSparseSAETrainer(config(50, expert_parallel=2, rank_timeout=5), make_sae(), tokens())
+        owner = trainer.sae if place == "receive" else trainer.ranks
         if trainer.ranks.rank == 1:
-            signal.pause()
+            setattr(owner, place, lambda *_: signal.pause())
         trainer.fit()
 
+    started = time.monotonic()
     outcomes = ended_processes(2, run, tmp_path, timeout=5, kill_after_first=True)
     assert "RankLostError: rank 0 of 2 has lost another one" in outcomes[0]
+    assert time.monotonic() - started < PATIENCE / 2
 
 
 # What is refused

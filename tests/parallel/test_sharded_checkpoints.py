@@ -135,7 +135,13 @@ def test_a_checkpoint_of_one_process_is_refused_with_what_to_do(tmp_path):
             ParallelSparseSAETrainer(cfg, make_sae(), tokens()).fit()
         return str(error.value)
 
-    assert all("is of a run on one process" in message for message in on_processes(2, resume, tmp_path))
+    assert all("is not of a run with divided experts" in message for message in on_processes(2, resume, tmp_path))
+
+
+def test_one_process_without_torchrun_is_told_what_a_checkpoint_of_several_needs(tmp_path):
+    run_on(2, tmp_path / "runs", 3)
+    with pytest.raises(CheckpointError, match="is of several processes: resume it under torchrun"):
+        alone(STEPS, checkpoint_path=str(tmp_path / "runs"), resume="latest")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
