@@ -10,7 +10,7 @@ The suffix of a name gives a tensor's shape (``x_BD``), one letter per dimension
 
 A file that uses another letter, or one of these otherwise, says so in its docstring. E1 and F1 are one longer than E
 and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decoder row are both contiguous. Expert e
-owns latents ``e * M`` to ``(e + 1) * M``.
+owns latents ``e * M`` to ``(e + 1) * M``, after the shared ones if there are any.
 """
 
 from sae_lens_switch_kernels.backend import triton_kernel
@@ -29,11 +29,12 @@ from sae_lens_switch_kernels.functions import (
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups
 from sae_lens_switch_kernels.loss import reconstruction_loss
-from sae_lens_switch_kernels.routing import route, router_logits, update_loads
+from sae_lens_switch_kernels.routing import route, router_logits, update_expert_bias, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
 from sae_lens_switch_kernels.torch_loss import spread
 from sae_lens_switch_kernels.torch_private import version_of
+from sae_lens_switch_kernels.torch_routing import biased_probs
 from sae_lens_switch_kernels.working_copy import WorkingCopies, working_copy
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Reconstruction",
     "RowGrads",
     "WorkingCopies",
+    "biased_probs",
     "clip",
     "code_gates",
     "count_codes",
@@ -57,6 +59,7 @@ __all__ = [
     "to_huge_pages",
     "topk_encode",
     "triton_kernel",
+    "update_expert_bias",
     "update_loads",
     "version_of",
     "working_copy",

@@ -5,7 +5,6 @@ of the active latents in a ``RowGrads``, and it includes AuxK, the reconstructio
 no gradient.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from sae_lens_switch_kernels.inputs import (
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
 from sae_lens_switch_kernels.products import CodeProducts, is_dense
 from sae_lens_switch_kernels.row_grads import RowGrads, merge_rows, minus_weighted_sum
-from sae_lens_switch_kernels.several_experts import OwnGates, are_several, own_gates
+from sae_lens_switch_kernels.several_experts import are_several, gating, own_gates
 
 _ARGUMENTS = EncoderInputs._fields + DecoderInputs._fields
 _SAVED = BackwardInputs._fields[3:17]  # tensors, from x_BD to aux_slots_BA
@@ -47,25 +46,25 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
-    x_BD, E, (W_dec_FD, dead_N, aux_k) = inputs.x_BD, inputs.n_experts, decoder
+    x_BD, (W_dec_FD, dead_N, aux_k) = inputs.x_BD, decoder
     p, groups = primitives(x_BD), inputs.groups()
     dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device, inputs.dtype)
     # Candidates are recomputed from x in its own dtype.
     centered_BD = inputs.centered(groups, inputs.dtype if dense and inputs.candidate_dtype is None else None)
     with torch.autocast(x_BD.device.type, enabled=False):
         sorted_values_BK, sorted_indices_BK, doubtful_B = encode_sorted(inputs, centered_BD, groups)
-        gating = _gating(p, inputs.expert_B, sorted_indices_BK, len(W_dec_FD) // E)
+        gates = gating(p, inputs.expert_B, sorted_indices_BK, inputs.gates_B, inputs.blocks)
         codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype)
-        out_BD, acts_BK, values_BK, indices_BK = codes.decode_gated(gating, sorted_values_BK, inputs.gates_B, W_dec_FD)
+        out_BD, acts_BK, values_BK, indices_BK = codes.decode_gated(gates, sorted_values_BK, inputs.gates_B, W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         if dead_N is not None:
             check_range("dead_N", dead_N, len(inputs.W_enc_FD))
-            dead = dead_latents(dead_N, E, len(inputs.W_enc_FD), aux_k)
+            dead = dead_latents(dead_N, inputs.blocks, aux_k)
             aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
             aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype)
-            gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.n_slots, groups)
+            gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.slots, groups)
             aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z])
-    none, is_given = x_BD.new_empty, inputs.ends_E1 is not None
+    none, is_given = x_BD.new_empty, inputs.given_groups is not None
     return Outputs(
         out_BD,
         values_BK,
@@ -87,7 +86,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     x_BD, W_enc_FD, W_dec_FD = inputs.x_BD, inputs.W_enc_FD, decoder.W_dec_FD
     B, long, has_aux = x_BD.shape[0], torch.long, decoder.dead_N is not None
     is_sorted = inputs.expert_B is not None and not are_several(inputs.expert_B)
-    has_centered, is_given = inputs.pre_bias_D is not None or is_sorted, inputs.ends_E1 is not None
+    has_centered, is_given = inputs.pre_bias_D is not None or is_sorted, inputs.given_groups is not None
     has_centered = has_centered and not isinstance(primitives(x_BD), SelfChecked)
     return (
         W_dec_FD.new_empty(x_BD.shape),
@@ -139,7 +138,7 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     """
     p, groups = primitives(b.x_BD), b.groups()
     active_only = row_grads is not None and row_grads.active_only
-    gating = _gating(p, b.expert_B, b.indices_BK, len(b.W_dec_FD) // b.n_experts)
+    gates = gating(p, b.expert_B, b.indices_BK, b.gates_B, b.blocks)
     dense = not active_only and is_dense(len(b.W_dec_FD), b.indices_BK.shape[1], groups, b.x_BD.device, b.dtype)
 
     def none() -> Tensor:
@@ -150,22 +149,22 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     has_radial = has_radial and not isinstance(p, SelfChecked)
     rows_dtype = b.dtype if dense else b.x_BD.dtype
     grad_out_BD = b.x_BD.new_zeros(b.x_BD.shape) if b.grad_out_BD is None else b.grad_out_BD
-    if dense and isinstance(p, SelfChecked) and gating is p and not b.needs_x:
+    if dense and isinstance(p, SelfChecked) and gates is p and not b.needs_x:
         gated = b.values_BK, b.indices_BK, b.gates_B, b.grad_values_BK
         found = p.gated_grads(*gated, grad_out_BD, b.x_BD, b.pre_bias_D, b.W_dec_FD, groups, b.dtype)
         rows_R, grads, (d_gates_B, centered_BD), d_x_BD = None, found[:3], found[3:], none()
     else:
-        acts_BK, values_BK, indices_BK = gating.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
+        acts_BK, values_BK, indices_BK = gates.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
         codes = CodeProducts(p, indices_BK, len(b.W_dec_FD), groups, b.dtype, active_only)
         g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
         d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
-        d_pre_BK, d_gates_B = gating.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
+        d_pre_BK, d_gates_B = gates.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
         # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
         radial_BK = acts_BK * d_acts_BK if has_radial else None
         rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
         d_x_BD = codes.decode(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
-        dead = dead_latents(b.dead_N, b.n_experts, len(b.W_enc_FD), b.aux_slots_BA.shape[1])
+        dead = dead_latents(b.dead_N, b.blocks, b.aux_slots_BA.shape[1])
         aux = CodeProducts(p, b.aux_slots_BA, len(dead.latents_Z), groups, b.dtype, active_only)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
         rows_R, grads = merge_rows(rows_R, grads, dead_R, dead_grads)
@@ -195,22 +194,13 @@ def _aux_backward(
     """The dead latents that have gradients, those gradients, and the gradient of x."""
     g_BD = groups.sorted(grad_aux_BD).contiguous()
     d_acts_BA = codes.matmul_at_indices(g_BD, b.W_dec_FD[dead.latents_Z])
-    gates_BA = own_gates(b.gates_B, b.expert_B, b.aux_slots_BA, dead.n_slots, groups)
+    gates_BA = own_gates(b.gates_B, b.expert_B, b.aux_slots_BA, dead.slots, groups)
     d_pre_BA = dead.without_padding(_gated(d_acts_BA, gates_BA), b.aux_slots_BA)
     acts_BA = _gated(b.aux_values_BA, gates_BA)
     radial_BA = acts_BA * d_acts_BA if radial else None
     rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, centered_BD, radial_BA)
     d_x_BD = codes.decode(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
     return dead.latents_Z if rows_R is None else dead.latents_Z[rows_R], grads, d_x_BD
-
-
-def _gating(
-    p: ModuleType | SelfChecked, expert_B: Tensor | None, indices_BK: Tensor, width: int
-) -> ModuleType | SelfChecked | OwnGates:
-    """What multiplies codes by gates."""
-    if not are_several(expert_B):
-        return p
-    return OwnGates(expert_B, torch.div(indices_BK, width, rounding_mode="floor"))
 
 
 def _gated(values_BK: Tensor, gates_BK: Tensor | None) -> Tensor:
@@ -223,11 +213,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(outputs.indices_BK, *outputs[4:])
     ctx.set_materialize_grads(False)
     saved = encoder._asdict() | decoder._asdict() | outputs._asdict()
-    if encoder.ends_E1 is not None:
-        order_B = outputs.order_B if encoder.sorted_B is None else encoder.sorted_B
-        saved |= {"order_B": order_B, "offsets_E1": encoder.ends_E1}
+    if (given := encoder.given_groups) is not None:
+        order_B = outputs.order_B if given.order_B is None else given.order_B
+        saved |= {"order_B": order_B, "offsets_E1": given.offsets_E1}
     ctx.save_for_backward(*(saved[name] for name in _SAVED))
-    ctx.constants = encoder.n_experts, encoder.dtype
+    ctx.constants = encoder.n_experts, encoder.n_shared, encoder.dtype
 
 
 def _backward_inputs(ctx: Any, grads: tuple[Tensor | None, ...], needs: dict[str, bool]) -> BackwardInputs:

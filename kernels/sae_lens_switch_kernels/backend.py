@@ -42,6 +42,7 @@ PRIMITIVES = (
     "route",
     "route_backward",
     "update_loads",
+    "update_expert_bias",
     "clip",
     "adam_rows",
     "adam_tensors",
@@ -54,6 +55,7 @@ _IN_PLACE = {
     "clip": (3, 4),
     "count_codes": (4, 5),
     "lazy_adam_rows": (0, 2, 3, 4, -1),
+    "update_expert_bias": (0,),
     "update_loads": (1, 2, 3),
 }
 # RMS error of a self-check relative to the RMS of the result: TF32 and bf16 keep 10 and 8 bits.

@@ -21,7 +21,10 @@ class Shape(NamedTuple):
 
 def cases_of(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Arguments of a primitive, once or several times."""
-    return _adam_cases(shape, device)[name] if "adam" in name else [_cases(shape, device, dtype)[name]]
+    if "adam" in name:
+        return _adam_cases(shape, device)[name]
+    # Also those that are called "name, ...".
+    return [given for key, given in _cases(shape, device, dtype).items() if key.split(",")[0] == name]
 
 
 def _cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -62,9 +65,11 @@ def _cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "unsorted_codes": (values_BK, indices_BK, gates_B, mixed),
         "loss": (g_BD, normal(D), x_BD, gates_B[0], 3.0, None),
         "loss_backward": (g_BD, x_BD, gates_B[1], _parts(g_BD - x_BD), None, gates_B[0], None, None),
-        "route": (normal(B, E),),
+        "route": (normal(B, E), None),
+        "route, biased": (normal(B, E), normal(E)),
         "route_backward": (probs_BE, expert_B.to(device), normal(B, E), gates_B, normal(E), gates_B[0], normal(E)),
         "update_loads": (normal(E).relu(), normal(E), normal(E), normal(1)[0] + 1, 0.02, -9.0),
+        "update_expert_bias": (normal(E), normal(E).round(), normal(1)[0] < 9, 0.1),
         "clip": ([normal(B, D), normal(D, B).T, normal(K)], normal(1)[0], 0.5, indices_BK[0, :2], [gates_B[0]]),
         "count_codes": (values_BK, indices_BK, values_BK[0, 0] < 9, 7, *counts),
         "code_grads": (values_BK, d_pre_BK, gates_B, normal(B, K), mixed),

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from sae_lens_switch_kernels.arguments import check_matrix
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
-from sae_lens_switch_kernels.checks import check_matrix
 from sae_lens_switch_kernels.torch_loss import Loss, n_parts, target_grad
 
 

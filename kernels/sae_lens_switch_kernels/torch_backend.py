@@ -39,7 +39,7 @@ from sae_lens_switch_kernels.torch_grouped import (
 )
 from sae_lens_switch_kernels.torch_loss import loss, loss_backward
 from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
-from sae_lens_switch_kernels.torch_routing import route, route_backward, update_loads
+from sae_lens_switch_kernels.torch_routing import route, route_backward, update_expert_bias, update_loads
 from sae_lens_switch_kernels.torch_topk import select_topk
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "sparse_decode",
     "topk_encode",
     "unsorted_codes",
+    "update_expert_bias",
     "update_loads",
 ]
 

@@ -18,11 +18,13 @@ class Balance(NamedTuple):
         value: 1 when uniform.
         coefficient: The scheduled coefficient.
         scale: None: the spread of the activations.
+        others: The router's other losses, by name, as they are added.
     """
 
     value: Tensor
     coefficient: float | Tensor
-    scale: float | None
+    scale: float | Tensor | None
+    others: dict[str, Tensor]
 
 
 class Losses(NamedTuple):
@@ -45,23 +47,34 @@ def losses_of_product(out_BD: Tensor, b_dec: Tensor, x_BD: Tensor, balance: Bala
     if balance is None:
         found = reconstruction_loss(out_BD, b_dec, x_BD)
         return Losses(found.out_BD, found.total, {"mse_loss": found.error})
-    found = reconstruction_loss(out_BD, b_dec, x_BD, balance.value, balance.coefficient, balance.scale)
-    return Losses(found.out_BD, found.total, {"mse_loss": found.error, "load_balance_loss": found.balance})
+    scale = balance.scale
+    assert not isinstance(scale, Tensor)
+    found = reconstruction_loss(out_BD, b_dec, x_BD, balance.value, balance.coefficient, scale)
+    parts = {"mse_loss": found.error, "load_balance_loss": found.balance, **balance.others}
+    return Losses(found.out_BD, sum(balance.others.values(), start=found.total), parts)
 
 
-def losses_of_output(sae: TrainingSAE, sae_out_BD: Tensor, x_BD: Tensor, balance: Balance | None) -> Losses:
+def losses_of_output(
+    sae: TrainingSAE, sae_out_BD: Tensor, x_BD: Tensor, balance: Balance | None, share: float | None = None
+) -> Losses:
     """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes; and the balance.
+
+    ``share`` is what the mean of these tokens counts for in that of the batch, if they are not all of it.
 
     So does torch, where it can: not all its versions differentiate a loss of two dtypes.
     """
     dtype = torch.promote_types(sae_out_BD.dtype, x_BD.dtype)
-    parts = {"mse_loss": sae.mse_loss_fn(sae_out_BD.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()}
+    error = sae.mse_loss_fn(sae_out_BD.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()
+    parts = {"mse_loss": error if share is None else error * share}
     if balance is not None:
-        parts["load_balance_loss"] = weighted(balance, x_BD)
+        parts |= losses_of_router(balance, x_BD)
     return Losses(sae_out_BD, sum(list(parts.values())[1:], start=parts["mse_loss"]), parts)
 
 
-def weighted(balance: Balance, x_BD: Tensor) -> Tensor:
-    """coefficient * scale * value."""
-    scale = spread(x_BD.detach().to(router_dtype(x_BD.dtype))) if balance.scale is None else balance.scale
-    return balance.coefficient * scale * balance.value
+def losses_of_router(balance: Balance, x_BD: Tensor) -> dict[str, Tensor]:
+    """coefficient * scale * value, and the others."""
+    return {"load_balance_loss": balance.coefficient * scale_of(balance.scale, x_BD) * balance.value, **balance.others}
+
+
+def scale_of(scale: float | Tensor | None, x_BD: Tensor) -> float | Tensor:
+    return spread(x_BD.detach().to(router_dtype(x_BD.dtype))) if scale is None else scale

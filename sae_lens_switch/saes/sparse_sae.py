@@ -16,6 +16,7 @@ from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.losses import Balance, is_plain, losses_of_output, losses_of_product
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
 from sae_lens_switch.saes.serialization import latent_major
@@ -163,7 +164,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     # What the trainer asks
 
     @property
-    def n_experts(self) -> int | None:
+    def expert_layout(self) -> ExpertLayout | None:
         """None without a router."""
         return None
 
@@ -186,8 +187,8 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     def latent_parameters(self) -> LatentParameters:
         """The parameters whose rows a row-sparse optimiser may step one by one."""
 
-    def settle_start(self, is_finite: Tensor | bool) -> None:
-        """Called once the step's outcome is known: an initialisation from a non-finite step is reverted."""
+    def settle_step(self, is_finite: Tensor) -> None:
+        """Called with the step's outcome: what it began is kept, or reverted if loss or gradient were non-finite."""
 
     def after_own_step(self) -> None:
         """Called at the end of a step of an optimiser that applies the decoder's constraint itself."""
@@ -212,6 +213,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         inputs_BD = self.normalized_input(x_BD)
         acts, codes, aux_out_BD, dead = None, None, None, DeadLatents(None, 0)
         metrics: Metrics = {}
+        share = self._batch_share(x_BD)
         if self.has_dense_hooks:
             acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
             sae_out, product = self.decode(acts), None
@@ -221,7 +223,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             row_grads = None if options is None else options.row_grads
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
             product, aux_out_BD = result.out_BD, result.aux_out_BD
-            sae_out = None if is_plain(self) else self._finish_decoding(product + self.b_dec)
+            sae_out = None if share is None and is_plain(self) else self._finish_decoding(product + self.b_dec)
             codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae)
             if result.doubtful_B is not None:
                 doubtful_B = result.doubtful_B
@@ -232,7 +234,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             assert product is not None
             sae_out, loss, losses = losses_of_product(product, self.b_dec, x_BD, balance)
         else:
-            _, loss, losses = losses_of_output(self, sae_out, x_BD, balance)
+            _, loss, losses = losses_of_output(self, sae_out, x_BD, balance, share)
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
         if dead.indices_N is not None and aux_out_BD is not None:
@@ -260,10 +262,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         pass
 
     def _encode_dense(self, inputs_BD: Tensor) -> tuple[Tensor, Tensor, Assignment | None]:
-        """Dense latents [B, F], what was selected [B, K], and the routing, for hooks on the dense latents.
-
-        Of an SAE that does not leave such a step to SAELens, as sparse_topk does.
-        """
+        """For hooks on dense latents, unless SAELens takes the step: latents [B, F], those selected [B, K], routing."""
         raise NotImplementedError
 
     def _route(self, inputs_BD: Tensor) -> Assignment | None:  # noqa: ARG002, there is one expert
@@ -287,6 +286,10 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     ) -> tuple[Balance | None, RoutingStatistics | None]:
         """How even the load of the experts is, and statistics of the routing; adds the router's metrics."""
         return None, None
+
+    def _batch_share(self, x_BD: Tensor) -> float | None:  # noqa: ARG002
+        """What part of the batch these tokens are, where processes divide it; None: they are all of it."""
+        return None
 
     def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
         """May raise ValueError for a non-finite loss."""

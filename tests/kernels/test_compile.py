@@ -57,7 +57,7 @@ KERNELS = {
     ),
 }
 # The router is float32 whatever the SAE's dtype, and knows nothing of D; nor do the few numbers of a step.
-ROUTER = {"route", "shares", "place_tokens", "route_backward", "update_loads", "clip", "loss"}
+ROUTER = {"route", "shares", "place_tokens", "route_backward", "update_loads", "update_expert_bias", "clip", "loss"}
 # The loss, and all weights and their gradients, are float32.
 FLOAT32 = {"adam_rows", "adam_tensors", "loss_backward", "loss_parts", "squares"}
 

@@ -10,36 +10,36 @@ OPERATORS = {
     "matmul_at_indices": lambda t: (t["g"], t["W"], t["indices"]),
     "latent_weight_grad": lambda t: (t["values"], t["indices"], t["g"], 8),
     "encode": lambda t: (
-        t["x"],
-        t["W"],
-        t["bias"],
-        t["scale"],
-        None,
-        None,
-        None,
-        3,
-        1,
-        torch.float64,
-        None,
-        0,
-        None,
-        None,
+        *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
+        *(None, 0, 0, None, None),
     ),
     "encode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(torch.bfloat16, 7, None, None),
+        *(torch.bfloat16, 7, 0, None, None),
     ),
     "autoencode": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0),
         *(None, None, t["W_dec"], torch.arange(4), 2),
     ),
+    "encode shared latents": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
+        *(None, 0, 2, None, None),
+    ),
+    "autoencode shared latents": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
+        *(None, 0, 2, None, None, t["W_dec"], torch.arange(4), 2),
+    ),
     "autoencode in low precision": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3, 0),
         *(None, None, t["W_dec"], torch.arange(4), 2),
     ),
     "autoencode what is sorted": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0),
         *(t["experts"].argsort(stable=True), torch.tensor([0, 3, 6]), t["W_dec"], None, 0),
+    ),
+    "autoencode shared latents of what is sorted": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
+        *(None, 0, 2, t["experts"].argsort(stable=True), torch.tensor([0, 3, 6]), t["W_dec"], torch.arange(4), 2),
     ),
 }
 
@@ -57,8 +57,9 @@ def test_the_operators_are_torchs_own_citizens(name):
     torch.library.opcheck(getattr(autoencode if operator == "autoencode" else operators, operator), arguments)
 
 
-def test_torch_export_and_compile_trace_through():
-    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B", "gates_B", "pre_bias_D"})
+@pytest.mark.parametrize("more", [set(), {"shared"}], ids=["routed", "shared"])
+def test_torch_export_and_compile_trace_through(more):
+    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B", "gates_B", "pre_bias_D"} | more)
 
     class Module(torch.nn.Module):
         def forward(self, x_BD):

@@ -16,8 +16,14 @@ B, SHAPE = 8192, {"d_in": 768, "d_sae": 24576, "k": 32, "device": "meta", "dtype
 
 def make_sae(architecture: str):
     options = {**SHAPE, "aux_loss_coefficient": 0.0}
+    own = {
+        "biased": {"load_balancing": "bias"},
+        "with a shared expert": {"n_shared_experts": 1, "shared_width": 768},
+    }
     if architecture.startswith("switch"):
-        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=int(architecture.split()[1])))
+        _, n_experts, *which = architecture.split(maxsplit=2)
+        options |= {} if not which else own[which[0]]
+        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=int(n_experts)))
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
 
 
@@ -39,6 +45,10 @@ def test_torchs_grouped_product_launches_two_more_kernels_and_never_waits(monkey
         ("switch 128", True, 30),
         ("switch 128", False, 29),
         ("switch 32", False, 41),  # sparse products: in float32 dense ones would take twice as long
+        ("switch 32 biased", True, 34),
+        ("switch 32 biased", False, 45),
+        ("switch 32 with a shared expert", True, 90),
+        ("switch 32 with a shared expert", False, 90),
         ("sparse_topk", True, 47),
         ("sparse_topk", False, 43),
     ],

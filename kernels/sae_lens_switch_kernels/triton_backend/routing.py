@@ -29,6 +29,7 @@ _EXPERTS = 32  # per program, of those that add up the shares
 @triton.jit
 def _route_kernel(
     logits,  # [B, E]
+    bias,  # [E] or None
     probs,  # [B, E]
     expert,  # [B]
     gates,  # [B]
@@ -43,6 +44,9 @@ def _route_kernel(
     e = tl.arange(0, BLOCK_E)
     tokens = tl.zeros([BLOCK_E], tl.float32)
     total = tl.zeros([BLOCK_E], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + e, mask=e < E, other=float("-inf"))
+        factor = tl.exp(shift - tl.max(shift, 0))
     end = tl.minimum(B, (p + 1) * per_program)
     for first in range(p * per_program, end, ROWS):
         b = first + tl.arange(0, ROWS).to(tl.int64)
@@ -53,9 +57,12 @@ def _route_kernel(
         weight = tl.exp(logit - tl.max(logit, 1)[:, None])
         prob = weight / tl.sum(weight, 1)[:, None]
         prob = tl.where(inside, prob, 0.0)
-        best = tl.max(prob, 1)
+        score = prob
+        if bias is not None:
+            score = prob * factor[None, :]
+        best = tl.max(score, 1)
         # The first of equals; the first of all where a logit is not a finite number, and so no probability is one.
-        chosen = tl.min(tl.where((prob == best[:, None]) & inside, e[None, :], E), 1)
+        chosen = tl.min(tl.where((score == best[:, None]) & inside, e[None, :], E), 1)
         chosen = tl.where(chosen < E, chosen, 0)
         is_chosen = (e[None, :] == chosen[:, None]) & inside
         tl.store(probs + at, prob, mask=inside)
@@ -198,7 +205,24 @@ def _update_loads_kernel(
     tl.store(steps_too_busy, tl.where(tl.max(now, 0) > share, busy + 1, 0.0))
 
 
-def route(logits_BE: Tensor) -> Routed:
+@triton.jit
+def _update_expert_bias_kernel(
+    bias,  # [E]
+    counts,  # [E]
+    is_finite,
+    E,
+    rate,
+    BLOCK_E: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
+    count = tl.load(counts + e, mask=e < E, other=0.0)
+    less = tl.sum(count, 0) - E * count
+    step = tl.where(e < E, (less > 0).to(tl.float32) - (less < 0).to(tl.float32), 0.0)
+    step = rate * (step - tl.sum(step, 0) / E) * tl.load(is_finite).to(tl.float32)
+    tl.store(bias + e, tl.load(bias + e, mask=e < E, other=0.0) + step, mask=e < E)
+
+
+def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
     """As torch_routing's; float32."""
     B, E = logits_BE.shape
     BLOCK_E = next_power_of_2(E)
@@ -211,7 +235,8 @@ def route(logits_BE: Tensor) -> Routed:
     parts = empty(P, 2, E)
     sizes = {"B": B, "E": E, "per_program": per_program, "ROWS": ROWS, "BLOCK_E": BLOCK_E}
     found = {"probs": probs_BE, "expert": expert_B, "gates": gates_B, "parts": parts}
-    launch(_route_kernel, (P,), 4, logits=logits_BE.contiguous(), **found, **sizes)
+    given = {"logits": logits_BE.contiguous(), "bias": None if bias_E is None else bias_E.contiguous()}
+    launch(_route_kernel, (P,), 4, **given, **found, **sizes)
     sums = {"parts": parts, "load": load_E, "importance": importance_E, "P": P}
     if E <= _SORTED:
         order_B, offsets_E1 = empty(B, dtype=torch.int64), empty(E + 1, dtype=torch.int32)
@@ -275,6 +300,21 @@ def update_loads(
         decay=float(decay),
         share=float(share),
         BLOCK_E=next_power_of_2(len(load_E)),
+    )
+
+
+def update_expert_bias(bias_E: Tensor, counts_E: Tensor, is_finite: Tensor, rate: float) -> None:
+    """As torch_routing's; float32."""
+    launch(
+        _update_expert_bias_kernel,
+        (1,),
+        1,
+        bias=bias_E,
+        counts=counts_E.contiguous(),
+        is_finite=is_finite,
+        E=len(bias_E),
+        rate=float(rate),
+        BLOCK_E=next_power_of_2(len(bias_E)),
     )
 
 

@@ -60,6 +60,8 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         except RuntimeError:  # torch has no fused step for this device
             super().__init__(parameters, lr=lr, betas=betas)
         self.unit_rows, self.project = unit_rows, project
+        # Of all processes' gradients, where this one has a part of them.
+        self.total_norm: Callable[[list[Tensor]], Tensor] | None = None
         self.row_grads = RowGrads(active_only=False) if unit_rows is not None and project else None
         self.copies = WorkingCopies(copied)
         self._masters = MasterWeights(self, masters=True, after_step=after_step, copies=self.copies)
@@ -114,7 +116,8 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         grads = gradients(parameters_of(self))
         reads, fused = loss.device.type in _READ_AT_ONCE, self.is_fused and not any(map(_is_double, grads))
         counted = self._counted_steps() if fused and not reads else []
-        is_finite, found_inf, scale = clip(grads, loss, max_norm, skipped, counted)
+        normed = grads if self.total_norm is None else [self.total_norm(grads)]
+        is_finite, found_inf, scale = clip(normed, loss, max_norm, skipped, counted)
         if reads and not is_finite:
             pass
         elif fused:

@@ -1,5 +1,6 @@
 """Row-sparse Adam: a step whose cost does not grow with the width of the dictionary."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.sae = sae
         self.row_grads = RowGrads()
+        # Of all processes' gradients, where this one has a part of them.
+        self.total_norm: Callable[[list[Tensor]], Tensor] | None = None
         self.copies = WorkingCopies((sae.W_enc, sae.W_dec))
 
     @torch.no_grad()
@@ -61,7 +64,9 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             Whether there was a step.
         """
         assert lr is None
-        is_finite, _, scale = clip(self._gradients(), loss, max_norm, skipped)
+        grads = self._gradients()
+        normed = grads if self.total_norm is None else [self.total_norm(grads)]
+        is_finite, _, scale = clip(normed, loss, max_norm, skipped)
         if is_finite:
             self.step(grad_scale=scale)
             self.sae.after_own_step()

@@ -1,0 +1,112 @@
+"""Checks of the public functions' arguments: each raises ValueError with its name, its value and what it must be.
+
+Values of indices are checked by the operators, where they are read.
+"""
+
+import torch
+from torch import Tensor
+
+from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
+from sae_lens_switch_kernels.inputs import EncoderInputs
+
+
+def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> EncoderInputs:
+    """The inputs with the dtypes of the matrix products: autocast's where it is enabled. Raises ValueError."""
+    x_BD, W_FD, k, n_experts, expert_B = inputs.x_BD, inputs.W_enc_FD, inputs.k, inputs.n_experts, inputs.expert_B
+    check_matrix("x_BD", x_BD)
+    check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
+    check_like("x_BD", x_BD, "W_enc_FD", W_FD)
+    F, n_shared = len(W_FD), inputs.n_shared
+    if not 0 <= n_shared < max(F, 1):
+        raise ValueError(f"n_shared must be at least 0 and less than the number of latents; got {n_shared}, F={F}")
+    if n_experts < 1 or (F - n_shared) % n_experts:
+        of = "" if n_shared == 0 else f" beside the {n_shared} shared ones"
+        raise ValueError(f"n_experts must divide the number of latents{of}; got n_experts={n_experts}, F={F}")
+    n_active = 1
+    if expert_B is not None:
+        n_active = check_experts(expert_B, x_BD, n_experts)
+        if n_active == 1:  # a token with one expert and shared latents chooses from two, as one with two experts
+            shape = (-1, 1) if n_shared else (-1,)
+            gates_B = inputs.gates_B
+            if gates_B is not None and gates_B.shape == expert_B.shape:
+                gates_B = gates_B.reshape(shape)
+            inputs = inputs._replace(expert_B=expert_B.reshape(shape), gates_B=gates_B)
+    elif n_experts != 1 or n_shared:
+        raise ValueError(f"expert_B must be given for n_experts={n_experts}, n_shared={n_shared}")
+    most = n_active * inputs.blocks.width + n_shared
+    if not 1 <= k <= most:
+        F_E = "F / n_experts" if n_shared == 0 else "(F - n_shared) / n_experts + n_shared"
+        raise ValueError(f"k must be between 1 and {'' if n_active == 1 else f'{n_active} '}{F_E} = {most}; got k={k}")
+    if inputs.gates_B is not None:
+        expected = x_BD.shape[:1] if inputs.expert_B is None else inputs.expert_B.shape
+        if inputs.gates_B.shape != expected:
+            raise ValueError(f"gates_B must have shape {tuple(expected)}; got {tuple(inputs.gates_B.shape)}")
+        check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
+    check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
+    check_vector("bias_F", inputs.bias_F, F, W_FD)
+    check_vector("scale_F", inputs.scale_F, F, W_FD)
+    device_type = x_BD.device.type
+    if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
+        inputs = inputs._replace(dtype=torch.get_autocast_dtype(device_type))
+    return with_candidates(inputs, encoder_precision)
+
+
+def check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:
+    """The number of experts per token. Raises ValueError."""
+    n_active = expert_B.shape[1] if expert_B.ndim == 2 else 1
+    if expert_B.ndim not in (1, 2) or len(expert_B) != len(x_BD) or not 1 <= n_active <= n_experts:
+        expected = f"({len(x_BD)},) or ({len(x_BD)}, n_active) with n_active from 1 to {n_experts}"
+        raise ValueError(f"expert_B must have shape {expected}; got {tuple(expert_B.shape)}")
+    check_integers("expert_B", expert_B)
+    check_device("expert_B", expert_B, "x_BD", x_BD)
+    return n_active
+
+
+def check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor) -> None:
+    if t is None:
+        return
+    if t.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},); got {tuple(t.shape)}")
+    check_like(name, t, "W_enc_FD", W_FD)
+
+
+def check_matrix(name: str, t: Tensor, rows: int | None = None, columns: int | None = None) -> None:
+    fits = t.ndim == 2 and rows in (None, t.shape[0]) and columns in (None, t.shape[1])
+    if not fits:
+        expected = f"({'any' if rows is None else rows}, {'any' if columns is None else columns})"
+        raise ValueError(f"{name} must have shape {expected}; got {tuple(t.shape)}")
+    if not t.is_floating_point():
+        raise ValueError(f"{name} must be floating point; got {t.dtype}")
+
+
+def check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.dtype != other.dtype:
+        raise ValueError(f"{name} and {other_name} must share a dtype; got {t.dtype} and {other.dtype}")
+    check_device(name, t, other_name, other)
+
+
+def check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.device != other.device:
+        raise ValueError(f"{name} and {other_name} must share a device; got {t.device} and {other.device}")
+
+
+def check_codes(values_BK: Tensor, indices_BK: Tensor) -> None:
+    check_matrix("values_BK", values_BK)
+    if values_BK.shape != indices_BK.shape:
+        raise ValueError(
+            f"values_BK and indices_BK must share a shape; got {tuple(values_BK.shape)} and {tuple(indices_BK.shape)}"
+        )
+    check_indices(indices_BK)
+    check_device("indices_BK", indices_BK, "values_BK", values_BK)
+
+
+def check_indices(indices_BK: Tensor, rows: int | None = None) -> None:
+    if indices_BK.ndim != 2 or rows not in (None, len(indices_BK)):
+        expected = f"({'any' if rows is None else rows}, any)"
+        raise ValueError(f"indices_BK must have shape {expected}; got {tuple(indices_BK.shape)}")
+    check_integers("indices_BK", indices_BK)
+
+
+def check_integers(name: str, t: Tensor) -> None:
+    if t.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64; got {t.dtype}")
