@@ -13,17 +13,21 @@ from sae_lens_switch import (
 pytest.importorskip("triton")
 B, SHAPE = 8192, {"d_in": 768, "d_sae": 24576, "k": 32, "device": "meta", "dtype": "float32"}
 
+OPTIONS = {"switch, biased": {"load_balancing": "bias"}, "switch, overlap": {"expert_overlap_coefficient": 0.01}}
+
 
 def make_sae(architecture: str):
     options = {**SHAPE, "aux_loss_coefficient": 0.0}
     if architecture.startswith("switch"):
-        options["load_balancing"] = "bias" if architecture == "switch, biased" else "loss"
+        options |= OPTIONS.get(architecture, {})
         return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=32))
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "float32"])
-@pytest.mark.parametrize(("architecture", "at_most"), [("switch", 76), ("switch, biased", 80), ("sparse_topk", 73)])
+@pytest.mark.parametrize(
+    ("architecture", "at_most"), [("switch", 76), ("switch, biased", 80), ("switch, overlap", 150), ("sparse_topk", 73)]
+)
 def test_a_step_launches_few_kernels_and_never_waits(architecture, at_most, autocast, monkeypatch):
     launches = launches_of_a_step(make_sae(architecture), B, autocast, monkeypatch)
     assert launches.n <= at_most, f"{launches.n} launches, at most {at_most} so far; by place:\n{launches.table()}"
