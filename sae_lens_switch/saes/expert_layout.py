@@ -1,10 +1,13 @@
-"""Which latents belong to which expert: asked here, computed nowhere else."""
+"""Which latents belong to which expert: asked here, computed nowhere else; without torch, which is slow to load."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,14 @@ class ExpertLayout:
     shared_width: int = 0
 
     @classmethod
-    def of(cls, d_sae: int, n_experts: int, n_shared_experts: int, shared_width: int | None) -> "ExpertLayout":
+    def of(cls, d_sae: int, n_experts: int, n_shared_experts: int, shared_width: int | None) -> ExpertLayout:
         """As a config has them; ``shared_width`` None: all experts, shared or not, are equally wide."""
         if shared_width is None:
             shared_width = n_shared_experts * (d_sae // (n_experts + n_shared_experts))
         return cls(d_sae, n_experts, shared_width)
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, object]) -> "ExpertLayout | None":
+    def of_fields(cls, fields: Mapping[str, object]) -> ExpertLayout | None:
         """Of a config as a file has it; None where there is no router, or no layout."""
         d_sae, n_experts = fields.get("d_sae"), fields.get("n_experts")
         n_shared, width = fields.get("n_shared_experts", 0), fields.get("shared_width")
@@ -79,6 +82,8 @@ class ExpertLayout:
 
     def latents(self, experts: Tensor) -> Tensor:
         """All latents of tokens with these experts, [..., A] to [..., S + A * M]."""
+        import torch
+
         M, lead = self.expert_width, experts.shape[:-1]
         within = self.shared_width + torch.arange(M, device=experts.device)
         routed = (experts.unsqueeze(-1) * M + within).flatten(-2)
