@@ -13,16 +13,18 @@ from sae_lens_switch import (
 pytest.importorskip("triton")
 B, SHAPE = 8192, {"d_in": 768, "d_sae": 24576, "k": 32, "device": "meta", "dtype": "float32"}
 
+OPTIONS = {
+    "biased": {"load_balancing": "bias"},
+    "overlap": {"expert_overlap_coefficient": 0.01},
+    "with a shared expert": {"n_shared_experts": 1, "shared_width": 768},
+}
+
 
 def make_sae(architecture: str):
     options = {**SHAPE, "aux_loss_coefficient": 0.0}
-    own = {
-        "biased": {"load_balancing": "bias"},
-        "with a shared expert": {"n_shared_experts": 1, "shared_width": 768},
-    }
     if architecture.startswith("switch"):
         _, n_experts, *which = architecture.split(maxsplit=2)
-        options |= {} if not which else own[which[0]]
+        options |= {} if not which else OPTIONS[which[0]]
         return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=int(n_experts)))
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
 
@@ -47,6 +49,8 @@ def test_torchs_grouped_product_launches_two_more_kernels_and_never_waits(monkey
         ("switch 32", False, 41),  # sparse products: in float32 dense ones would take twice as long
         ("switch 32 biased", True, 34),
         ("switch 32 biased", False, 45),
+        ("switch 32 overlap", True, 110),
+        ("switch 32 overlap", False, 110),
         ("switch 32 with a shared expert", True, 90),
         ("switch 32 with a shared expert", False, 90),
         ("sparse_topk", True, 47),
