@@ -22,6 +22,10 @@ def check_route(p: Any, c: SimpleNamespace) -> Pairs:
     ours, truth = p.route(logits_BE), torch_routing.route(logits_BE.double())
     for name in truth._fields:
         yield name, getattr(ours, name).double(), getattr(truth, name).double()
+    bias_E = normal(c.s.E, seed=53, device=c.x.device)
+    biased, exact = p.route(logits_BE, bias_E), torch_routing.route(logits_BE.double(), bias_E.double())
+    for name in truth._fields:
+        yield f"{name}, biased", getattr(biased, name).double(), getattr(exact, name).double()
     grads = (normal(c.s.B, c.s.E, seed=51, device=c.x.device), *normal(3, c.s.B, seed=52, device=c.x.device))
     upstream = grads[0], grads[1], grads[2][: c.s.E], grads[3][0]
     exact = torch_routing.route_backward(truth.probs_BE, truth.expert_B, *(g.double() for g in upstream), truth.load_E)

@@ -34,8 +34,9 @@ class Pairs(NamedTuple):
 
     def rows(self, t_BD: Tensor) -> Tensor:
         """The token of every pair, sorted by expert."""
-        assert self.groups.order_B is not None
         order_R = self.groups.order_B
+        if order_R is None:  # tokens with one expert each, sorted already
+            return t_BD
         token_R = order_R if self.n_active == 1 else torch.div(order_R, self.n_active, rounding_mode="floor")
         return t_BD.index_select(0, token_R)
 
