@@ -71,8 +71,9 @@ class EncoderInputs(NamedTuple):
     @property
     def given_groups(self) -> ExpertGroups | None:
         """``groups``, where the tokens were sorted before."""
-        is_given = self.ends_E1 is not None and not are_several(self.expert_B)
-        return ExpertGroups(self.sorted_B, self.ends_E1) if is_given else None
+        if self.ends_E1 is None or are_several(self.expert_B):
+            return None
+        return ExpertGroups(self.sorted_B, self.ends_E1)
 
     def groups(self) -> ExpertGroups:
         """Of the tokens as their codes are decoded: one group where a token has several experts."""
