@@ -129,8 +129,8 @@ def adam_tensors(
         grad_scale: Gradients are divided by it; None: by 1.
         found_inf: Nothing changes where it is 1.
     """
-    for *matrices, step in zip(parameters, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-        rows = [t.view(1, -1) for t in matrices]
+    for W, grad, m, v, step in zip(parameters, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        rows = W.view(1, -1), grad.view(1, -1), m.view(1, -1), v.view(1, -1)
         adam_rows(*rows, step, lr, beta1, beta2, eps, grad_scale, found_inf)
 
 
