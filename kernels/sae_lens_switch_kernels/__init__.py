@@ -18,6 +18,7 @@ from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.clipping import clip
 from sae_lens_switch_kernels.functions import (
     Reconstruction,
+    batch_topk_encode,
     latent_weight_grad,
     matmul_at_indices,
     sparse_autoencode,
@@ -37,6 +38,7 @@ __all__ = [
     "Reconstruction",
     "RowGrads",
     "WorkingCopies",
+    "batch_topk_encode",
     "clip",
     "code_gates",
     "latent_weight_grad",

@@ -6,112 +6,25 @@ no gradient.
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from sae_lens_switch_kernels import torch_codes
+from sae_lens_switch_kernels.autoencode_tensors import BackwardInputs, DecoderInputs, InputGrads, Outputs
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
 from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents
-from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, code_rows, level_offsets
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
 from sae_lens_switch_kernels.products import CodeProducts, is_dense
 from sae_lens_switch_kernels.row_grads import RowGrads, merge_rows, minus_weighted_sum
 from sae_lens_switch_kernels.several_experts import OwnGates, are_several, own_gates
 
-
-class DecoderInputs(NamedTuple):
-    """The arguments of ``autoencode`` that follow the encoder's.
-
-    Attributes:
-        W_dec_FD: Decoder weights.
-        dead_N: The dead latents, for AuxK.
-        aux_k: How many of them are chosen per token.
-    """
-
-    W_dec_FD: Tensor
-    dead_N: Tensor | None
-    aux_k: int
-
-
-class Outputs(NamedTuple):
-    """What ``autoencode`` computes; empty tensors where there is no AuxK.
-
-    Attributes:
-        out_BD: Reconstruction.
-        values_BK: Values of the active latents, after ReLU and before the gate.
-        indices_BK: The active latents.
-        aux_out_BD: Reconstruction from dead latents alone.
-        aux_values_BA: Pre-activations of the chosen dead latents, rows sorted by expert.
-        aux_slots_BA: Their slots in ``DeadLatents``, rows sorted by expert.
-        centered_BD: The encoder's input, rows sorted by expert; empty if it is x itself, which an operator may not
-            return, and on a GPU, which makes it anew in less time than it takes to save it.
-        order_B: Of the ``ExpertGroups``; empty if there is one group.
-        offsets_E1: Likewise.
-        doubtful_B: Whether low precision may have missed a latent of the token; empty without candidates.
-    """
-
-    out_BD: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_out_BD: Tensor
-    aux_values_BA: Tensor
-    aux_slots_BA: Tensor
-    centered_BD: Tensor
-    order_B: Tensor
-    offsets_E1: Tensor
-    doubtful_B: Tensor
-
-
-class BackwardInputs(NamedTuple):
-    """Arguments of ``autoencode_backward``: upstream gradients, then what forward saved, then what is needed."""
-
-    grad_out_BD: Tensor | None
-    grad_values_BK: Tensor | None
-    grad_aux_BD: Tensor | None
-    x_BD: Tensor
-    centered_BD: Tensor
-    W_enc_FD: Tensor
-    W_dec_FD: Tensor
-    pre_bias_D: Tensor | None
-    gates_B: Tensor | None
-    expert_B: Tensor | None
-    dead_N: Tensor | None
-    order_B: Tensor
-    offsets_E1: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_values_BA: Tensor
-    aux_slots_BA: Tensor
-    n_experts: int
-    dtype: torch.dtype
-    needs_x: bool
-    needs_pre_bias: bool
-
-    def groups(self) -> ExpertGroups:
-        return ExpertGroups(self.order_B if self.order_B.numel() else None, self.offsets_E1)
-
-    def centered(self, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:
-        if self.centered_BD.numel():
-            return self.centered_BD
-        return primitives(self.x_BD).sorted_rows(self.x_BD, self.pre_bias_D, groups, dtype)
-
-
-class InputGrads(NamedTuple):
-    """Gradients, under the names of the arguments of ``autoencode``; empty where not needed."""
-
-    x_BD: Tensor
-    W_enc_FD: Tensor
-    W_dec_FD: Tensor
-    gates_B: Tensor
-    pre_bias_D: Tensor
-    bias_F: Tensor
-
-
 _ARGUMENTS = EncoderInputs._fields + DecoderInputs._fields
-_SAVED = BackwardInputs._fields[3:17]  # tensors, from x_BD to aux_slots_BA
+_SAVED = BackwardInputs._fields[3:18]  # tensors, from x_BD to aux_slots_BA
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
@@ -120,7 +33,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
 
 
 @custom_op(
-    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=10)
+    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=11)
 )
 def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of Outputs; takes those of EncoderInputs and DecoderInputs one by one."""
@@ -128,18 +41,21 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
-    x_BD, E, (W_dec_FD, dead_N, aux_k) = inputs.x_BD, inputs.n_experts, decoder
+    x_BD, E, (W_dec_FD, dead_N, aux_k, ends_L) = inputs.x_BD, inputs.n_experts, decoder
     p, groups = primitives(x_BD), inputs.groups()
     dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device)
     # Candidates are recomputed from x in its own dtype.
     centered_BD = inputs.centered(groups, inputs.dtype if dense and inputs.candidate_dtype is None else None)
     with torch.autocast(x_BD.device.type, enabled=False):
-        sorted_values_BK, sorted_indices_BK, doubtful_B = encode_sorted(inputs, centered_BD, groups)
+        sorted_values_BK, sorted_indices_BK, doubtful_B, offsets_Q1 = encode_sorted(inputs, centered_BD, groups)
+        if ends_L is not None:
+            offsets_Q1 = level_offsets(offsets_Q1, sorted_indices_BK, ends_L, len(W_dec_FD))
+        rows = _code_rows(offsets_Q1, len(sorted_indices_BK), len(x_BD))
         gating = _gating(p, inputs.expert_B, sorted_indices_BK, len(W_dec_FD) // E)
         acts_BK, values_BK, indices_BK = gating.unsorted_codes(
             sorted_values_BK, sorted_indices_BK, inputs.gates_B, groups
         )
-        codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype)
+        codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype, rows=rows)
         out_BD = codes.decode(acts_BK, W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         if dead_N is not None:
@@ -161,6 +77,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         none(0, dtype=torch.long) if groups.order_B is None else groups.order_B,
         groups.offsets_E1,
         doubtful_B if inputs.candidate_dtype is None else groups.unsorted(doubtful_B),
+        offsets_Q1,
     )
 
 
@@ -172,10 +89,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     is_sorted = inputs.expert_B is not None and not are_several(inputs.expert_B)
     has_centered = inputs.pre_bias_D is not None or is_sorted
     has_centered = has_centered and not isinstance(primitives(x_BD), SelfChecked)
+    shape, Q = (inputs.k,) if inputs.over_batch else (B, inputs.k), B
+    if decoder.ends_L is not None:
+        Q = B * decoder.ends_L.shape[0]
     return (
-        W_dec_FD.new_empty(x_BD.shape),
-        W_enc_FD.new_empty(B, inputs.k),
-        x_BD.new_empty(B, inputs.k, dtype=long),
+        W_dec_FD.new_empty(Q, x_BD.shape[1]),
+        W_enc_FD.new_empty(shape),
+        x_BD.new_empty(shape, dtype=long),
         W_dec_FD.new_empty(x_BD.shape if has_aux else 0),
         W_enc_FD.new_empty((B, decoder.aux_k) if has_aux else 0),
         x_BD.new_empty(B, decoder.aux_k, dtype=long) if has_aux else W_dec_FD.new_empty(0),
@@ -183,6 +103,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         x_BD.new_empty(B if is_sorted else 0, dtype=long),
         x_BD.new_empty(inputs.n_experts + 1 if is_sorted else 2, dtype=long),
         x_BD.new_empty(0 if inputs.candidate_dtype is None else B, dtype=torch.bool),
+        x_BD.new_empty(Q + 1 if inputs.over_batch else 0, dtype=long),
     )
 
 
@@ -226,23 +147,24 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     def none() -> Tensor:
         return b.x_BD.new_empty(0)  # one per output: those of an operator may not share memory
 
-    def products_at(indices: Tensor, n_latents: int) -> CodeProducts:
-        return CodeProducts(p, indices, n_latents, groups, b.dtype, active_only)
+    def products_at(indices: Tensor, n_latents: int, rows: CodeRows | None = None) -> CodeProducts:
+        return CodeProducts(p, indices, n_latents, groups, b.dtype, active_only, rows)
 
     gating = _gating(p, b.expert_B, b.indices_BK, len(b.W_dec_FD) // b.n_experts)
     acts_BK, values_BK, indices_BK = gating.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
-    codes = products_at(indices_BK, len(b.W_dec_FD))
+    codes = products_at(indices_BK, len(b.W_dec_FD), _code_rows(b.offsets_Q1, len(indices_BK), len(b.x_BD)))
     # Dense on a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
     has_radial = has_radial and not (isinstance(p, SelfChecked) and (codes.dense or b.dead_N is not None))
     rows_dtype = b.dtype if codes.dense else b.x_BD.dtype
-    grad_out_BD = b.x_BD.new_zeros(b.x_BD.shape) if b.grad_out_BD is None else b.grad_out_BD
+    n_out = len(b.x_BD) if codes.rows is None else len(codes.rows.offsets_Q1) - 1
+    grad_out_BD = b.x_BD.new_zeros(n_out, b.x_BD.shape[1]) if b.grad_out_BD is None else b.grad_out_BD
     g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
     d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
     d_pre_BK, d_gates_B = gating.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
     # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
     radial_BK = acts_BK * d_acts_BK if has_radial else None
     rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
-    d_x_BD = codes.decode(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
+    d_x_BD = codes.decode_tokens(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
         dead = dead_latents(b.dead_N, b.n_experts, len(b.W_enc_FD), b.aux_slots_BA.shape[1])
         aux = products_at(b.aux_slots_BA, len(dead.latents_Z))
@@ -286,10 +208,17 @@ def _aux_backward(
 def _gating(
     p: ModuleType | SelfChecked, expert_B: Tensor | None, indices_BK: Tensor, width: int
 ) -> ModuleType | SelfChecked | OwnGates:
-    """What multiplies codes by gates."""
+    """What multiplies codes by gates. Codes over the batch, [S], have none: nothing for a kernel to do."""
     if not are_several(expert_B):
-        return p
+        return torch_codes if indices_BK.ndim == 1 else p
     return OwnGates(expert_B, torch.div(indices_BK, width, rounding_mode="floor"))
+
+
+def _code_rows(offsets_Q1: Tensor, n_codes: int, n_tokens: int) -> CodeRows | None:
+    """Of codes over the batch; None: each token has equally many."""
+    if offsets_Q1.numel() == 0:
+        return None
+    return code_rows(offsets_Q1, n_codes, (len(offsets_Q1) - 1) // max(1, n_tokens) or 1)
 
 
 def _gated(values_BK: Tensor, gates_BK: Tensor | None) -> Tensor:

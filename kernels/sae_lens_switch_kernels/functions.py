@@ -10,6 +10,19 @@ from torch import Tensor
 
 from sae_lens_switch_kernels import autoencode, operators
 from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
+from sae_lens_switch_kernels.checks import (
+    check_codes,
+    check_device,
+    check_experts,
+    check_indices,
+    check_integers,
+    check_levels,
+    check_like,
+    check_matrix,
+    check_over_batch,
+    check_vector,
+)
+from sae_lens_switch_kernels.indexing import n_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.row_grads import RowGrads
 
@@ -23,6 +36,7 @@ class Reconstruction(NamedTuple):
         indices_BK: i, int64, distinct within a row.
         aux_out_BD: The same sum over the aux_k chosen dead latents, without ReLU; None without ``dead_N``.
         doubtful_B: Whether the encoder's low precision may have missed a latent of the token; None in full precision.
+        offsets_B1: With ``over_batch``, where each token's codes begin, values and indices being [k]; else None.
     """
 
     out_BD: Tensor
@@ -30,17 +44,19 @@ class Reconstruction(NamedTuple):
     indices_BK: Tensor
     aux_out_BD: Tensor | None
     doubtful_B: Tensor | None = None
+    offsets_B1: Tensor | None = None
 
 
-def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
+def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
     """x[b] = sum_j values[b, j] W_dec[indices[b, j]]: DenseSparseMatmul (Gao et al. 2024, D.2).
 
     Equals ``f @ W_dec`` for the dense [B, F] ``f`` that is zero elsewhere. Differentiable in values and W_dec.
 
     Args:
-        values_BK: Values of the active latents.
+        values_BK: Values of the active latents; with offsets [S], those of one token after those of another.
         indices_BK: The active latents, int32 or int64; an index that occurs twice in a row counts twice.
         W_dec_FD: Decoder weights.
+        offsets_B1: For tokens with differing numbers of codes: token b's are offsets[b] to offsets[b + 1].
 
     Returns:
         x, [B, D].
@@ -48,13 +64,13 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Te
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
-    _check_matrix("W_dec_FD", W_dec_FD)
-    _check_codes(values_BK, indices_BK)
-    _check_like("values_BK", values_BK, "W_dec_FD", W_dec_FD)
-    return operators.sparse_decode(values_BK, indices_BK, W_dec_FD)
+    check_matrix("W_dec_FD", W_dec_FD)
+    check_codes(values_BK, indices_BK, offsets_B1)
+    check_like("values_BK", values_BK, "W_dec_FD", W_dec_FD)
+    return operators.sparse_decode(values_BK, indices_BK, W_dec_FD, offsets_B1)
 
 
-def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
+def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
     """<g[b], W[indices[b, j]]>: MatmulAtSparseIndices (Gao et al. 2024, D.2).
 
     Differentiable in g and W.
@@ -63,22 +79,25 @@ def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
         g_BD: One vector per token.
         W_FD: One vector per latent.
         indices_BK: Where to evaluate ``g @ W.T``, int32 or int64.
+        offsets_B1: As in ``sparse_decode``.
 
     Returns:
-        The dot products, [B, K].
+        The dot products, in the shape of the indices.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
-    _check_matrix("g_BD", g_BD)
-    _check_matrix("W_FD", W_FD, columns=g_BD.shape[1])
-    _check_indices(indices_BK, rows=len(g_BD))
-    _check_like("g_BD", g_BD, "W_FD", W_FD)
-    _check_device("indices_BK", indices_BK, "W_FD", W_FD)
-    return operators.matmul_at_indices(g_BD, W_FD, indices_BK)
+    check_matrix("g_BD", g_BD)
+    check_matrix("W_FD", W_FD, columns=g_BD.shape[1])
+    check_indices(indices_BK, offsets_B1, rows=len(g_BD))
+    check_like("g_BD", g_BD, "W_FD", W_FD)
+    check_device("indices_BK", indices_BK, "W_FD", W_FD)
+    return operators.matmul_at_indices(g_BD, W_FD, indices_BK, offsets_B1)
 
 
-def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int) -> Tensor:
+def latent_weight_grad(
+    values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, offsets_B1: Tensor | None = None
+) -> Tensor:
     """f^T g for the [B, F] ``f`` that (values, indices) stands for: DenseSparseMatmul, transposed.
 
     Row f is the sum of values[b, j] g[b] over all (b, j) with indices[b, j] = f, in the order of the tokens.
@@ -89,6 +108,7 @@ def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_la
         indices_BK: The active latents, int32 or int64.
         g_BD: One vector per token.
         n_latents: F.
+        offsets_B1: As in ``sparse_decode``.
 
     Returns:
         The sums, [F, D].
@@ -96,10 +116,10 @@ def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_la
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
-    _check_codes(values_BK, indices_BK)
-    _check_matrix("g_BD", g_BD, rows=len(values_BK))
-    _check_like("values_BK", values_BK, "g_BD", g_BD)
-    return operators.latent_weight_grad(values_BK, indices_BK, g_BD, n_latents)
+    check_codes(values_BK, indices_BK, offsets_B1)
+    check_matrix("g_BD", g_BD, rows=n_rows(values_BK, offsets_B1))
+    check_like("values_BK", values_BK, "g_BD", g_BD)
+    return operators.latent_weight_grad(values_BK, indices_BK, g_BD, n_latents, offsets_B1)
 
 
 def topk_encode(
@@ -135,7 +155,41 @@ def topk_encode(
         ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs, encoder_precision))
+    return operators.encode(*_checked(inputs, encoder_precision))[:2]
+
+
+def batch_topk_encode(
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    k: int,
+    *,
+    pre_bias_D: Tensor | None = None,
+    bias_F: Tensor | None = None,
+    scale_F: Tensor | None = None,
+    encoder_precision: EncoderPrecision = "full",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relu of the k pre-activations of the whole batch that are largest when scaled: BatchTopK (Bussmann et al. 2024).
+
+    Exact, whatever the batch, and otherwise as ``topk_encode``.
+
+    Args:
+        x_BD: Tokens.
+        W_enc_FD: Encoder weights.
+        k: Active latents of all tokens together, from 0 to B F.
+        pre_bias_D: Subtracted from x.
+        bias_F: Added to the pre-activations.
+        scale_F: Multiplies the pre-activations during selection only, and takes no gradient.
+        encoder_precision: As in ``topk_encode``.
+
+    Returns:
+        values [k], without the scale; indices [k], ascending within a token; and offsets [B + 1], as in
+        ``sparse_decode``.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or unless 0 <= k <= B F.
+    """
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
+    return operators.encode(*_checked(inputs._replace(over_batch=True), encoder_precision))
 
 
 def switch_encode(
@@ -172,7 +226,7 @@ def switch_encode(
             [0, n_experts).
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs, encoder_precision))
+    return operators.encode(*_checked(inputs, encoder_precision))[:2]
 
 
 def sparse_autoencode(
@@ -191,6 +245,8 @@ def sparse_autoencode(
     aux_k: int = 0,
     row_grads: RowGrads | None = None,
     encoder_precision: EncoderPrecision = "full",
+    over_batch: bool = False,
+    ends_L: Tensor | None = None,
 ) -> Reconstruction:
     """Encode (top-k, or routed if ``expert_B`` is given), scale by the per-token gate, decode: one fused operator.
 
@@ -217,6 +273,9 @@ def sparse_autoencode(
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
         encoder_precision: As in ``topk_encode``; dead latents are chosen in full precision.
+        over_batch: Whether k is of the whole batch, as in ``batch_topk_encode``; without experts and gates.
+        ends_L: With ``over_batch``, the latents at which levels end, ascending to F (Matryoshka SAEs). The
+            reconstruction is then [B, L, D], each level's own part: their running sum reconstructs at every width.
 
     Returns:
         Reconstruction, values, indices, the reconstruction from dead latents, and which tokens are in doubt.
@@ -224,122 +283,67 @@ def sparse_autoencode(
     Raises:
         ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= aux_k <= N.
     """
-    _check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
-    _check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
+    check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
+    check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    inputs = _checked(inputs, encoder_precision)
+    inputs = _checked(inputs._replace(over_batch=over_batch), encoder_precision)
+    if ends_L is not None:
+        check_levels(ends_L, len(W_enc_FD), x_BD, over_batch)
     if dead_N is not None:
-        _check_integers("dead_N", dead_N)
-        _check_device("dead_N", dead_N, "x_BD", x_BD)
+        check_integers("dead_N", dead_N)
+        check_device("dead_N", dead_N, "x_BD", x_BD)
         if not 1 <= aux_k <= len(dead_N):
             raise ValueError(f"aux_k must be between 1 and the {len(dead_N)} dead latents; got aux_k={aux_k}")
-    arguments = *inputs, W_dec_FD, dead_N, aux_k
+    arguments = *inputs, W_dec_FD, dead_N, aux_k, ends_L
     # While compiling, radial_R, a saving that an optimiser can do without, is not worth a graph break.
     if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
         outputs = autoencode.autoencode(*arguments)
     else:
         outputs = autoencode.AutoencodeRows.apply(row_grads, *arguments)
-    out_BD, values_BK, indices_BK, aux_out_BD, *_, doubtful_B = outputs
+    out_BD, values_BK, indices_BK, aux_out_BD, *_, doubtful_B, offsets_Q1 = outputs
+    L = 1 if ends_L is None else len(ends_L)
     return Reconstruction(
-        out_BD,
+        out_BD if ends_L is None else out_BD.view(-1, L, out_BD.shape[1]),
         values_BK,
         indices_BK,
         None if dead_N is None else aux_out_BD,
         None if inputs.candidate_dtype is None else doubtful_B,
+        offsets_Q1[::L] if over_batch else None,
     )
 
 
 def _checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> EncoderInputs:
     """The inputs with the dtypes of the matrix products: autocast's where it is enabled. Raises ValueError."""
     x_BD, W_FD, k, n_experts, expert_B = inputs.x_BD, inputs.W_enc_FD, inputs.k, inputs.n_experts, inputs.expert_B
-    _check_matrix("x_BD", x_BD)
-    _check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
-    _check_like("x_BD", x_BD, "W_enc_FD", W_FD)
+    check_matrix("x_BD", x_BD)
+    check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
+    check_like("x_BD", x_BD, "W_enc_FD", W_FD)
     F = len(W_FD)
     if n_experts < 1 or F % n_experts:
         raise ValueError(f"n_experts must divide the number of latents; got n_experts={n_experts}, F={F}")
     n_active = 1
     if expert_B is not None:
-        n_active = _check_experts(expert_B, x_BD, n_experts)
+        n_active = check_experts(expert_B, x_BD, n_experts)
         if expert_B.ndim == 2 and n_active == 1:
             gates_B = None if inputs.gates_B is None else inputs.gates_B.flatten()
             inputs = inputs._replace(expert_B=expert_B.flatten(), gates_B=gates_B)
     elif n_experts != 1:
         raise ValueError(f"expert_B must be given for n_experts={n_experts}")
     width = F // n_experts
-    if not 1 <= k <= n_active * width:
+    if inputs.over_batch:
+        check_over_batch(inputs)
+    elif not 1 <= k <= n_active * width:
         several = f"{n_active} F / n_experts" if n_active > 1 else "F / n_experts"
         raise ValueError(f"k must be between 1 and {several} = {n_active * width}; got k={k}")
     if inputs.gates_B is not None:
         expected = x_BD.shape[:1] if inputs.expert_B is None else inputs.expert_B.shape
         if inputs.gates_B.shape != expected:
             raise ValueError(f"gates_B must have shape {tuple(expected)}; got {tuple(inputs.gates_B.shape)}")
-        _check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
-    _check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
-    _check_vector("bias_F", inputs.bias_F, F, W_FD)
-    _check_vector("scale_F", inputs.scale_F, F, W_FD)
+        check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
+    check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
+    check_vector("bias_F", inputs.bias_F, F, W_FD)
+    check_vector("scale_F", inputs.scale_F, F, W_FD)
     device_type = x_BD.device.type
     if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
         inputs = inputs._replace(dtype=torch.get_autocast_dtype(device_type))
     return with_candidates(inputs, encoder_precision)
-
-
-def _check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:
-    """The number of experts per token. Raises ValueError."""
-    n_active = expert_B.shape[1] if expert_B.ndim == 2 else 1
-    if expert_B.ndim not in (1, 2) or len(expert_B) != len(x_BD) or not 1 <= n_active <= n_experts:
-        expected = f"({len(x_BD)},) or ({len(x_BD)}, n_active) with n_active from 1 to {n_experts}"
-        raise ValueError(f"expert_B must have shape {expected}; got {tuple(expert_B.shape)}")
-    _check_integers("expert_B", expert_B)
-    _check_device("expert_B", expert_B, "x_BD", x_BD)
-    return n_active
-
-
-def _check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor) -> None:
-    if t is None:
-        return
-    if t.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},); got {tuple(t.shape)}")
-    _check_like(name, t, "W_enc_FD", W_FD)
-
-
-def _check_matrix(name: str, t: Tensor, rows: int | None = None, columns: int | None = None) -> None:
-    fits = t.ndim == 2 and rows in (None, t.shape[0]) and columns in (None, t.shape[1])
-    if not fits:
-        expected = f"({'any' if rows is None else rows}, {'any' if columns is None else columns})"
-        raise ValueError(f"{name} must have shape {expected}; got {tuple(t.shape)}")
-    if not t.is_floating_point():
-        raise ValueError(f"{name} must be floating point; got {t.dtype}")
-
-
-def _check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    if t.dtype != other.dtype:
-        raise ValueError(f"{name} and {other_name} must share a dtype; got {t.dtype} and {other.dtype}")
-    _check_device(name, t, other_name, other)
-
-
-def _check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    if t.device != other.device:
-        raise ValueError(f"{name} and {other_name} must share a device; got {t.device} and {other.device}")
-
-
-def _check_codes(values_BK: Tensor, indices_BK: Tensor) -> None:
-    _check_matrix("values_BK", values_BK)
-    if values_BK.shape != indices_BK.shape:
-        raise ValueError(
-            f"values_BK and indices_BK must share a shape; got {tuple(values_BK.shape)} and {tuple(indices_BK.shape)}"
-        )
-    _check_indices(indices_BK)
-    _check_device("indices_BK", indices_BK, "values_BK", values_BK)
-
-
-def _check_indices(indices_BK: Tensor, rows: int | None = None) -> None:
-    if indices_BK.ndim != 2 or rows not in (None, len(indices_BK)):
-        expected = f"({'any' if rows is None else rows}, any)"
-        raise ValueError(f"indices_BK must have shape {expected}; got {tuple(indices_BK.shape)}")
-    _check_integers("indices_BK", indices_BK)
-
-
-def _check_integers(name: str, t: Tensor) -> None:
-    if t.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64; got {t.dtype}")

@@ -28,6 +28,7 @@ class EncoderInputs(NamedTuple):
         dtype: Dtype of the matrix products.
         candidate_dtype: Dtype of the product that selects candidates (see candidates.py); None: there are none.
         n_candidates: How many per token.
+        over_batch: Whether ``k``, and ``n_candidates``, count over the whole batch, so that tokens differ in number.
     """
 
     x_BD: Tensor
@@ -42,6 +43,7 @@ class EncoderInputs(NamedTuple):
     dtype: torch.dtype
     candidate_dtype: torch.dtype | None = None
     n_candidates: int = 0
+    over_batch: bool = False
 
     def groups(self) -> ExpertGroups:
         """Of the tokens as their codes are decoded: one group where a token has several experts."""
@@ -82,6 +84,26 @@ def check_range(name: str, t: Tensor, end: int) -> None:
     low, high = (int(v) for v in t.aminmax()) if t.numel() else (0, 0)
     if low < 0 or high >= max(end, 1):
         raise ValueError(f"{name} must lie in [0, {end}); got values from {low} to {high}")
+
+
+def check_offsets(offsets_B1: Tensor | None, n_codes: int) -> None:
+    """Require that offsets ascend from 0 to the number of codes. Raises ValueError on a CPU, as ``check_range``."""
+    if offsets_B1 is None:
+        return
+    ascends = (offsets_B1[0] == 0) & (offsets_B1[-1] == n_codes) & (offsets_B1.diff() >= 0).all()
+    if not _is_readable(offsets_B1):
+        assert_on_device(ascends, f"offsets_B1 must ascend from 0 to {n_codes}")
+    elif not ascends:
+        raise ValueError(f"offsets_B1 must ascend from 0 to the number of codes, {n_codes}; got {offsets_B1.tolist()}")
+
+
+def check_ends(ends_L: Tensor, n_latents: int) -> None:
+    """Require that levels end at ascending latents, the last at F. Raises ValueError on a CPU, as ``check_range``."""
+    ascends = (ends_L[0] > 0) & (ends_L[-1] == n_latents) & (ends_L.diff() > 0).all()
+    if not _is_readable(ends_L):
+        assert_on_device(ascends, f"ends_L must ascend to {n_latents}")
+    elif not ascends:
+        raise ValueError(f"ends_L must ascend to the number of latents, {n_latents}; got {ends_L.tolist()}")
 
 
 def _check_distinct(expert_BA: Tensor) -> None:

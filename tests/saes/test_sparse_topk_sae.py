@@ -14,7 +14,7 @@ from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE, TrainStepInput
 from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens_switch_kernels import torch_backend
+from sae_lens_switch_kernels import torch_tiles
 from torch import Tensor
 
 from sae_lens_switch import (
@@ -192,7 +192,7 @@ def test_a_training_step_makes_no_tensor_of_batch_times_width_outside_a_tile():
     def step() -> None:
         sae.training_forward_pass(step_input(x, dead)).loss.backward()
 
-    assert largest_allocation(step) == 4 * torch_backend._TILE_ROWS["cpu"] * width < 4 * B * width
+    assert largest_allocation(step) == 4 * torch_tiles.TILE_ROWS["cpu"] * width < 4 * B * width
     sae.add_hook("hook_sae_acts_post", lambda acts, hook: None)  # noqa: ARG005
     assert largest_allocation(step) >= 4 * B * width, "the census can see a dense tensor"
 

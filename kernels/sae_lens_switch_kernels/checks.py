@@ -1,0 +1,99 @@
+"""Checks of the public functions' arguments; each raises ValueError with the argument's name, value and expectation."""
+
+import torch
+from torch import Tensor
+
+from sae_lens_switch_kernels.inputs import EncoderInputs, check_ends
+
+
+def check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:
+    """The number of experts per token. Raises ValueError."""
+    n_active = expert_B.shape[1] if expert_B.ndim == 2 else 1
+    if expert_B.ndim not in (1, 2) or len(expert_B) != len(x_BD) or not 1 <= n_active <= n_experts:
+        expected = f"({len(x_BD)},) or ({len(x_BD)}, n_active) with n_active from 1 to {n_experts}"
+        raise ValueError(f"expert_B must have shape {expected}; got {tuple(expert_B.shape)}")
+    check_integers("expert_B", expert_B)
+    check_device("expert_B", expert_B, "x_BD", x_BD)
+    return n_active
+
+
+def check_over_batch(inputs: EncoderInputs) -> None:
+    n = len(inputs.x_BD) * len(inputs.W_enc_FD)
+    if not 0 <= inputs.k <= n:
+        raise ValueError(f"k must be between 0 and B F = {n}; got k={inputs.k}")
+    if inputs.expert_B is not None or inputs.gates_B is not None:
+        raise ValueError("over_batch must be False with expert_B or gates_B; got True")
+
+
+def check_levels(ends_L: Tensor, n_latents: int, x_BD: Tensor, over_batch: bool) -> None:
+    if not over_batch:
+        raise ValueError("over_batch must be True with ends_L; got False")
+    if ends_L.ndim != 1 or len(ends_L) == 0:
+        raise ValueError(f"ends_L must have shape (at least 1,); got {tuple(ends_L.shape)}")
+    check_integers("ends_L", ends_L)
+    check_device("ends_L", ends_L, "x_BD", x_BD)
+    check_ends(ends_L, n_latents)
+
+
+def check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor) -> None:
+    if t is None:
+        return
+    if t.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},); got {tuple(t.shape)}")
+    check_like(name, t, "W_enc_FD", W_FD)
+
+
+def check_matrix(name: str, t: Tensor, rows: int | None = None, columns: int | None = None) -> None:
+    fits = t.ndim == 2 and rows in (None, t.shape[0]) and columns in (None, t.shape[1])
+    if not fits:
+        expected = f"({'any' if rows is None else rows}, {'any' if columns is None else columns})"
+        raise ValueError(f"{name} must have shape {expected}; got {tuple(t.shape)}")
+    if not t.is_floating_point():
+        raise ValueError(f"{name} must be floating point; got {t.dtype}")
+
+
+def check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.dtype != other.dtype:
+        raise ValueError(f"{name} and {other_name} must share a dtype; got {t.dtype} and {other.dtype}")
+    check_device(name, t, other_name, other)
+
+
+def check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.device != other.device:
+        raise ValueError(f"{name} and {other_name} must share a device; got {t.device} and {other.device}")
+
+
+def check_codes(values_BK: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None) -> None:
+    if offsets_B1 is None:
+        check_matrix("values_BK", values_BK)
+    if values_BK.shape != indices_BK.shape:
+        raise ValueError(
+            f"values_BK and indices_BK must share a shape; got {tuple(values_BK.shape)} and {tuple(indices_BK.shape)}"
+        )
+    check_indices(indices_BK, offsets_B1)
+    check_device("indices_BK", indices_BK, "values_BK", values_BK)
+
+
+def check_indices(indices_BK: Tensor, offsets_B1: Tensor | None, rows: int | None = None) -> None:
+    if offsets_B1 is not None:
+        check_offsets(offsets_B1, indices_BK, rows)
+    elif indices_BK.ndim != 2 or rows not in (None, len(indices_BK)):
+        expected = f"({'any' if rows is None else rows}, any)"
+        raise ValueError(f"indices_BK must have shape {expected}; got {tuple(indices_BK.shape)}")
+    check_integers("indices_BK", indices_BK)
+
+
+def check_offsets(offsets_B1: Tensor, indices_S: Tensor, rows: int | None) -> None:
+    """Codes of a number that varies by token: one dimension, and where each token's begin."""
+    if indices_S.ndim != 1:
+        raise ValueError(f"indices_BK must have shape (any,) with offsets_B1; got {tuple(indices_S.shape)}")
+    if offsets_B1.ndim != 1 or len(offsets_B1) == 0 or rows not in (None, len(offsets_B1) - 1):
+        expected = "(B + 1,)" if rows is None else f"({rows + 1},)"
+        raise ValueError(f"offsets_B1 must have shape {expected}; got {tuple(offsets_B1.shape)}")
+    check_integers("offsets_B1", offsets_B1)
+    check_device("offsets_B1", offsets_B1, "indices_BK", indices_S)
+
+
+def check_integers(name: str, t: Tensor) -> None:
+    if t.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64; got {t.dtype}")
