@@ -37,6 +37,10 @@ _NAMES = {
     "sparsify": "sparsify 1.3.3, eager",
     "ours: sparse_topk": "**`sparse_topk`**",
     "ours: sparse_topk, bfloat16 encoder": "**`sparse_topk`, bfloat16 encoder**",
+    "ours: sparse_batchtopk": "**`sparse_batchtopk`**",
+    "ours: sparse_matryoshka_batchtopk": "**`sparse_matryoshka_batchtopk`, five widths**",
+    "SAELens batchtopk": "SAELens `batchtopk`",
+    "SAELens matryoshka_batchtopk": "SAELens `matryoshka_batchtopk`, five widths",
     "all experts, masked, 32 experts": "Switch formula, 32 experts, all computed and masked",
     "all experts, masked, 2 of 32 experts": "the same with 2 active experts",
 }

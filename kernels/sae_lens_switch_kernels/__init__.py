@@ -13,11 +13,11 @@ and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decod
 owns latents ``e * M`` to ``(e + 1) * M``.
 """
 
+from sae_lens_switch_kernels.autoencode_tensors import Reconstruction
 from sae_lens_switch_kernels.backend import triton_kernel
 from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.clipping import clip
 from sae_lens_switch_kernels.functions import (
-    Reconstruction,
     batch_topk_encode,
     latent_weight_grad,
     matmul_at_indices,

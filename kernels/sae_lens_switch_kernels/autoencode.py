@@ -15,7 +15,7 @@ from torch.library import custom_op
 from sae_lens_switch_kernels import torch_codes
 from sae_lens_switch_kernels.autoencode_tensors import BackwardInputs, DecoderInputs, InputGrads, Outputs
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
-from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents
+from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents, encode_groups
 from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, code_rows, level_offsets
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
@@ -24,7 +24,7 @@ from sae_lens_switch_kernels.row_grads import RowGrads, merge_rows, minus_weight
 from sae_lens_switch_kernels.several_experts import OwnGates, are_several, own_gates
 
 _ARGUMENTS = EncoderInputs._fields + DecoderInputs._fields
-_SAVED = BackwardInputs._fields[3:18]  # tensors, from x_BD to aux_slots_BA
+_SAVED = BackwardInputs._fields[3:19]  # tensors, from x_BD to aux_offsets_Q1
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
@@ -33,7 +33,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
 
 
 @custom_op(
-    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=11)
+    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=12)
 )
 def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of Outputs; takes those of EncoderInputs and DecoderInputs one by one."""
@@ -41,7 +41,7 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
-    x_BD, E, (W_dec_FD, dead_N, aux_k, ends_L) = inputs.x_BD, inputs.n_experts, decoder
+    x_BD, E, (W_dec_FD, dead_N, aux_k, dead_counts, ends_L) = inputs.x_BD, inputs.n_experts, decoder
     p, groups = primitives(x_BD), inputs.groups()
     dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device)
     # Candidates are recomputed from x in its own dtype.
@@ -58,11 +58,18 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype, rows=rows)
         out_BD = codes.decode(acts_BK, W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
+        aux_offsets_Q1 = x_BD.new_empty(0, dtype=torch.long)
         if dead_N is not None:
             check_range("dead_N", dead_N, len(inputs.W_enc_FD))
             dead = dead_latents(dead_N, E, len(inputs.W_enc_FD), aux_k)
-            aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
-            aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype)
+            if dead_counts:
+                aux_values_BA, aux_slots_BA, aux_offsets_Q1 = encode_groups(
+                    p, inputs, centered_BD, dead_N, aux_k, dead_counts
+                )
+            else:
+                aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
+            aux_rows = _code_rows(aux_offsets_Q1, len(aux_slots_BA), len(x_BD))
+            aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype, rows=aux_rows)
             gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.n_slots, groups)
             aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z])
     none = x_BD.new_empty
@@ -78,6 +85,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         groups.offsets_E1,
         doubtful_B if inputs.candidate_dtype is None else groups.unsorted(doubtful_B),
         offsets_Q1,
+        aux_offsets_Q1,
     )
 
 
@@ -92,18 +100,22 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     shape, Q = (inputs.k,) if inputs.over_batch else (B, inputs.k), B
     if decoder.ends_L is not None:
         Q = B * decoder.ends_L.shape[0]
+    aux_shape, n_aux = (B, decoder.aux_k) if has_aux else (0,), len(decoder.dead_counts)
+    if n_aux:
+        aux_shape = (B * sum(min(decoder.aux_k, n) for n in decoder.dead_counts),)
     return (
         W_dec_FD.new_empty(Q, x_BD.shape[1]),
         W_enc_FD.new_empty(shape),
         x_BD.new_empty(shape, dtype=long),
-        W_dec_FD.new_empty(x_BD.shape if has_aux else 0),
-        W_enc_FD.new_empty((B, decoder.aux_k) if has_aux else 0),
-        x_BD.new_empty(B, decoder.aux_k, dtype=long) if has_aux else W_dec_FD.new_empty(0),
+        W_dec_FD.new_empty((B * max(1, n_aux), x_BD.shape[1]) if has_aux else 0),
+        W_enc_FD.new_empty(aux_shape),
+        x_BD.new_empty(aux_shape, dtype=long) if has_aux else W_dec_FD.new_empty(0),
         x_BD.new_empty(x_BD.shape if has_centered else 0),
         x_BD.new_empty(B if is_sorted else 0, dtype=long),
         x_BD.new_empty(inputs.n_experts + 1 if is_sorted else 2, dtype=long),
         x_BD.new_empty(0 if inputs.candidate_dtype is None else B, dtype=torch.bool),
         x_BD.new_empty(Q + 1 if inputs.over_batch else 0, dtype=long),
+        x_BD.new_empty(B * n_aux + 1 if n_aux else 0, dtype=long),
     )
 
 
@@ -166,8 +178,9 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
     d_x_BD = codes.decode_tokens(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
-        dead = dead_latents(b.dead_N, b.n_experts, len(b.W_enc_FD), b.aux_slots_BA.shape[1])
-        aux = products_at(b.aux_slots_BA, len(dead.latents_Z))
+        dead = dead_latents(b.dead_N, b.n_experts, len(b.W_enc_FD), b.aux_slots_BA.shape[-1])
+        aux_rows = _code_rows(b.aux_offsets_Q1, len(b.aux_slots_BA), len(b.x_BD))
+        aux = products_at(b.aux_slots_BA, len(dead.latents_Z), aux_rows)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
         rows_R, grads = merge_rows(rows_R, grads, dead_R, dead_grads)
         d_x_BD = d_x_BD + d_dead_x_BD if b.needs_x else d_x_BD
@@ -201,7 +214,7 @@ def _aux_backward(
     acts_BA = _gated(b.aux_values_BA, gates_BA)
     radial_BA = acts_BA * d_acts_BA if radial else None
     rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, centered_BD, radial_BA)
-    d_x_BD = codes.decode(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
+    d_x_BD = codes.decode_tokens(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
     return dead.latents_Z if rows_R is None else dead.latents_Z[rows_R], grads, d_x_BD
 
 

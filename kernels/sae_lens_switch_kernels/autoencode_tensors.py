@@ -16,12 +16,14 @@ class DecoderInputs(NamedTuple):
         W_dec_FD: Decoder weights.
         dead_N: The dead latents, for AuxK.
         aux_k: How many of them are chosen per token.
+        dead_counts: How many consecutive ones of ``dead_N`` reconstruct apart from the others; none: all together.
         ends_L: The latents at which levels end, each decoded apart; None: there is one. Only of codes over the batch.
     """
 
     W_dec_FD: Tensor
     dead_N: Tensor | None
     aux_k: int
+    dead_counts: list[int] = []  # never written to
     ends_L: Tensor | None = None
 
 
@@ -32,15 +34,16 @@ class Outputs(NamedTuple):
         out_BD: Reconstruction; with levels [B * L, D], each level's part.
         values_BK: Values of the active latents, after ReLU and before the gate.
         indices_BK: The active latents.
-        aux_out_BD: Reconstruction from dead latents alone.
-        aux_values_BA: Pre-activations of the chosen dead latents, rows sorted by expert.
-        aux_slots_BA: Their slots in ``DeadLatents``, rows sorted by expert.
+        aux_out_BD: Reconstruction from dead latents alone; with ``dead_counts``, a row per token and group of them.
+        aux_values_BA: Pre-activations of the chosen dead latents, rows sorted by expert; with ``dead_counts`` [B * A].
+        aux_slots_BA: Their slots in ``DeadLatents``, likewise.
         centered_BD: The encoder's input, rows sorted by expert; empty if it is x itself, which an operator may not
             return, and on a GPU, which makes it anew in less time than it takes to save it.
         order_B: Of the ``ExpertGroups``; empty if there is one group.
         offsets_E1: Likewise.
         doubtful_B: Whether low precision may have missed a latent of the token; empty without candidates.
         offsets_Q1: Of codes over the batch, which are [S], where those of each token and level begin; else empty.
+        aux_offsets_Q1: With ``dead_counts``, where those of each token and group begin; else empty.
     """
 
     out_BD: Tensor
@@ -54,6 +57,7 @@ class Outputs(NamedTuple):
     offsets_E1: Tensor
     doubtful_B: Tensor
     offsets_Q1: Tensor
+    aux_offsets_Q1: Tensor
 
 
 class BackwardInputs(NamedTuple):
@@ -77,6 +81,7 @@ class BackwardInputs(NamedTuple):
     offsets_Q1: Tensor
     aux_values_BA: Tensor
     aux_slots_BA: Tensor
+    aux_offsets_Q1: Tensor
     n_experts: int
     dtype: torch.dtype
     needs_x: bool
@@ -100,3 +105,23 @@ class InputGrads(NamedTuple):
     gates_B: Tensor
     pre_bias_D: Tensor
     bias_F: Tensor
+
+
+class Reconstruction(NamedTuple):
+    """The result of ``sparse_autoencode``, as its callers see it.
+
+    Attributes:
+        out_BD: sum_j gate z_j W_dec[i_j], without any bias.
+        values_BK: z, after ReLU and before the gate; zero where fewer than k latents are positive.
+        indices_BK: i, int64, distinct within a row.
+        aux_out_BD: The same sum over the aux_k chosen dead latents, without ReLU; None without ``dead_N``.
+        doubtful_B: Whether the encoder's low precision may have missed a latent of the token; None in full precision.
+        offsets_B1: With ``over_batch``, where each token's codes begin, values and indices being [k]; else None.
+    """
+
+    out_BD: Tensor
+    values_BK: Tensor
+    indices_BK: Tensor
+    aux_out_BD: Tensor | None
+    doubtful_B: Tensor | None = None
+    offsets_B1: Tensor | None = None

@@ -1,5 +1,7 @@
 """Checks of the public functions' arguments; each raises ValueError with the argument's name, value and expectation."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,14 @@ def check_levels(ends_L: Tensor, n_latents: int, x_BD: Tensor, over_batch: bool)
     check_integers("ends_L", ends_L)
     check_device("ends_L", ends_L, "x_BD", x_BD)
     check_ends(ends_L, n_latents)
+
+
+def check_dead_counts(counts: Sequence[int], dead_N: Tensor | None, expert_B: Tensor | None) -> None:
+    n_dead = 0 if dead_N is None else len(dead_N)
+    if counts and (expert_B is not None or min(counts) < 1 or sum(counts) != n_dead):
+        raise ValueError(
+            f"dead_counts must be positive and sum to the {n_dead} dead latents, without expert_B; got {list(counts)}"
+        )
 
 
 def check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor) -> None:

@@ -3,15 +3,17 @@
 Values of indices are checked by the operators, where they are read.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels import autoencode, operators
+from sae_lens_switch_kernels.autoencode_tensors import Outputs, Reconstruction
 from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
 from sae_lens_switch_kernels.checks import (
     check_codes,
+    check_dead_counts,
     check_device,
     check_experts,
     check_indices,
@@ -25,26 +27,6 @@ from sae_lens_switch_kernels.checks import (
 from sae_lens_switch_kernels.indexing import n_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.row_grads import RowGrads
-
-
-class Reconstruction(NamedTuple):
-    """The result of ``sparse_autoencode``.
-
-    Attributes:
-        out_BD: sum_j gate z_j W_dec[i_j], without any bias.
-        values_BK: z, after ReLU and before the gate; zero where fewer than k latents are positive.
-        indices_BK: i, int64, distinct within a row.
-        aux_out_BD: The same sum over the aux_k chosen dead latents, without ReLU; None without ``dead_N``.
-        doubtful_B: Whether the encoder's low precision may have missed a latent of the token; None in full precision.
-        offsets_B1: With ``over_batch``, where each token's codes begin, values and indices being [k]; else None.
-    """
-
-    out_BD: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_out_BD: Tensor | None
-    doubtful_B: Tensor | None = None
-    offsets_B1: Tensor | None = None
 
 
 def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
@@ -243,6 +225,7 @@ def sparse_autoencode(
     scale_F: Tensor | None = None,
     dead_N: Tensor | None = None,
     aux_k: int = 0,
+    dead_counts: Sequence[int] = (),
     row_grads: RowGrads | None = None,
     encoder_precision: EncoderPrecision = "full",
     over_batch: bool = False,
@@ -270,6 +253,8 @@ def sparse_autoencode(
             token's own experts, all of them if there are fewer than aux_k, weighted by the gate, which gets no
             gradient from them.
         aux_k: Dead latents per token.
+        dead_counts: Without experts, numbers of consecutive dead latents that reconstruct apart from the others, each
+            with the best aux_k of its own or all if there are fewer: aux_out is then [B, len(dead_counts), D].
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
         encoder_precision: As in ``topk_encode``; dead latents are chosen in full precision.
@@ -294,21 +279,21 @@ def sparse_autoencode(
         check_device("dead_N", dead_N, "x_BD", x_BD)
         if not 1 <= aux_k <= len(dead_N):
             raise ValueError(f"aux_k must be between 1 and the {len(dead_N)} dead latents; got aux_k={aux_k}")
-    arguments = *inputs, W_dec_FD, dead_N, aux_k, ends_L
+    check_dead_counts(dead_counts, dead_N, expert_B)
+    arguments = *inputs, W_dec_FD, dead_N, aux_k, list(dead_counts), ends_L
     # While compiling, radial_R, a saving that an optimiser can do without, is not worth a graph break.
     if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
         outputs = autoencode.autoencode(*arguments)
     else:
         outputs = autoencode.AutoencodeRows.apply(row_grads, *arguments)
-    out_BD, values_BK, indices_BK, aux_out_BD, *_, doubtful_B, offsets_Q1 = outputs
-    L = 1 if ends_L is None else len(ends_L)
+    found, (B, D), L = Outputs(*outputs), x_BD.shape, 1 if ends_L is None else len(ends_L)
     return Reconstruction(
-        out_BD if ends_L is None else out_BD.view(-1, L, out_BD.shape[1]),
-        values_BK,
-        indices_BK,
-        None if dead_N is None else aux_out_BD,
-        None if inputs.candidate_dtype is None else doubtful_B,
-        offsets_Q1[::L] if over_batch else None,
+        found.out_BD if ends_L is None else found.out_BD.view(B, L, D),
+        found.values_BK,
+        found.indices_BK,
+        (found.aux_out_BD.view(B, -1, D) if dead_counts else found.aux_out_BD) if dead_N is not None else None,
+        None if inputs.candidate_dtype is None else found.doubtful_B,
+        found.offsets_Q1[::L] if over_batch else None,
     )
 
 

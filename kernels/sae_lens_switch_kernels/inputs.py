@@ -128,6 +128,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     bool: "bool",
     torch.dtype: "ScalarType",
     torch.dtype | None: "ScalarType?",
+    list[int]: "SymInt[]",
 }
 
 

@@ -32,17 +32,22 @@ class BatchTopK:
         self._places: list[Tensor] = []
         self._n = 0
         self._bound: Tensor | None = None
+        self._scratch: Tensor | None = None
 
     def add(self, pre_RP: Tensor, bias_P: Tensor | None, scale_P: Tensor | None, row: int, latent: int) -> None:
         """A tile that begins at ``row`` and ``latent``: (pre + bias) * scale decides. May overwrite pre."""
         if self.k == 0:
             return
-        rows = max(1, _SEARCH_ELEMENTS // pre_RP.shape[1]) if _may_wait_for(pre_RP.device) else len(pre_RP)
-        scratch = pre_RP.new_empty(0 if scale_P is None else min(rows, len(pre_RP)), pre_RP.shape[1])
+        P = pre_RP.shape[1]
+        rows = max(1, _SEARCH_ELEMENTS // P) if _may_wait_for(pre_RP.device) else len(pre_RP)
+        if scale_P is not None and (self._scratch is None or self._scratch.numel() < min(rows, len(pre_RP)) * P):
+            self._scratch = pre_RP.new_empty(min(rows, len(pre_RP)) * P)  # once: small tensors would fill its place
         for start in range(0, len(pre_RP), rows):
             part = pre_RP[start : start + rows]
             part = part if bias_P is None else part.add_(bias_P)
-            ranked = part if scale_P is None else torch.mul(part, scale_P, out=scratch[: len(part)])
+            ranked = part
+            if scale_P is not None and self._scratch is not None:
+                ranked = torch.mul(part, scale_P, out=self._scratch[: part.numel()].view(part.shape))
             self._take(part, ranked, self._candidates(ranked), row + start, latent)
 
     def _candidates(self, ranked_RP: Tensor) -> Tensor:

@@ -26,19 +26,19 @@ OPERATORS = {
     ),
     "autoencode": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, False),
-        *(t["W_dec"], torch.arange(4), 2, None),
+        *(t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3),
-        *(False, t["W_dec"], torch.arange(4), 2, None),
+        *(False, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode over the batch": lambda t: (
         *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, None, 0, True),
-        *(t["W_dec"], torch.arange(4), 2, None),
+        *(t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode over the batch in levels": lambda t: (
         *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, torch.bfloat16, 20, True),
-        *(t["W_dec"], None, 0, torch.tensor([3, 8])),
+        *(t["W_dec"], torch.arange(4), 2, [1, 3], torch.tensor([3, 8])),
     ),
 }
 

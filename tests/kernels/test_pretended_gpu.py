@@ -68,7 +68,7 @@ def test_forward_and_backward_over_a_batch_copy_nothing_and_wait_for_nothing(cop
         *precision,
         over_batch=True,
     )
-    decoder = autoencode.DecoderInputs(W_dec, None, 0, ends_L)
+    decoder = autoencode.DecoderInputs(W_dec, None, 0, ends_L=ends_L)
     with pretended_gpu(monkeypatch) as launches:
         outputs = autoencode.forward(encoder, decoder)
         known = encoder._asdict() | decoder._asdict() | outputs._asdict()

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from helpers.kernel_cases import assert_close, compare
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sae_lens_switch_kernels import (
     RowGrads,
     batch_topk_encode,
@@ -12,7 +10,6 @@ from sae_lens_switch_kernels import (
     matmul_at_indices,
     sparse_autoencode,
     sparse_decode,
-    torch_backend,
     torch_batch_topk,
     torch_tiles,
 )
@@ -133,56 +130,6 @@ def test_batch_topk_encode_and_its_gradients(B, D, F, k, names, tiny, monkeypatc
     compare(ours, truth, leaves, normal(B, F, seed=9))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    B=st.integers(1, 30),
-    P=st.integers(1, 70),
-    share=st.floats(0, 1),
-    rounded=st.booleans(),
-    rows=st.integers(1, 9),
-    seed=st.integers(0, 99),
-)
-def test_the_pool_keeps_the_largest_of_all_tiles_whatever_their_order_and_ties(B, P, share, rounded, rows, seed):
-    pre = torch.randn(B, P, generator=torch.Generator().manual_seed(seed)).cumsum(0)  # later rows matter more
-    pre = pre.round() if rounded else pre
-    k = int(share * B * P)
-    best = torch_batch_topk.BatchTopK(k, P)
-    for start in range(0, B, rows):
-        best.add(pre[start : start + rows].clone(), None, None, start, 0)
-    values, indices, offsets = best.codes(B, pre.device)
-    assert torch.equal(values.sort().values, pre.flatten().topk(k).values.sort().values)
-    assert torch.equal(values, pre[row_of(offsets), indices])
-    assert len((row_of(offsets) * P + indices).unique()) == k
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("how_many", [1, 40, 4000])
-def test_numbers_that_are_not_finite_leave_the_number_of_codes_as_it_is(bad, how_many, monkeypatch):
-    monkeypatch.setattr(torch_batch_topk, "_SEARCH_ELEMENTS", 1 << 12)
-    pre = normal(100, 256).float()
-    pre.flatten()[torch.randperm(pre.numel())[:how_many]] = bad
-    best = torch_batch_topk.BatchTopK(900, 256)
-    for start in range(0, 100, 10):
-        best.add(pre[start : start + 10].clone(), None, None, start, 0)
-    values, indices, offsets = best.codes(100, pre.device)
-    expected = pre.flatten().topk(900).values
-    torch.testing.assert_close(values.sort().values, expected.sort().values, rtol=0, atol=0, equal_nan=True)
-    assert len((row_of(offsets) * 256 + indices).unique()) == 900
-
-
-def test_other_devices_take_the_same_entries_without_being_asked_how_many(monkeypatch):
-    pre = normal(64, 96).float()
-    found = []
-    for on_gpu in (False, True):
-        best = torch_batch_topk.BatchTopK(500, 96)
-        monkeypatch.setattr(torch_batch_topk, "_may_wait_for", lambda _, on_gpu=on_gpu: not on_gpu)
-        for start in range(0, 64, 16):
-            best.add(pre[start : start + 16].clone(), None, None, start, 0)
-        found.append(best.codes(64, pre.device))
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
-
-
 def autoencode_reference(x_BD, W_enc_FD, W_dec_FD, k, ends, dead_N, aux_k, pre_bias_D=None, bias_F=None, scale_F=None):
     """Parts of every level [B, L, D], the codes [B, F], and the reconstruction from dead latents."""
     codes = reference_codes(x_BD, W_enc_FD, k, pre_bias_D, bias_F, scale_F)
@@ -245,6 +192,39 @@ def test_sparse_autoencode_over_a_batch_its_levels_and_all_gradients(B, D, F, k,
     assert_close("radial", torch.zeros_like(radial).index_copy(0, rows.rows_R, rows.radial_R), radial)
 
 
+@pytest.mark.parametrize("counts", [[1], [3, 1, 4], [8]], ids=str)
+@pytest.mark.parametrize("over_batch", [True, False])
+def test_dead_latents_in_groups_reconstruct_apart_with_all_their_gradients(counts, over_batch):
+    B, D, F, aux_k = 11, 6, 20, 2
+    dead = torch.arange(1, 2 * sum(counts), 2)
+    leaves, constants = encoder_inputs(B, D, F, OPTIONS["all"])
+    leaves["W_dec_FD"] = normal(F, D, seed=11)
+    upstream = normal(B, len(counts), D, seed=12)
+
+    def ours(row_grads=None, **given):
+        options = {"dead_N": dead, "aux_k": min(aux_k, len(dead)), "dead_counts": counts, "row_grads": row_grads}
+        return sparse_autoencode(**given, k=3, over_batch=over_batch, **constants, **options).aux_out_BD
+
+    def truth(x_BD, W_enc_FD, W_dec_FD, pre_bias_D, bias_F):
+        outs = []
+        for mine in dead.split(counts):
+            pre = (x_BD - pre_bias_D) @ W_enc_FD[mine].T + bias_F[mine]
+            chosen = (pre * constants["scale_F"][mine]).topk(min(aux_k, len(mine))).indices
+            outs.append(torch.zeros_like(pre).scatter(1, chosen, pre.gather(1, chosen)) @ W_dec_FD[mine])
+        return torch.stack(outs, 1)
+
+    compare(ours, truth, leaves, upstream)
+    rows = RowGrads()
+    given = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    (ours(rows, **given) * upstream).sum().backward()
+    expected = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    (truth(**expected) * upstream).sum().backward()
+    assert rows.rows_R is not None
+    assert rows.dW_dec_RD is not None
+    grad = torch.zeros(F, D, dtype=torch.float64).index_copy(0, rows.rows_R, rows.dW_dec_RD)
+    assert_close("dW_dec", grad, expected["W_dec_FD"].grad)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float8"])
 def test_low_precision_selects_nearly_the_same_with_exact_values(precision):
     x, W = normal(64, 48).float(), normal(200, 48, seed=1).float()
@@ -291,31 +271,17 @@ def test_codes_that_cannot_be_are_refused(change, message):
         ({"ends_L": torch.tensor([0, 7])}, "ends_L must ascend"),
         ({"ends_L": torch.tensor([[7]])}, r"ends_L must have shape \(at least 1,\)"),
         ({"ends_L": torch.tensor([7]), "over_batch": False, "k": 3}, "over_batch must be True with ends_L"),
+        (
+            {"dead_N": torch.arange(3), "aux_k": 1, "dead_counts": [1, 1]},
+            "dead_counts must be positive and sum to the 3",
+        ),
+        ({"dead_counts": [1]}, "dead_counts must be positive and sum to the 0 dead latents"),
     ],
 )
 def test_impossible_arguments_over_a_batch_are_refused(options, message):
     x, W = torch.ones(5, 3), torch.ones(7, 3)
     with pytest.raises(ValueError, match=message):
         sparse_autoencode(x, W, W, **{"k": 4, "over_batch": True, **options})
-
-
-def test_no_tensor_of_tokens_times_latents_is_made_beyond_a_tile():
-    B, D, F, k = 2048, 8, 1024, 4 * 2048
-    x, W = normal(B, D).float(), normal(F, D).float()
-    largest = 0
-
-    class Census(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(out):
-                if isinstance(t, Tensor):
-                    largest = max(largest, t.untyped_storage().nbytes())
-            return out
-
-    with Census():
-        torch_backend.batch_topk_encode(x, W, k, None, None, torch.float32)
-    assert largest == 4 * torch_tiles.TILE_ROWS["cpu"] * F
 
 
 def test_two_runs_give_the_same_bits():
