@@ -13,8 +13,8 @@ from torch import Tensor
 _SEARCH_ELEMENTS = 1 << 21  # of a tile that are searched at a time, to stay in cache
 # The pool is cut to k entries once it has this many times as many.
 _POOL = 1.5
-# A block is read closely only if its maximum exceeds the bound. Its height, and that of those that make the first one:
-_HEIGHT, _FIRST_HEIGHT = 16, 8
+# Height of the blocks that are read closely only if their maximum exceeds the bound.
+_HEIGHT = 16
 
 
 class BatchTopK:
@@ -107,12 +107,13 @@ def _above(ranked_RP: Tensor, bound: Tensor) -> Tensor:
 
 
 def _least_of_top(ranked_RP: Tensor, k: int) -> Tensor | None:
-    """A number that at least k of the tile reach: the k-th largest maximum of blocks. None if blocks are too few."""
-    n_blocks = ranked_RP.numel() // _FIRST_HEIGHT
-    if not 1 <= k <= n_blocks // 2:
+    """A number that at least k of the tile reach: the k-th largest maximum of 2k blocks or more. None if too small."""
+    height = min(_HEIGHT, ranked_RP.numel() // (2 * k))
+    if height < 2:
         return None
-    flat = ranked_RP.flatten()[: n_blocks * _FIRST_HEIGHT]
-    return _least(flat.view(_FIRST_HEIGHT, n_blocks).amax(0).topk(k, sorted=False).values)
+    n_blocks = ranked_RP.numel() // height
+    maxima = ranked_RP.flatten()[: n_blocks * height].view(height, n_blocks).amax(0)
+    return _least(maxima.topk(k, sorted=False).values)
 
 
 def _least(t: Tensor) -> Tensor:
