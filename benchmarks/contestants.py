@@ -86,6 +86,10 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
     table[f"all experts, masked, {E} experts"] = lambda a, E=E: Masked(a, E)
     table[f"all experts, masked, 2 of {E} experts"] = lambda a, E=E: Masked(a, E, n_active=2)
     table[f"ours: switch, 2 of {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E, n_active_experts=2))
+    table[f"all experts, masked, {E} experts and 1 shared"] = lambda a, E=E: Masked(a, E, n_shared=shared_width(a, E))
+    table[f"ours: switch, {E} experts and 1 shared"] = lambda a, E=E: Ours(
+        a, switch_sae(a, E, n_shared_experts=1, shared_width=shared_width(a, E))
+    )
     for E in args.experts:
         table[f"ours: switch, {E} experts"] = lambda a, E=E: Ours(a, switch_sae(a, E))
         table[f"ours: switch, {E} experts{LOW}"] = lambda a, E=E: Ours(a, in_low_precision(switch_sae(a, E)))
@@ -190,11 +194,13 @@ def matryoshka(args: argparse.Namespace, sae_class: Any, config_class: Any) -> A
     return with_weights(sae_class(config_class(**fields(args), matryoshka_widths=widths)), args)
 
 
-def switch_sae(
-    args: argparse.Namespace, n_experts: int, d_sae: int | None = None, n_active_experts: int = 1
-) -> SwitchTrainingSAE:
-    options = fields(args) | {"n_experts": n_experts, "d_sae": d_sae or args.d_sae}
-    options["n_active_experts"] = n_active_experts
+def shared_width(args: argparse.Namespace, n_experts: int) -> int:
+    """About as many latents as an expert has, that leave all experts equally many."""
+    return max(1, args.d_sae // n_experts // n_experts) * n_experts
+
+
+def switch_sae(args: argparse.Namespace, n_experts: int, d_sae: int | None = None, **options: int) -> SwitchTrainingSAE:
+    options = fields(args) | {"n_experts": n_experts, "d_sae": d_sae or args.d_sae} | options
     sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, load_balance_coefficient=0.0))
     sae.is_fresh = False  # no initialisation from the first batch: all have the same weights
     with_weights(sae, args, d_sae)
@@ -258,7 +264,7 @@ class Stock(Contestant):
 class Masked(Contestant):
     """The Switch formula as in the authors' code: all experts, then a mask, then top-k over all latents."""
 
-    def __init__(self, args: argparse.Namespace, n_experts: int, n_active: int = 1) -> None:
+    def __init__(self, args: argparse.Namespace, n_experts: int, n_active: int = 1, n_shared: int = 0) -> None:
         super().__init__(args)
         W_enc, W_dec = weights(args)
         parameters = {
@@ -270,7 +276,7 @@ class Masked(Contestant):
         self.module = nn.Module()
         for name, data in parameters.items():
             self.module.register_parameter(name, nn.Parameter(data.to(args.device, W_enc.dtype)))
-        self.width, self.n_active = args.d_sae // n_experts, n_active
+        self.width, self.n_active, self.n_shared = (args.d_sae - n_shared) // n_experts, n_active, n_shared
         self.ready()
 
     def forward(self) -> Tensor:
@@ -279,7 +285,8 @@ class Masked(Contestant):
         chosen = probs.topk(self.n_active, dim=-1)
         gates = torch.zeros_like(probs).scatter(-1, chosen.indices, chosen.values)
         pre = (self.x - m.b_dec) @ m.W_enc
-        acts = pre.relu() * gates.repeat_interleave(self.width, dim=-1)
+        ones = gates.new_ones(len(gates), self.n_shared)
+        acts = pre.relu() * torch.cat([ones, gates.repeat_interleave(self.width, dim=-1)], dim=-1)
         top = acts.topk(self.args.k, dim=-1, sorted=False)
         sparse = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
         return (sparse @ m.W_dec + m.b_dec - self.x).square().sum(-1).mean()

@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import BASELINE, LOW, LR, Contestant, Ours, batch, contestants, switch_sae, timed, weights
+from contestants import (
+    BASELINE,
+    LOW,
+    LR,
+    Contestant,
+    Ours,
+    batch,
+    contestants,
+    shared_width,
+    switch_sae,
+    timed,
+    weights,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -172,8 +184,10 @@ def cost_of(args: argparse.Namespace, name: str) -> Cost:
         return Cost("topk", **shape)
     if name == "ours: sparse_topk":
         return Cost("sparse_topk", **shape)
-    n_active, n_experts = re.fullmatch(r"ours: switch, (?:(\d+) of )?(\d+) experts", name).groups("1")  # type: ignore[union-attr]
-    return Cost("switch", n_experts=int(n_experts), n_active_experts=int(n_active), **shape)
+    found = re.fullmatch(r"ours: switch, (?:(\d+) of )?(\d+) experts( and 1 shared)?", name)
+    n_active, E = int(found[1] or 1), int(found[2])  # type: ignore[index]
+    shared = {"n_shared_experts": 1, "shared_width": shared_width(args, E)} if found[3] else {}  # type: ignore[index]
+    return Cost("switch", n_experts=E, n_active_experts=n_active, **shape, **shared)
 
 
 class Loop:

@@ -18,6 +18,7 @@ import re
 import sys
 from typing import Any
 
+import clusters
 from gpu import publish as gpu
 from gpu.publish import ROOT, table
 
@@ -26,7 +27,7 @@ import published
 
 RESULTS = ROOT / "docs" / "measured"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "kernels/README.md", "docs/faq.md", "docs/training.md")),
+    *(ROOT / name for name in ("README.md", "kernels/README.md", "docs/faq.md", "docs/training.md", "docs/billion.md")),
     gpu.RESULTS / "README.md",
     published.SHORT / "README.md",
 ]
@@ -43,6 +44,7 @@ _NAMES = {
     "SAELens matryoshka_batchtopk": "SAELens `matryoshka_batchtopk`, five widths",
     "all experts, masked, 32 experts": "Switch formula, 32 experts, all computed and masked",
     "all experts, masked, 2 of 32 experts": "the same with 2 active experts",
+    "all experts, masked, 32 experts and 1 shared": "the same with a shared expert",
 }
 
 
@@ -162,6 +164,7 @@ BLOCKS = {
     "quickstart": quickstart,
     **{f"gpu-{name}": block for name, block in gpu.BLOCKS.items()},
     **published.BLOCKS,
+    **clusters.BLOCKS,
 }
 
 

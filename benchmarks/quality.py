@@ -3,8 +3,9 @@
     python benchmarks/quality.py        # about ten minutes on two CPU cores, no network
 
 The same Switch SAE on the same activations in the same order, with one option changed at a time: lazy instead of dense
-Adam, low precision instead of float32, AuxK instead of none, several active experts instead of one. Reports the
-fraction of variance unexplained on held-out tokens, and dead latents.
+Adam, low precision instead of float32, AuxK instead of none, several active experts instead of one, and other ways to
+balance the load. Reports the fraction of variance unexplained and the busiest expert's load (1 is even) on held-out
+tokens, and dead latents.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 # Per group: the variants compared, with their settings; the first is the baseline.
+BIAS = {"load_balancing": "bias"}
+TWO = {"n_active_experts": 2, "gate": "renormalized"}
 AUX = {"k": 8, "d_sae": 16384}
 AUX_OF_SAELENS = AUX | {"aux_k": 576 // 2}  # half of SmolLM2's d_in
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,6 +44,25 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "2 of 16, renormalised": {"n_active_experts": 2, "gate": "renormalized"},
         "2 of 16, no gate": {"n_active_experts": 2, "gate": "one"},
         "4 of 16, renormalised": {"n_active_experts": 4, "gate": "renormalized"},
+    },
+    "shared experts": {
+        f"{which}, {gate}": {"gate": gate, **fields}
+        for gate in ("probability", "one")
+        for which, fields in (("none", {}), ("768 shared latents", {"n_shared_experts": 1, "shared_width": 768}))
+    },
+    "load balancing": {
+        "1 of 16, loss, 0.3": {},
+        "1 of 16, loss, 0.1": {"load_balance_coefficient": 0.1},
+        "1 of 16, none": {"load_balance_coefficient": 0.0},
+        "1 of 16, bias, 0.001": BIAS | {"load_balance_bias_rate": 1e-3},
+        "1 of 16, bias, 0.01": BIAS,
+        "1 of 16, bias, 0.03": BIAS | {"load_balance_bias_rate": 0.03},
+        "1 of 16, loss, 0.3, z 0.01": {"router_z_loss_coefficient": 0.01},
+        "2 of 16, loss, 0.3": TWO,
+        "2 of 16, loss, 0.1": TWO | {"load_balance_coefficient": 0.1},
+        "2 of 16, none": TWO | {"load_balance_coefficient": 0.0},
+        "2 of 16, bias, 0.01": TWO | BIAS,
+        "2 of 16, bias, 0.03": TWO | BIAS | {"load_balance_bias_rate": 0.03},
     },
     "dead latents at k = 8": {
         "no AuxK": AUX,
@@ -66,16 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for group, ways in GROUPS.items():
         if args.only and group not in args.only:
             continue
-        print(f"\n{group}\n{'':28}{'seed':>6}{'FVU':>9}{'dead':>8}{'last loss':>11}{'seconds':>9}")
+        print(f"\n{group}\n{'':28}{'seed':>6}{'FVU':>9}{'load':>7}{'dead':>8}{'last loss':>11}{'seconds':>9}")
         for name, options in ways.items():
             for seed in args.seeds:
                 key = json.dumps([options, seed], sort_keys=True)
                 row = done[key] = done.get(key) or train_one(args, train, held_out, options, seed)
                 report["results"].append({"group": group, "way": name, "seed": seed, **row})
-                print(
-                    f"{name:28}{seed:6}{row['fvu']:9.4f}{row['dead']:8,}{row['last_loss']:11.1f}{row['seconds']:9.0f}",
-                    flush=True,
-                )
+                numbers = f"{row['fvu']:9.4f}{row['load_max']:7.2f}{row['dead']:8,}{row['last_loss']:11.1f}"
+                print(f"{name:28}{seed:6}{numbers}{row['seconds']:9.0f}", flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {args.output}")
@@ -124,8 +144,10 @@ def train_one(
     seconds = time.perf_counter() - start
     with torch.no_grad():
         error = (sae(held_out).float() - held_out).square().sum()
+        experts = sae.encode_routed(held_out)[1].experts_BA.flatten()
     return {
         "fvu": (error / (held_out - held_out.mean(0)).square().sum()).item(),
+        "load_max": args.n_experts * (experts.bincount().max() / len(experts)).item(),
         "dead": int(trainer.dead_neurons.sum()),
         "last_loss": sum(losses[-50:]) / 50,
         "seconds": seconds,

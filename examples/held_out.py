@@ -46,7 +46,7 @@ def evaluate(sae: SAE[Any], model: HookedProxyLM, contexts: Tensor, hook: str, s
     x = torch.cat(activations)
     codes = sae.encode_sparse(x)
     mse = (sae.decode(codes) - x).square().sum(1).mean().item()  # summed over dimensions, averaged over tokens
-    expert = codes.indices[:, 0] // (sae.cfg.d_sae // sae.cfg.n_experts)
+    expert = sae.cfg.layout.experts_of(codes.indices[:, 0])
     ce = {name: torch.cat(parts).mean().item() for name, parts in losses.items()}
     metrics = {
         "explained_variance": 1 - mse / variance(x),

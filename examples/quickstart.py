@@ -233,7 +233,7 @@ def print_latents(console: Console, held_out: HeldOut, cfg: Any, tokens: Tensor,
     import torch
     from rich.text import Text
 
-    latents_per_expert = cfg.d_sae // cfg.n_experts
+    latents_per_expert = cfg.layout.expert_width
     acts = held_out.codes.to_dense()
     fired = (acts > 0).sum(0)
     # Frequent enough for four examples, rare enough to be specific; of those, the strongest when active.

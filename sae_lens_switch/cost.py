@@ -1,227 +1,69 @@
 """Predict what an SAE costs to train: parameters, FLOPs, memory, bytes moved, and the time of a training step.
 
     python -m sae_lens_switch.cost --architecture switch --d-in 768 --d-sae 24576 --n-experts 32 --k 32
+    python -m sae_lens_switch.cost --plan --d-in 768 --d-sae 1000000000 --hardware h100
 
 A multiply-add counts as two FLOPs. ``paper_flops`` is the count of arXiv 2410.08201: the encoder of one expert, 2MD,
 and the router, 2ED. The table has all of it: backward pass, clipping and optimiser too.
+
+``--plan`` is about a cluster: how many GPUs a Switch SAE of this width needs, how many experts are fastest, and what a
+step takes. ``--n-experts`` and ``--n-ranks`` fix what it would choose.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from dataclasses import asdict, fields, replace
+from typing import Any
 
 from sae_lens_switch.common.speed import Machine
+from sae_lens_switch.planning.hardware import HARDWARE
+from sae_lens_switch.planning.plan import Plan, fastest, smallest
+from sae_lens_switch.planning.step_cost import Cost
 
-__all__ = ["Cost", "Machine", "describe", "main"]
-
-Architecture = Literal["switch", "sparse_topk", "topk"]
-OptimizerName = Literal["adam", "row_sparse_adam"]
-
-# Passes over a [B, D] tensor in a step: centring, sorting, bias, error, its square, their gradients, and torch's copies
-# in between. Measured.
-_TOKEN_PASSES = 80
-# Passes over both weight matrices: norms; for `switch` also projection and renormalisation. Measured.
-_CONSTRAINT_PASSES = {"switch": 7.5, "sparse_topk": 1.2, "topk": 3.0}
-# Tensors of B x F that SAELens allocates in a step, and how often each is read.
-_DENSE_TENSORS, _DENSE_READS = 14, 2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of an SAE of a given shape, and of one of its training steps, by formula.
-
-    Args:
-        architecture: "switch" or "sparse_topk" of this package, or SAELens's dense "topk".
-        d_in: Width of the activations.
-        d_sae: Number of latents, over all experts.
-        k: Active latents per token.
-        n_experts: Number of experts; 1 unless the architecture is "switch".
-        n_active_experts: Experts per token.
-        batch: Activations per training step.
-        optimizer: "adam" or "row_sparse_adam".
-        bytes_per_weight: 4 for float32, 2 for bfloat16.
-
-    Raises:
-        ValueError: If there is no SAE of this shape.
-    """
-
-    architecture: Architecture
-    d_in: int
-    d_sae: int
-    k: int
-    n_experts: int = 1
-    batch: int = 4096
-    optimizer: OptimizerName = "adam"
-    bytes_per_weight: int = 4
-    n_active_experts: int = 1
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ("switch", "sparse_topk", "topk"):
-            raise ValueError(f"architecture must be switch, sparse_topk or topk; got {self.architecture!r}")
-        for name in ("d_in", "d_sae", "k", "n_experts", "n_active_experts", "batch", "bytes_per_weight"):
-            value = vars(self)[name]
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
-        if self.architecture != "switch" and self.n_experts != 1:
-            raise ValueError(f"n_experts must be 1 unless architecture is 'switch'; got {self.n_experts}")
-        if self.d_sae % self.n_experts:
-            raise ValueError(f"n_experts must divide d_sae={self.d_sae}; got {self.n_experts}")
-        if self.n_active_experts > self.n_experts:
-            raise ValueError(
-                f"n_active_experts must be at most n_experts={self.n_experts}; got {self.n_active_experts}"
-            )
-        if self.k > self.active_width:
-            several = "" if self.n_active_experts == 1 else "n_active_experts * "
-            raise ValueError(f"k must be at most {several}d_sae / n_experts = {self.active_width}; got {self.k}")
-
-    @property
-    def expert_width(self) -> int:
-        """Latents per expert."""
-        return self.d_sae // self.n_experts
-
-    @property
-    def active_width(self) -> int:
-        """Latents of a token's experts together."""
-        return self.n_active_experts * self.expert_width
-
-    @property
-    def rows(self) -> int:
-        """Latents whose weights an optimiser step updates: all, or at most those that can be active in a batch."""
-        return self.d_sae if self.optimizer == "adam" else min(self.d_sae, self.batch * self.k)
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Number of parameters, by tensor."""
-        D, F = self.d_in, self.d_sae
-        counts = {"W_enc": D * F, "W_dec": F * D, "b_dec": D}
-        if self.architecture == "switch":
-            return counts | {"W_router": D * self.n_experts, "b_router": D}
-        return counts | {"b_enc": F}
-
-    @property
-    def paper_flops(self) -> int:
-        """FLOPs per activation as arXiv 2410.08201 counts them: 2MD, and the router's 2ED."""
-        router = 2 * self.n_experts * self.d_in if self.architecture == "switch" else 0
-        return 2 * self.active_width * self.d_in + router
-
-    @property
-    def flops(self) -> dict[str, float]:
-        """FLOPs per activation, by part."""
-        D, F, K, M, B = self.d_in, self.d_sae, self.k, self.active_width, self.batch
-        router = 2 * D * self.n_experts if self.architecture == "switch" else 0
-        dense = self.architecture == "topk"
-        weights = 2 * self.rows * D
-        return {
-            "router": 3 * router,  # forward, and the gradients of W_router and b_router
-            "encoder": 2 * D * M,
-            "decoder": 2 * D * (F if dense else K),
-            "latent gradient": 2 * D * (F if dense else K),
-            "decoder gradient": 2 * D * (F if dense else K),
-            "encoder gradient": 2 * D * (F if dense else K),
-            "pre-bias gradient": 2 * D * (F if dense else self.rows / B),
-            "clipping and constraint": (2 + (4 if self.architecture == "switch" else 0)) * weights / B,
-            "optimiser": 12 * weights / B,
-        }
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """Peak memory of a training step in bytes, by part."""
-        B, D, K, n = self.batch, self.d_in, self.k, sum(self.parameters.values())
-        masters = 4 * n if self.bytes_per_weight < 4 else 0
-        if self.architecture == "topk":  # from the second step on, SAELens holds seven tensors of B x F
-            latents = 7 * 4 * B * self.d_sae
-        else:  # codes, their gradients and index, and the tile of pre-activations that top-k searches
-            latents = B * K * (4 * 4 + 4 * 8) + 4 * 512 * min(self.expert_width, 1 << 15)
-        return {
-            "weights": self.bytes_per_weight * n,
-            "gradients": self.bytes_per_weight * 2 * self.rows * D,
-            "optimiser": 2 * 4 * n + masters,
-            "activations": (5 + self.n_active_experts) * 4 * B * D,
-            "latents": latents,
-        }
-
-    @property
-    def bytes_moved(self) -> dict[str, float]:
-        """Bytes moved between memory and processor in a step, by part."""
-        w, B, D, F, K = self.bytes_per_weight, self.batch, self.d_in, self.d_sae, self.k
-        reached = (
-            min(self.n_experts, B * self.n_active_experts) * self.expert_width
-        )  # latents of experts with at least one token
-        touched = 2 * w * self.rows * D
-        if self.architecture == "topk":
-            return {
-                "dense latents, written": _DENSE_TENSORS * 4 * B * F,
-                "dense latents, read": _DENSE_READS * _DENSE_TENSORS * 4 * B * F,
-                "clipping": _CONSTRAINT_PASSES["topk"] * touched,
-                "optimiser": 7 * touched,
-            }
-        return {
-            "router": w * D * self.n_experts,
-            "encoder": w * D * reached,
-            "decoder": w * B * K * D,
-            "latent gradient": w * B * K * D,
-            "weight gradients": 2 * w * B * K * D + touched,
-            "pre-bias gradient": w * self.rows * D,
-            "clipping and constraint": _CONSTRAINT_PASSES[self.architecture] * touched,
-            "optimiser": 7 * touched,
-            "tokens": _TOKEN_PASSES * 4 * B * D,
-        }
-
-    def seconds(self, machine: Machine) -> dict[str, float]:
-        """Predicted seconds of a training step, by part."""
-        B, D, M, K = self.batch, self.d_in, self.active_width, self.k
-        moved, flops = self.bytes_moved, self.flops
-        if self.architecture == "topk":
-            work = sum(flops[n] for n in flops if n in _MATRIX_PRODUCTS)
-            return {
-                "matrix products": B * work / machine.flops,
-                "top-k": B * M / machine.select,
-                "dense latents, written": moved["dense latents, written"] / machine.fresh,
-                **{n: moved[n] / machine.stream for n in ("dense latents, read", "clipping", "optimiser")},
-            }
-        return {
-            "router": B * flops["router"] / machine.flops,
-            "encoder": B * flops["encoder"] / machine.flops + moved["encoder"] / machine.stream,
-            "top-k": B * M / machine.select,
-            "decoder": moved["decoder"] / machine.gather,
-            "latent gradient": moved["latent gradient"] / machine.gather,
-            "weight gradients": 8 * B * K * D / machine.regather + 2 * 4 * self.rows * D / machine.stream,
-            **{
-                name: moved[name] / machine.stream
-                for name in ("pre-bias gradient", "clipping and constraint", "optimiser", "tokens")
-            },
-        }
-
-    def step_seconds(self, machine: Machine) -> float:
-        """Predicted seconds of a training step."""
-        return sum(self.seconds(machine).values())
-
-
-_MATRIX_PRODUCTS = (
-    *("encoder", "decoder", "latent gradient"),
-    *("decoder gradient", "encoder gradient", "pre-bias gradient"),
-)
+__all__ = ["Cost", "Machine", "Plan", "describe", "describe_plan", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: print the table, or exit with an error message."""
     args = vars(_parser().parse_args(argv))
-    described = {f.name: args.pop(f.name) for f in fields(Machine)}
-    measure = args.pop("measure")
     try:
-        cost = Cost(**args)
-        given = {name: value for name, value in described.items() if value is not None}
-        if given and len(given) < len(described):
-            missing = ", ".join("--" + name for name in described if name not in given)
-            raise ValueError(f"a machine is described by all six numbers; missing: {missing}")
-        machine = Machine(**given) if given else None
-        if measure and machine is None:
-            machine = Machine.this_one(cost.d_in, cost.k, cost.expert_width)
+        print(_planned(args) if args["plan"] else _costs(args))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(describe(cost, machine))
+
+
+def _costs(args: dict[str, Any]) -> str:
+    cost = Cost(**{f.name: args[f.name] for f in fields(Cost) if args[f.name] is not None})
+    given = {f.name: args[f.name] for f in fields(Machine) if args[f.name] is not None}
+    if given and len(given) < len(fields(Machine)):
+        missing = ", ".join(f"--{f.name}" for f in fields(Machine) if f.name not in given)
+        raise ValueError(f"a machine is described by all six numbers; missing: {missing}")
+    machine = Machine(**given) if given else None
+    if args["measure"] and machine is None:
+        machine = Machine.this_one(cost.d_in, cost.k, cost.expert_width)
+    return describe(cost, machine)
+
+
+def _planned(args: dict[str, Any]) -> str:
+    if args["architecture"] != "switch":
+        raise ValueError(f"architecture must be 'switch' with --plan; got {args['architecture']!r}")
+    if args["n_shared_experts"]:
+        raise ValueError(f"n_shared_experts must be 0 with --plan; got {args['n_shared_experts']}")
+    given = {"network": args["network"], "gpus_per_node": args["gpus_per_node"]}
+    hardware = replace(HARDWARE[args["hardware"]], **{n: v for n, v in given.items() if v is not None})
+    E, N, A = args["n_experts"], args["n_ranks"], args["n_active_experts"]
+    plan = Plan(
+        hardware,
+        *(args["d_in"], args["d_sae"], args["k"], E or A * (N or 1), N or 1, args["tokens_per_rank"]),
+        *(A, args["optimizer"] or "row_sparse_adam", args["precision"]),
+        *(1e9 * args["reserved_gb"], args["load_spread"]),
+    )
+    experts = None if E is None else [E]
+    found = smallest(plan, experts) if N is None else fastest(plan, experts)
+    if found is None:
+        raise ValueError(f"n_ranks must be larger: {N} of {hardware.name} do not have the memory")
+    return describe_plan(found, args["training_tokens"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,10 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--d-in", type=int, required=True)
     parser.add_argument("--d-sae", type=int, required=True)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--n-experts", type=int, default=1)
+    parser.add_argument("--n-experts", type=int, help="1 if not given; with --plan, the fastest number")
     parser.add_argument("--n-active-experts", type=int, default=1)
+    parser.add_argument("--n-shared-experts", type=int, default=0)
+    parser.add_argument("--shared-width", type=int, help="latents of all shared experts together")
     parser.add_argument("--batch", type=int, default=4096, help="activations per training step")
-    parser.add_argument("--optimizer", default="adam", choices=["adam", "row_sparse_adam"])
+    parser.add_argument(
+        "--optimizer", choices=["adam", "row_sparse_adam"], help="adam if not given; with --plan, row_sparse_adam"
+    )
     parser.add_argument("--bytes-per-weight", type=int, default=4)
     machine = parser.add_argument_group("the machine", "all six numbers, or --measure")
     machine.add_argument("--measure", action="store_true", help="measure this machine, in a few seconds")
@@ -250,6 +96,17 @@ def _parser() -> argparse.ArgumentParser:
         ("fresh", "bytes per second, memory written for the first time"),
     ):
         machine.add_argument(f"--{name}", type=float, help=unit)
+    cluster = parser.add_argument_group("a cluster", "experts divided among GPUs, float32 weights and moments")
+    cluster.add_argument("--plan", action="store_true", help="how many GPUs, and what a step takes")
+    cluster.add_argument("--hardware", default="h100", choices=list(HARDWARE))
+    cluster.add_argument("--n-ranks", type=int, help="GPUs; by default as few as have the memory")
+    cluster.add_argument("--gpus-per-node", type=int, help="8 if not given")
+    cluster.add_argument("--network", type=float, help="bytes per second from a GPU to other nodes; 50e9 if not given")
+    cluster.add_argument("--tokens-per-rank", type=int, default=4096, help="activations per training step and GPU")
+    cluster.add_argument("--precision", default="bfloat16", choices=["float32", "tf32", "bfloat16"])
+    cluster.add_argument("--reserved-gb", type=float, default=16, help="per GPU, for language model and activations")
+    cluster.add_argument("--load-spread", type=float, default=0.3, help="standard deviation of log(expert load)")
+    cluster.add_argument("--training-tokens", type=float, default=1e9, help="for the GPU-hours")
     return parser
 
 
@@ -260,15 +117,42 @@ def describe(cost: Cost, machine: Machine | None = None) -> str:
     lines += [f"  {name:26}{value:18,}" for name, value in cost.parameters.items()]
     lines += ["", f"FLOPs per activation: {sum(cost.flops.values()):,.0f}; {cost.paper_flops:,} as the paper counts"]
     lines += [f"  {name:26}{value:18,.0f}" for name, value in cost.flops.items()]
-    lines += ["", f"peak memory of a training step: {sum(cost.memory.values()) / 1e9:.3f} GB"]
-    lines += [f"  {name:26}{value / 1e9:15.3f} GB" for name, value in cost.memory.items()]
-    lines += ["", f"bytes moved per step: {sum(cost.bytes_moved.values()) / 1e9:.3f} GB"]
-    lines += [f"  {name:26}{value / 1e9:15.3f} GB" for name, value in cost.bytes_moved.items()]
+    lines += ["", f"peak memory of a training step: {sum(cost.memory.values()) / 1e9:.3f} GB", *_gb(cost.memory)]
+    lines += ["", f"bytes moved per step: {sum(cost.bytes_moved.values()) / 1e9:.3f} GB", *_gb(cost.bytes_moved)]
     if machine is not None:
         lines += ["", f"predicted time of a step on this machine: {1e3 * cost.step_seconds(machine):.1f} ms"]
         lines += [f"  {name:26}{value:18.4g}" for name, value in asdict(machine).items()]
-        lines += ["  by part:", *(f"  {n:26}{1e3 * s:15.2f} ms" for n, s in cost.seconds(machine).items())]
+        lines += ["  by part:", *_ms(cost.seconds(machine))]
     return "\n".join(lines)
+
+
+def describe_plan(plan: Plan, tokens: float = 1e9) -> str:
+    """The table that the command prints with ``--plan``; GPU-hours for so many training tokens."""
+    D, E, N = plan.d_in, plan.n_experts, plan.n_ranks
+    lines = [
+        f"{E * plan.expert_width:,} latents of {D:,} numbers in {E:,} experts of {plan.expert_width:,},"
+        f" {plan.n_active_experts} active, k {plan.k}",
+        f"{N:,} x {plan.hardware.name}, {E // N:,} experts and {plan.tokens_per_rank:,} tokens per step on each;"
+        f" {plan.precision}, {plan.optimizer}",
+        f"the busiest GPU receives {plan.skew:.2f} times the mean number of tokens",
+        "",
+        f"memory per GPU: {sum(plan.memory.values()) / 1e9:.1f} of {plan.hardware.memory / 1e9:.0f} GB",
+        *_gb(plan.memory),
+        *("", f"sent per GPU and step: {sum(plan.traffic.values()) / 1e9:.3f} GB", *_gb(plan.traffic)),
+        *("", f"predicted time of a step: {1e3 * plan.step_seconds:.1f} ms", *_ms(plan.seconds())),
+        "",
+        f"{plan.tokens_per_second:,.0f} tokens per second, {plan.gpu_hours(tokens):,.1f} GPU-hours for {tokens:,.0f}"
+        " tokens; the language model's time comes on top",
+    ]
+    return "\n".join(lines)
+
+
+def _gb(parts: dict[str, Any]) -> list[str]:
+    return [f"  {name:26}{value / 1e9:15.3f} GB" for name, value in parts.items()]
+
+
+def _ms(parts: dict[str, float]) -> list[str]:
+    return [f"  {name:26}{1e3 * value:15.2f} ms" for name, value in parts.items()]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,19 @@ from helpers import ROOT
 MOST_LINES = 350
 PACKAGE = ROOT / "sae_lens_switch"
 # Lower floors know nothing of the higher ones; rooms of one floor may know each other only in the order given.
-FLOORS = ["common", "saes", "training", "analysis", "upgrade", "hub", "interop", "report", "cli"]
+FLOORS = [
+    "common",
+    "saes",
+    "planning",
+    "training",
+    "parallel",
+    "analysis",
+    "upgrade",
+    "hub",
+    "interop",
+    "report",
+    "cli",
+]
 # Modules that say nothing of their own: the public names, and those that hand on a room's names.
 COMMANDS = {"__init__", "_public", "train", "cost", "converters", "dashboard", "history", "plots", "synthetic"}
 

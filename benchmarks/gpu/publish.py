@@ -60,6 +60,18 @@ def steps() -> str:
     return "\n\n".join(parts)
 
 
+def measured_steps() -> list[tuple[tuple[int, ...], int, str, float]]:
+    """Of our SAEs in a graph: (B, D, F, k), experts, precision, and milliseconds in the last call that measured it."""
+    found = []
+    for name, case in (cases(GRAPH, "steps") | cases(LAST, "steps")).items():
+        if match := re.fullmatch(
+            r"(?:sparse_topk|switch), (B [\d,]+ D [\d,]+ F [\d,]+ k \d+)(?: E (\d+))?, (\w+), graph", name
+        ):
+            shape = tuple(int(n.replace(",", "")) for n in match[1].split()[1::2])
+            found.append((shape, int(match[2] or 1), match[3], case["ms"]))
+    return found
+
+
 def _both(graph: Cases, last: Cases, name: str) -> list[str]:
     return [f"{calls[name]['ms']:.2f}" if name in calls else "" for calls in (graph, last)]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 # The first two tokens of a context have massive activations in many models: see offline.token_contexts.
 SKIPPED = 2
-_CONTEXTS_PER_PART, _BATCH = 256, 16
+_BATCH = 16
 _BYTES = 2
 
 
@@ -45,8 +45,8 @@ class Source:
 class Cache:
     """The activations of one source, by layer and split: those that are not trained on come first."""
 
-    def __init__(self, folder: Path, source: Source, contexts: Contexts) -> None:
-        self.source, self.contexts = source, contexts
+    def __init__(self, folder: Path, source: Source, contexts: Contexts, contexts_per_part: int = 256) -> None:
+        self.source, self.contexts, self.contexts_per_part = source, contexts, contexts_per_part
         made_of = [source.model, source.model_class, source.hook_name, contexts.digest, SKIPPED]
         self.folder = folder / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         self.tokens = np.concatenate([contexts.tokens[s] for s in SPLITS])
@@ -95,14 +95,14 @@ class Cache:
 
     @property
     def n_parts(self) -> int:
-        return -(-max(map(self.n_contexts, self.source.layers)) // _CONTEXTS_PER_PART)
+        return -(-max(map(self.n_contexts, self.source.layers)) // self.contexts_per_part)
 
     def part_file(self, part: int) -> Path:
         return self.folder / "parts" / f"{part:05d}.json"
 
     def _span(self, part: int, layer: int) -> tuple[int, int]:
         """First and last byte of a part in a layer's file; both the same if the layer has none of it."""
-        first, last = part * _CONTEXTS_PER_PART, (part + 1) * _CONTEXTS_PER_PART
+        first, last = part * self.contexts_per_part, (part + 1) * self.contexts_per_part
         per_context = self.per_context * self.source.d_in * _BYTES
         first, last = (min(n, self.n_contexts(layer)) * per_context for n in (first, last))
         return first, last
@@ -159,9 +159,9 @@ class Cache:
 
     def _rows(self, part: int, model: Any) -> dict[int, Tensor]:
         """What the language model computes, float16 [n, d_in] by layer."""
-        first = part * _CONTEXTS_PER_PART
+        first = part * self.contexts_per_part
         found: dict[int, list[Tensor]] = {layer: [] for layer, _, _ in self._pieces(part)}
-        tokens = torch.from_numpy(self.tokens[first : first + _CONTEXTS_PER_PART].astype(np.int64))
+        tokens = torch.from_numpy(self.tokens[first : first + self.contexts_per_part].astype(np.int64))
         for batch in tokens.split(_BATCH):
             layers = [layer for layer in found if first < self.n_contexts(layer)]
             for layer, hidden in hidden_states(model, self.source.hook_name, layers, batch).items():

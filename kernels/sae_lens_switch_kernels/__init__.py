@@ -10,7 +10,7 @@ The suffix of a name gives a tensor's shape (``x_BD``), one letter per dimension
 
 A file that uses another letter, or one of these otherwise, says so in its docstring. E1 and F1 are one longer than E
 and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decoder row are both contiguous. Expert e
-owns latents ``e * M`` to ``(e + 1) * M``.
+owns latents ``e * M`` to ``(e + 1) * M``, after the shared ones if there are any.
 """
 
 from sae_lens_switch_kernels.autoencode_tensors import Reconstruction
@@ -27,7 +27,7 @@ from sae_lens_switch_kernels.functions import (
     topk_encode,
 )
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
-from sae_lens_switch_kernels.routing import route, update_loads
+from sae_lens_switch_kernels.routing import biased_probs, route, update_expert_bias, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
 from sae_lens_switch_kernels.torch_private import version_of
@@ -39,6 +39,7 @@ __all__ = [
     "RowGrads",
     "WorkingCopies",
     "batch_topk_encode",
+    "biased_probs",
     "clip",
     "code_gates",
     "latent_weight_grad",
@@ -50,6 +51,7 @@ __all__ = [
     "to_huge_pages",
     "topk_encode",
     "triton_kernel",
+    "update_expert_bias",
     "update_loads",
     "version_of",
     "working_copy",

@@ -5,14 +5,12 @@ of the active latents in a ``RowGrads``, and it includes AuxK, the reconstructio
 no gradient.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from sae_lens_switch_kernels import torch_codes
 from sae_lens_switch_kernels.autoencode_tensors import BackwardInputs, DecoderInputs, InputGrads, Outputs
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
 from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents, encode_groups
@@ -21,7 +19,7 @@ from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_sche
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
 from sae_lens_switch_kernels.products import CodeProducts, is_dense
 from sae_lens_switch_kernels.row_grads import RowGrads, merge_rows, minus_weighted_sum
-from sae_lens_switch_kernels.several_experts import OwnGates, are_several, own_gates
+from sae_lens_switch_kernels.several_experts import are_several, gating, own_gates
 
 _ARGUMENTS = EncoderInputs._fields + DecoderInputs._fields
 _SAVED = BackwardInputs._fields[3:19]  # tensors, from x_BD to aux_offsets_Q1
@@ -41,7 +39,7 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
-    x_BD, E, (W_dec_FD, dead_N, aux_k, dead_counts, ends_L) = inputs.x_BD, inputs.n_experts, decoder
+    x_BD, (W_dec_FD, dead_N, aux_k, dead_counts, ends_L) = inputs.x_BD, decoder
     p, groups = primitives(x_BD), inputs.groups()
     dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device)
     # Candidates are recomputed from x in its own dtype.
@@ -51,8 +49,8 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         if ends_L is not None:
             offsets_Q1 = level_offsets(offsets_Q1, sorted_indices_BK, ends_L, len(W_dec_FD))
         rows = _code_rows(offsets_Q1, len(sorted_indices_BK), len(x_BD))
-        gating = _gating(p, inputs.expert_B, sorted_indices_BK, len(W_dec_FD) // E)
-        acts_BK, values_BK, indices_BK = gating.unsorted_codes(
+        gates = gating(p, inputs.expert_B, sorted_indices_BK, inputs.gates_B, inputs.blocks)
+        acts_BK, values_BK, indices_BK = gates.unsorted_codes(
             sorted_values_BK, sorted_indices_BK, inputs.gates_B, groups
         )
         codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype, rows=rows)
@@ -61,7 +59,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         aux_offsets_Q1 = x_BD.new_empty(0, dtype=torch.long)
         if dead_N is not None:
             check_range("dead_N", dead_N, len(inputs.W_enc_FD))
-            dead = dead_latents(dead_N, E, len(inputs.W_enc_FD), aux_k)
+            dead = dead_latents(dead_N, inputs.blocks, aux_k)
             if dead_counts:
                 aux_values_BA, aux_slots_BA, aux_offsets_Q1 = encode_groups(
                     p, inputs, centered_BD, dead_N, aux_k, dead_counts
@@ -70,7 +68,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
                 aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
             aux_rows = _code_rows(aux_offsets_Q1, len(aux_slots_BA), len(x_BD))
             aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype, rows=aux_rows)
-            gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.n_slots, groups)
+            gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.slots, groups)
             aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z])
     none = x_BD.new_empty
     return Outputs(
@@ -162,8 +160,8 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     def products_at(indices: Tensor, n_latents: int, rows: CodeRows | None = None) -> CodeProducts:
         return CodeProducts(p, indices, n_latents, groups, b.dtype, active_only, rows)
 
-    gating = _gating(p, b.expert_B, b.indices_BK, len(b.W_dec_FD) // b.n_experts)
-    acts_BK, values_BK, indices_BK = gating.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
+    gates = gating(p, b.expert_B, b.indices_BK, b.gates_B, b.blocks)
+    acts_BK, values_BK, indices_BK = gates.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
     codes = products_at(indices_BK, len(b.W_dec_FD), _code_rows(b.offsets_Q1, len(indices_BK), len(b.x_BD)))
     # Dense on a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
     has_radial = has_radial and not (isinstance(p, SelfChecked) and (codes.dense or b.dead_N is not None))
@@ -172,13 +170,13 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     grad_out_BD = b.x_BD.new_zeros(n_out, b.x_BD.shape[1]) if b.grad_out_BD is None else b.grad_out_BD
     g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
     d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
-    d_pre_BK, d_gates_B = gating.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
+    d_pre_BK, d_gates_B = gates.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
     # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
     radial_BK = acts_BK * d_acts_BK if has_radial else None
     rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
     d_x_BD = codes.decode_tokens(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
-        dead = dead_latents(b.dead_N, b.n_experts, len(b.W_enc_FD), b.aux_slots_BA.shape[-1])
+        dead = dead_latents(b.dead_N, b.blocks, b.aux_slots_BA.shape[-1])
         aux_rows = _code_rows(b.aux_offsets_Q1, len(b.aux_slots_BA), len(b.x_BD))
         aux = products_at(b.aux_slots_BA, len(dead.latents_Z), aux_rows)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
@@ -209,22 +207,13 @@ def _aux_backward(
     """The dead latents that have gradients, those gradients, and the gradient of x."""
     g_BD = groups.sorted(grad_aux_BD).contiguous()
     d_acts_BA = codes.matmul_at_indices(g_BD, b.W_dec_FD[dead.latents_Z])
-    gates_BA = own_gates(b.gates_B, b.expert_B, b.aux_slots_BA, dead.n_slots, groups)
+    gates_BA = own_gates(b.gates_B, b.expert_B, b.aux_slots_BA, dead.slots, groups)
     d_pre_BA = dead.without_padding(_gated(d_acts_BA, gates_BA), b.aux_slots_BA)
     acts_BA = _gated(b.aux_values_BA, gates_BA)
     radial_BA = acts_BA * d_acts_BA if radial else None
     rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, centered_BD, radial_BA)
     d_x_BD = codes.decode_tokens(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
     return dead.latents_Z if rows_R is None else dead.latents_Z[rows_R], grads, d_x_BD
-
-
-def _gating(
-    p: ModuleType | SelfChecked, expert_B: Tensor | None, indices_BK: Tensor, width: int
-) -> ModuleType | SelfChecked | OwnGates:
-    """What multiplies codes by gates. Codes over the batch, [S], have none: nothing for a kernel to do."""
-    if not are_several(expert_B):
-        return torch_codes if indices_BK.ndim == 1 else p
-    return OwnGates(expert_B, torch.div(indices_BK, width, rounding_mode="floor"))
 
 
 def _code_rows(offsets_Q1: Tensor, n_codes: int, n_tokens: int) -> CodeRows | None:
@@ -245,7 +234,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     saved = encoder._asdict() | decoder._asdict() | outputs._asdict()
     ctx.save_for_backward(*(saved[name] for name in _SAVED))
-    ctx.constants = encoder.n_experts, encoder.dtype
+    ctx.constants = encoder.n_experts, encoder.n_shared, encoder.dtype
 
 
 def _backward_inputs(ctx: Any, grads: tuple[Tensor | None, ...], needs: dict[str, bool]) -> BackwardInputs:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.backend import primitives
-from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.indexing import ExpertBlocks, ExpertGroups
 
 
 class DecoderInputs(NamedTuple):
@@ -83,9 +83,14 @@ class BackwardInputs(NamedTuple):
     aux_slots_BA: Tensor
     aux_offsets_Q1: Tensor
     n_experts: int
+    n_shared: int
     dtype: torch.dtype
     needs_x: bool
     needs_pre_bias: bool
+
+    @property
+    def blocks(self) -> ExpertBlocks:
+        return ExpertBlocks(len(self.W_dec_FD), self.n_experts, self.n_shared)
 
     def groups(self) -> ExpertGroups:
         return ExpertGroups(self.order_B if self.order_B.numel() else None, self.offsets_E1)

@@ -38,12 +38,18 @@ PRIMITIVES = (
     "route",
     "route_backward",
     "update_loads",
+    "update_expert_bias",
     "clip",
     "adam_rows",
     "lazy_adam_rows",
 )
 # Where a primitive's results are among its arguments; the others return theirs.
-_IN_PLACE = {"adam_rows": (0, 2, 3, -1), "lazy_adam_rows": (0, 2, 3, 4, -1), "update_loads": (1, 2, 3)}
+_IN_PLACE = {
+    "adam_rows": (0, 2, 3, -1),
+    "lazy_adam_rows": (0, 2, 3, 4, -1),
+    "update_loads": (1, 2, 3),
+    "update_expert_bias": (0,),
+}
 # RMS error of a self-check relative to the RMS of the result: TF32 and bf16 keep 10 and 8 bits.
 _TOLERATED = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -148,8 +154,11 @@ def _compare(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _compare_at(shape: Shape, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    cases = _adam_cases(shape, device) if "adam" in name else {name: [_case(shape, device, dtype)[name]]}
-    for arguments in cases[name]:
+    if "adam" in name:
+        cases = _adam_cases(shape, device)[name]
+    else:  # also those that are called "name, ..."
+        cases = [given for key, given in _case(shape, device, dtype).items() if key.split(",")[0] == name]
+    for arguments in cases:
         failure = _compare_on(arguments, name, dtype)
         if failure:
             return failure
@@ -217,9 +226,11 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, t
         "sorted_rows": (x_BD, normal(D), mixed, dtype),
         "sorted_codes": (values_BK, indices_BK, gates_B, mixed),
         "unsorted_codes": (values_BK, indices_BK, gates_B, mixed),
-        "route": (normal(B, E),),
+        "route": (normal(B, E), None),
+        "route, biased": (normal(B, E), normal(E)),
         "route_backward": (normal(B, E).softmax(1), expert_B.to(device), normal(B, E), gates_B, normal(E)),
         "update_loads": (normal(E).relu(), normal(E), normal(E), normal(1)[0] + 1, 0.02, -9.0),
+        "update_expert_bias": (normal(E), normal(E).round(), normal(1)[0] < 9, 0.1),
         "clip": (normal(1)[0].abs() + 1, normal(1)[0], 0.5),
         "code_grads": (values_BK, d_pre_BK, gates_B, normal(B, K), mixed),
     }

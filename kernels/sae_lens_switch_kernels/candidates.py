@@ -73,7 +73,7 @@ def with_candidates(inputs: EncoderInputs, precision: EncoderPrecision) -> Encod
     """
     if precision not in _DTYPES:
         raise ValueError(f"encoder_precision must be one of {', '.join(map(repr, _DTYPES))}; got {precision!r}")
-    dtype, width = _DTYPES[precision], len(inputs.W_enc_FD) // inputs.n_experts
+    dtype, width = _DTYPES[precision], max(inputs.blocks.width, inputs.n_shared)
     if inputs.over_batch:
         width *= len(inputs.x_BD)
     if inputs.k == 0 or dtype is None or dtype.itemsize >= inputs.W_enc_FD.dtype.itemsize:

@@ -1,7 +1,4 @@
-"""The public functions: they check their arguments and call the registered operators.
-
-Values of indices are checked by the operators, where they are read.
-"""
+"""The public functions: they check their arguments and call the registered operators."""
 
 from collections.abc import Sequence
 
@@ -9,21 +6,19 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels import autoencode, operators
-from sae_lens_switch_kernels.autoencode_tensors import Outputs, Reconstruction
-from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
-from sae_lens_switch_kernels.checks import (
+from sae_lens_switch_kernels.arguments import (
     check_codes,
     check_dead_counts,
     check_device,
-    check_experts,
     check_indices,
     check_integers,
     check_levels,
     check_like,
     check_matrix,
-    check_over_batch,
-    check_vector,
+    checked,
 )
+from sae_lens_switch_kernels.autoencode_tensors import Outputs, Reconstruction
+from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.indexing import n_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.row_grads import RowGrads
@@ -137,7 +132,7 @@ def topk_encode(
         ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs, encoder_precision))[:2]
+    return operators.encode(*checked(inputs, encoder_precision))[:2]
 
 
 def batch_topk_encode(
@@ -171,7 +166,7 @@ def batch_topk_encode(
         ValueError: If shapes, dtypes or devices do not match, or unless 0 <= k <= B F.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs._replace(over_batch=True), encoder_precision))
+    return operators.encode(*checked(inputs._replace(over_batch=True), encoder_precision))
 
 
 def switch_encode(
@@ -181,6 +176,7 @@ def switch_encode(
     k: int,
     n_experts: int,
     *,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     encoder_precision: EncoderPrecision = "full",
@@ -188,15 +184,18 @@ def switch_encode(
     """TopK_k(relu((x - pre_bias) W_e^T)) for e = expert[b], where W_e is rows ``e * M : (e + 1) * M`` of W_enc.
 
     Only the chosen block is computed: 2BDM flops. With A experts per token, TopK_k over the latents of all of them,
-    each multiplied by the gate of its expert for the selection: 2BDMA flops. Otherwise as ``topk_encode``.
+    each multiplied by the gate of its expert for the selection: 2BDMA flops. With shared latents, of these as well,
+    whose gate is 1: 2BD(MA + n_shared) flops. Otherwise as ``topk_encode``.
 
     Args:
         x_BD: Tokens.
         expert_B: The expert of each token, int32 or int64; or its experts, [B, A], distinct.
         W_enc_FD: Encoder weights.
         k: Active latents per token, over all its experts.
-        n_experts: E; every expert owns M = F / E latents.
-        gates_B: Positive gates, of the shape of ``expert_B``. That of a single expert changes nothing.
+        n_experts: E; every expert owns M = (F - n_shared) / E latents.
+        n_shared: The first so many latents belong to no expert, and every token may choose them.
+        gates_B: Positive gates, of the shape of ``expert_B``. That of a single expert changes nothing, unless there
+            are shared latents.
         pre_bias_D: Subtracted from x.
         encoder_precision: As in ``topk_encode``.
 
@@ -204,11 +203,12 @@ def switch_encode(
         values [B, K], without the gate, and indices [B, K], which count over all F latents.
 
     Raises:
-        ValueError: As ``topk_encode``; also if n_experts does not divide F, if k > A M, or if an expert is outside
-            [0, n_experts).
+        ValueError: As ``topk_encode``; also if n_experts does not divide F - n_shared, if k > A M + n_shared, or if an
+            expert is outside [0, n_experts).
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    return operators.encode(*_checked(inputs, encoder_precision))[:2]
+    inputs = inputs._replace(n_shared=n_shared)
+    return operators.encode(*checked(inputs, encoder_precision))[:2]
 
 
 def sparse_autoencode(
@@ -219,6 +219,7 @@ def sparse_autoencode(
     *,
     expert_B: Tensor | None = None,
     n_experts: int = 1,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     bias_F: Tensor | None = None,
@@ -244,14 +245,15 @@ def sparse_autoencode(
         k: Active latents per token.
         expert_B: The expert of each token, or its experts, as in ``switch_encode``.
         n_experts: Number of experts.
+        n_shared: Latents of no expert, as in ``switch_encode``.
         gates_B: Multiplies the values of each token, or of each of its experts, before decoding.
         pre_bias_D: Subtracted from x.
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only.
         dead_N: Dead latents, whose own aux_k largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
             A.2). Only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
-            token's own experts, all of them if there are fewer than aux_k, weighted by the gate, which gets no
-            gradient from them.
+            token's own experts and the shared ones, all of them if there are fewer than aux_k, weighted by the gate,
+            which gets no gradient from them.
         aux_k: Dead latents per token.
         dead_counts: Without experts, numbers of consecutive dead latents that reconstruct apart from the others, each
             with the best aux_k of its own or all if there are fewer: aux_out is then [B, len(dead_counts), D].
@@ -271,7 +273,7 @@ def sparse_autoencode(
     check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    inputs = _checked(inputs._replace(over_batch=over_batch), encoder_precision)
+    inputs = checked(inputs._replace(n_shared=n_shared, over_batch=over_batch), encoder_precision)
     if ends_L is not None:
         check_levels(ends_L, len(W_enc_FD), x_BD, over_batch)
     if dead_N is not None:
@@ -295,40 +297,3 @@ def sparse_autoencode(
         None if inputs.candidate_dtype is None else found.doubtful_B,
         found.offsets_Q1[::L] if over_batch else None,
     )
-
-
-def _checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> EncoderInputs:
-    """The inputs with the dtypes of the matrix products: autocast's where it is enabled. Raises ValueError."""
-    x_BD, W_FD, k, n_experts, expert_B = inputs.x_BD, inputs.W_enc_FD, inputs.k, inputs.n_experts, inputs.expert_B
-    check_matrix("x_BD", x_BD)
-    check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
-    check_like("x_BD", x_BD, "W_enc_FD", W_FD)
-    F = len(W_FD)
-    if n_experts < 1 or F % n_experts:
-        raise ValueError(f"n_experts must divide the number of latents; got n_experts={n_experts}, F={F}")
-    n_active = 1
-    if expert_B is not None:
-        n_active = check_experts(expert_B, x_BD, n_experts)
-        if expert_B.ndim == 2 and n_active == 1:
-            gates_B = None if inputs.gates_B is None else inputs.gates_B.flatten()
-            inputs = inputs._replace(expert_B=expert_B.flatten(), gates_B=gates_B)
-    elif n_experts != 1:
-        raise ValueError(f"expert_B must be given for n_experts={n_experts}")
-    width = F // n_experts
-    if inputs.over_batch:
-        check_over_batch(inputs)
-    elif not 1 <= k <= n_active * width:
-        several = f"{n_active} F / n_experts" if n_active > 1 else "F / n_experts"
-        raise ValueError(f"k must be between 1 and {several} = {n_active * width}; got k={k}")
-    if inputs.gates_B is not None:
-        expected = x_BD.shape[:1] if inputs.expert_B is None else inputs.expert_B.shape
-        if inputs.gates_B.shape != expected:
-            raise ValueError(f"gates_B must have shape {tuple(expected)}; got {tuple(inputs.gates_B.shape)}")
-        check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
-    check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
-    check_vector("bias_F", inputs.bias_F, F, W_FD)
-    check_vector("scale_F", inputs.scale_F, F, W_FD)
-    device_type = x_BD.device.type
-    if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
-        inputs = inputs._replace(dtype=torch.get_autocast_dtype(device_type))
-    return with_candidates(inputs, encoder_precision)

@@ -103,6 +103,30 @@ class LatentGrads(NamedTuple):
     d_b_enc_F: Tensor | None
 
 
+class ExpertBlocks(NamedTuple):
+    """Which latents belong to which expert: the first ``n_shared`` to none, then equally many to each.
+
+    Attributes:
+        n_latents: F.
+        n_experts: E.
+        n_shared: Latents that every token may choose, with a gate of 1.
+    """
+
+    n_latents: int
+    n_experts: int
+    n_shared: int = 0
+
+    @property
+    def width(self) -> int:
+        """M, the latents of one expert."""
+        return (self.n_latents - self.n_shared) // self.n_experts
+
+    def expert_of(self, latents: Tensor) -> Tensor:
+        """The expert of each latent; negative for a shared one."""
+        latents = latents - self.n_shared if self.n_shared else latents
+        return torch.div(latents, self.width, rounding_mode="floor")
+
+
 class ExpertGroups(NamedTuple):
     """Tokens sorted by expert, in their original order within an expert.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.backend import primitives
-from sae_lens_switch_kernels.indexing import ExpertGroups, one_group
+from sae_lens_switch_kernels.indexing import ExpertBlocks, ExpertGroups, one_group
 from sae_lens_switch_kernels.several_experts import Pairs, are_several
 from sae_lens_switch_kernels.torch_private import assert_on_device
 
@@ -28,6 +28,8 @@ class EncoderInputs(NamedTuple):
         dtype: Dtype of the matrix products.
         candidate_dtype: Dtype of the product that selects candidates (see candidates.py); None: there are none.
         n_candidates: How many per token.
+        n_shared: The first so many latents belong to no expert: every token may choose them, with a gate of 1. Experts
+            are then given as [B, A], also one.
         over_batch: Whether ``k``, and ``n_candidates``, count over the whole batch, so that tokens differ in number.
     """
 
@@ -43,7 +45,26 @@ class EncoderInputs(NamedTuple):
     dtype: torch.dtype
     candidate_dtype: torch.dtype | None = None
     n_candidates: int = 0
+    n_shared: int = 0
     over_batch: bool = False
+
+    @property
+    def blocks(self) -> ExpertBlocks:
+        return ExpertBlocks(len(self.W_enc_FD), self.n_experts, self.n_shared)
+
+    def of_shared(self) -> "EncoderInputs":
+        """For the rows of the shared latents alone, as those of one expert."""
+        return self._of(slice(self.n_shared), self.n_shared)
+
+    def of_experts(self) -> "EncoderInputs":
+        """For a row per token and expert."""
+        return self._of(slice(self.n_shared, None), self.blocks.width)
+
+    def _of(self, latents: slice, width: int) -> "EncoderInputs":
+        bias_F, scale_F = (None if t_F is None else t_F[latents] for t_F in (self.bias_F, self.scale_F))
+        part = self._replace(W_enc_FD=self.W_enc_FD[latents], bias_F=bias_F, scale_F=scale_F, k=min(self.k, width))
+        # Candidates that are all of the latents would save nothing.
+        return part if self.n_candidates < width else part._replace(candidate_dtype=None)
 
     def groups(self) -> ExpertGroups:
         """Of the tokens as their codes are decoded: one group where a token has several experts."""
@@ -108,6 +129,8 @@ def check_ends(ends_L: Tensor, n_latents: int) -> None:
 
 def _check_distinct(expert_BA: Tensor) -> None:
     """Require that no token has an expert twice. Raises ValueError on a CPU, as ``check_range``."""
+    if expert_BA.shape[1] == 1:
+        return
     is_distinct = (expert_BA.sort(dim=1).values.diff(dim=1) > 0).all()
     if not _is_readable(expert_BA):
         assert_on_device(is_distinct, "the experts of a token must be distinct")

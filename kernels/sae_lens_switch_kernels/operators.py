@@ -120,12 +120,21 @@ def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGrou
     pairs = inputs.pairs()
     if pairs is None:  # one expert per token, or the whole batch at once
         return _encode_rows(inputs, centered_BD, groups)
-    of_one = inputs._replace(k=min(inputs.k, len(inputs.W_enc_FD) // inputs.n_experts))
-    values_RK, indices_RK, doubtful_R, _ = _encode_rows(of_one, pairs.rows(centered_BD), pairs.groups)
-    values_BN, indices_BN = pairs.by_token(values_RK), pairs.by_token(indices_RK)
-    place_BK = times_gates(values_BN, inputs.gates_B).topk(inputs.k, dim=1, sorted=False).indices
-    doubtful_B = doubtful_R if inputs.candidate_dtype is None else pairs.by_token(doubtful_R.unsqueeze(1)).any(1)
+    found = _encode_rows(inputs.of_experts(), pairs.rows(centered_BD), pairs.groups)
+    values_BN, indices_BN = pairs.by_token(found.values_BK), pairs.by_token(found.indices_BK)
+    ranked_BN, doubtful_B = times_gates(values_BN, inputs.gates_B), pairs.any_of_token(found.doubtful_B)
+    if inputs.n_shared:
+        shared = _encode_rows(inputs.of_shared(), centered_BD, groups)
+        values_BN, ranked_BN = (torch.cat([shared.values_BK, t_BN], dim=1) for t_BN in (values_BN, ranked_BN))
+        indices_BN = torch.cat([shared.indices_BK, indices_BN + inputs.n_shared], dim=1)
+        doubtful_B = _either(doubtful_B, shared.doubtful_B)
+    place_BK = ranked_BN.topk(inputs.k, dim=1, sorted=False).indices
     return selected_of(values_BN.gather(1, place_BK), indices_BN.gather(1, place_BK), doubtful_B)
+
+
+def _either(a_B: Tensor, b_B: Tensor) -> Tensor:
+    """Where either is true; an empty one is true nowhere."""
+    return a_B | b_B if len(a_B) == len(b_B) else a_B if len(a_B) else b_B
 
 
 def _encode_rows(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> Selected:

@@ -90,18 +90,21 @@ def switch_encode(
     k: int,
     n_experts: int,
     *,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per token, relu of the k of (x - b) W_enc^T within its own experts that are largest when gated."""
-    M = len(W_enc_FD) // n_experts
+    """Per token, relu of the k of (x - b) W_enc^T, shared or within its own experts, that are largest when gated."""
+    M = (len(W_enc_FD) - n_shared) // n_experts
     values, indices = [], []
     for b, x_D in enumerate(x_BD):
         experts = expert_B[b].flatten()
-        mine = torch.cat([torch.arange(e * M, (e + 1) * M) for e in experts.tolist()])
+        routed = [torch.arange(n_shared + e * M, n_shared + (e + 1) * M) for e in experts.tolist()]
+        mine = torch.cat([torch.arange(n_shared), *routed])
         pre = W_enc_FD[mine] @ (x_D if pre_bias_D is None else x_D - pre_bias_D)
         gates = torch.ones_like(experts) if gates_B is None else gates_B[b].flatten()
-        chosen = (pre.relu() * gates.repeat_interleave(M)).topk(k).indices
+        gates = torch.cat([gates.new_ones(n_shared), gates.repeat_interleave(M)])
+        chosen = (pre.relu() * gates).topk(k).indices
         values.append(pre[chosen].relu())
         indices.append(mine[chosen])
     if not values:
@@ -133,6 +136,7 @@ def sparse_autoencode(
     *,
     expert_B: Tensor | None = None,
     n_experts: int = 1,
+    n_shared: int = 0,
     gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     bias_F: Tensor | None = None,
@@ -140,26 +144,31 @@ def sparse_autoencode(
     dead_N: Tensor | None = None,
     aux_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Encode, gate, decode; and decode the top aux_k, without ReLU, of the dead latents of the token's own expert."""
+    """Encode, gate, decode; and decode the top aux_k, without ReLU, of the dead latents that the token may use."""
+    if n_shared and expert_B is not None and expert_B.ndim == 1:
+        expert_B, gates_B = expert_B.unsqueeze(1), None if gates_B is None else gates_B.unsqueeze(1)
     if expert_B is None:
         values_BK, indices_BK = topk_encode(x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F)
     else:
-        options = {"pre_bias_D": pre_bias_D, "gates_B": gates_B}
+        options = {"n_shared": n_shared, "pre_bias_D": pre_bias_D, "gates_B": gates_B}
         values_BK, indices_BK = switch_encode(x_BD, expert_B, W_enc_FD, k, n_experts, **options)
-    M = len(W_enc_FD) // n_experts
-    gated_BK = values_BK if gates_B is None else values_BK * _gates_at(gates_B, expert_B, indices_BK // M)
+    M = (len(W_enc_FD) - n_shared) // n_experts
+    gates_BK = 1 if gates_B is None else _gates_at(gates_B, expert_B, (indices_BK - n_shared) // M)
+    gated_BK = values_BK * gates_BK
     out_BD = sparse_decode(gated_BK, indices_BK, W_dec_FD)
     if dead_N is None:
         return out_BD, values_BK, indices_BK, None
     rows = []
     for b, x_D in enumerate(x_BD):
-        mine = dead_N if expert_B is None else dead_N[torch.isin(dead_N // M, expert_B[b])]
+        expert_N = (dead_N - n_shared) // M  # negative: shared
+        mine = dead_N if expert_B is None else dead_N[torch.isin(expert_N, expert_B[b]) | (expert_N < 0)]
         pre_N = W_enc_FD[mine] @ (x_D if pre_bias_D is None else x_D - pre_bias_D)
         pre_N = pre_N if bias_F is None else pre_N + bias_F[mine]
         gates_N = torch.ones_like(pre_N)
         if gates_B is not None:
             of_token = None if expert_B is None else expert_B[b : b + 1]
-            gates_N = _gates_at(gates_B[b : b + 1], of_token, (mine // M).unsqueeze(0)).detach().expand(1, len(mine))[0]
+            experts_1N = ((mine - n_shared) // M).unsqueeze(0)
+            gates_N = _gates_at(gates_B[b : b + 1], of_token, experts_1N).detach().expand(1, len(mine))[0]
         ranked_N = gates_N * (pre_N if scale_F is None else pre_N * scale_F[mine])
         chosen_A = ranked_N.topk(min(aux_k, len(mine))).indices
         rows.append((gates_N * pre_N)[chosen_A] @ W_dec_FD[mine[chosen_A]])
@@ -167,12 +176,12 @@ def sparse_autoencode(
 
 
 def _gates_at(gates_B: Tensor, expert_B: Tensor | None, expert_BK: Tensor) -> Tensor:
-    """[B, 1], or with several experts per token [B, K]: the gate of each latent's expert."""
+    """[B, 1], or with several experts per token [B, K]: the gate of each latent's expert; 1 of shared latents."""
     if expert_B is None or expert_B.ndim == 1:
         return gates_B.unsqueeze(1)
     return torch.stack(
         [
-            torch.stack([gates[experts == e].sum() for e in wanted]) if len(wanted) else gates[:0]
+            torch.stack([gates[experts == e].sum() + (e < 0) for e in wanted]) if len(wanted) else gates[:0]
             for gates, experts, wanted in zip(gates_B, expert_B, expert_BK, strict=True)
         ]
     )

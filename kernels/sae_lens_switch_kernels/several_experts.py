@@ -1,19 +1,25 @@
-"""Several experts per token: its codes are the k largest latents of all A of them.
+"""Several experts per token: its codes are the k largest latents of all A of them, and of the shared ones.
 
 A token and one of its experts are a pair. Pairs, sorted by expert, are the rows of the encoder's grouped product, which
 costs A times that of one expert. Of the k largest pre-activations of each pair, the k of a token that are largest
 after the gate of their expert are kept. From there on codes may belong to any expert, and are decoded as those of a
 single dictionary, each scaled by its own gate.
 
+Shared latents belong to no expert. Every token may choose them, so their encoder is a plain product, and their gate is
+1. The k largest of them are ranked with those of the pairs: the k of a token are among them.
+
 Letters: A is the number of active experts per token here, R = B * A the number of pairs.
 """
 
+from types import ModuleType
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels import torch_codes
+from sae_lens_switch_kernels.backend import SelfChecked
+from sae_lens_switch_kernels.indexing import ExpertBlocks, ExpertGroups
 
 
 class Pairs(NamedTuple):
@@ -30,11 +36,17 @@ class Pairs(NamedTuple):
     def rows(self, t_BD: Tensor) -> Tensor:
         """The token of every pair, sorted by expert."""
         assert self.groups.order_B is not None
-        return t_BD.index_select(0, torch.div(self.groups.order_B, self.n_active, rounding_mode="floor"))
+        order_R = self.groups.order_B
+        token_R = order_R if self.n_active == 1 else torch.div(order_R, self.n_active, rounding_mode="floor")
+        return t_BD.index_select(0, token_R)
 
     def by_token(self, t_RK: Tensor) -> Tensor:
         """What was found for each pair, [B, A * K], in the order of a token's experts."""
         return self.groups.unsorted(t_RK).view(-1, self.n_active * t_RK.shape[1])
+
+    def any_of_token(self, is_true_R: Tensor) -> Tensor:
+        """Whether it is true of any of a token's pairs; empty if it is."""
+        return is_true_R if is_true_R.numel() == 0 else self.by_token(is_true_R.unsqueeze(1)).any(1)
 
 
 def are_several(expert_B: Tensor | None) -> TypeGuard[Tensor]:
@@ -46,8 +58,8 @@ def times_gates(values_BN: Tensor, gates_BA: Tensor | None) -> Tensor:
     """values, in the order of a token's experts, times the gate of their own."""
     if gates_BA is None:
         return values_BN
-    per_expert = values_BN.shape[1] // gates_BA.shape[1]
-    return values_BN * gates_BA.to(values_BN.dtype).repeat_interleave(per_expert, dim=1)
+    values_BAK = values_BN.unflatten(1, (gates_BA.shape[1], -1))
+    return (values_BAK * gates_BA.to(values_BN.dtype).unsqueeze(-1)).flatten(1)
 
 
 def code_gates(gates_BA: Tensor, expert_BA: Tensor, expert_BK: Tensor) -> Tensor:
@@ -56,9 +68,11 @@ def code_gates(gates_BA: Tensor, expert_BA: Tensor, expert_BK: Tensor) -> Tensor
     Args:
         gates_BA: A gate per token and expert.
         expert_BA: The experts of each token.
-        expert_BK: The expert that each code belongs to, one of the token's own.
+        expert_BK: The expert that each code belongs to, one of the token's own; negative for a shared latent, whose
+            gate is 1.
     """
-    return gates_BA.gather(-1, _is_own(expert_BA, expert_BK).int().argmax(-1))
+    # A sum, of one number: unlike gather, its gradient is summed in a fixed order on a GPU.
+    return (_is_own(expert_BA, expert_BK) * gates_BA.unsqueeze(-2)).sum(-1) + (expert_BK < 0)
 
 
 class OwnGates(NamedTuple):
@@ -69,20 +83,22 @@ class OwnGates(NamedTuple):
     Attributes:
         expert_BA: The experts of each token.
         expert_BK: The expert of each code.
+        gates_BK: The gate of each code; None: all are 1.
     """
 
     expert_BA: Tensor
     expert_BK: Tensor
+    gates_BK: Tensor | None
 
     def sorted_codes(
         self,
         values_BK: Tensor,
         indices_BK: Tensor,
-        gates_BA: Tensor | None,
+        gates_BA: Tensor | None,  # noqa: ARG002, each code has its own
         groups: ExpertGroups,  # noqa: ARG002, one group
     ) -> tuple[Tensor, Tensor, Tensor]:
         """values * gate, values and indices."""
-        return self._gated(values_BK, gates_BA), values_BK, indices_BK
+        return self._gated(values_BK), values_BK, indices_BK
 
     unsorted_codes = sorted_codes
 
@@ -95,7 +111,7 @@ class OwnGates(NamedTuple):
         groups: ExpertGroups,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of the pre-activations, and of the gates [B, A]."""
-        d_values_BK, d_gates_BA = self._gated(d_acts_BK, gates_BA), None
+        d_values_BK, d_gates_BA = self._gated(d_acts_BK), None
         if gates_BA is not None:
             # Summed over the codes of each expert in a fixed order, which scatter_add_ does not have on a GPU.
             per_code_BKA = (d_acts_BK * values_BK).unsqueeze(2) * _is_own(self.expert_BA, self.expert_BK)
@@ -104,21 +120,33 @@ class OwnGates(NamedTuple):
             d_values_BK = d_values_BK + grad_values_BK
         return d_values_BK * (values_BK > 0), d_gates_BA
 
-    def _gated(self, values_BK: Tensor, gates_BA: Tensor | None) -> Tensor:
-        if gates_BA is None:
-            return values_BK
-        return values_BK * code_gates(gates_BA, self.expert_BA, self.expert_BK).to(values_BK.dtype)
+    def _gated(self, values_BK: Tensor) -> Tensor:
+        return values_BK if self.gates_BK is None else values_BK * self.gates_BK.to(values_BK.dtype)
+
+
+def gating(
+    p: ModuleType | SelfChecked,
+    expert_B: Tensor | None,
+    indices_BK: Tensor,
+    gates_B: Tensor | None,
+    blocks: ExpertBlocks,
+) -> ModuleType | SelfChecked | OwnGates:
+    """What multiplies codes by gates. Codes over the batch, [S], have none: nothing for a kernel to do."""
+    if not are_several(expert_B):
+        return torch_codes if indices_BK.ndim == 1 else p
+    expert_BK = blocks.expert_of(indices_BK)
+    return OwnGates(expert_B, expert_BK, None if gates_B is None else code_gates(gates_B, expert_B, expert_BK))
 
 
 def own_gates(
-    gates_B: Tensor | None, expert_B: Tensor | None, indices_BK: Tensor, width: int, groups: ExpertGroups
+    gates_B: Tensor | None, expert_B: Tensor | None, indices_BK: Tensor, blocks: ExpertBlocks, groups: ExpertGroups
 ) -> Tensor | None:
-    """What each code is multiplied by, [B, 1] or [B, K], in the order of ``groups``; ``width`` is an expert's."""
+    """What each code is multiplied by, [B, 1] or [B, K], in the order of ``groups``."""
     if gates_B is None:
         return None
     if not are_several(expert_B):
         return groups.sorted(gates_B).unsqueeze(1)
-    return code_gates(gates_B, expert_B, torch.div(indices_BK, width, rounding_mode="floor"))
+    return code_gates(gates_B, expert_B, blocks.expert_of(indices_BK))
 
 
 def _is_own(expert_BA: Tensor, expert_BK: Tensor) -> Tensor:

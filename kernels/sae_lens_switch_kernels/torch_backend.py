@@ -30,7 +30,7 @@ from sae_lens_switch_kernels.torch_adam import adam_rows, lazy_adam_rows
 from sae_lens_switch_kernels.torch_batch_topk import BatchTopK
 from sae_lens_switch_kernels.torch_clipping import clip
 from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
-from sae_lens_switch_kernels.torch_routing import route, route_backward, update_loads
+from sae_lens_switch_kernels.torch_routing import route, route_backward, update_expert_bias, update_loads
 from sae_lens_switch_kernels.torch_tiles import group_offsets, pre_activation_tiles, row_tiles, tile_rows
 from sae_lens_switch_kernels.torch_topk import select_topk
 from sae_lens_switch_kernels.working_copy import working_copy
@@ -57,6 +57,7 @@ __all__ = [
     "sparse_decode",
     "topk_encode",
     "unsorted_codes",
+    "update_expert_bias",
     "update_loads",
 ]
 

@@ -11,7 +11,7 @@ class Routed(NamedTuple):
 
     Attributes:
         probs_BE: Their softmax.
-        expert_B: Each token's most probable expert, int64; ties go to the first.
+        expert_B: Each token's expert, the first of those with the largest ``biased_probs``; int64.
         gates_B: Its probability.
         load_E: Share of the tokens that each expert receives.
         importance_E: Batch mean of each expert's probability.
@@ -24,10 +24,27 @@ class Routed(NamedTuple):
     importance_E: Tensor
 
 
-def route(logits_BE: Tensor) -> Routed:
+def biased_probs(probs_BE: Tensor, bias_E: Tensor | None) -> Tensor:
+    """probs * exp(bias), up to a factor: what experts are chosen by, in the order of logits + bias.
+
+    With a bias of zero these are the probabilities themselves, bit for bit.
+
+    Args:
+        probs_BE: The router's probabilities.
+        bias_E: A bias of the logits. None: no bias.
+
+    Returns:
+        Scores, [B, E].
+    """
+    if bias_E is None:
+        return probs_BE
+    return probs_BE * (bias_E - bias_E.max()).exp()  # at most 1: a large bias cannot overflow
+
+
+def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
     """See ``Routed``."""
     probs_BE = logits_BE.softmax(dim=-1)
-    expert_B1 = probs_BE.argmax(dim=-1, keepdim=True)
+    expert_B1 = biased_probs(probs_BE, bias_E).argmax(dim=-1, keepdim=True)
     counts_E = probs_BE.new_zeros(probs_BE.shape[-1])
     counts_E.index_add_(0, expert_B1.flatten(), counts_E.new_ones(()).expand(len(probs_BE)))
     return Routed(
@@ -62,3 +79,9 @@ def update_loads(
     running_E.lerp_(load_E, decay)
     steps_without_E.add_(1).mul_(load_E == 0)
     steps_too_busy.add_(1).mul_(load_E.max() > share)
+
+
+def update_expert_bias(bias_E: Tensor, counts_E: Tensor, is_finite: Tensor, rate: float) -> None:
+    """Up by ``rate`` for experts with less than the mean of the tokens, down for those with more; then centred."""
+    step_E = (counts_E.sum() - len(counts_E) * counts_E).sign()
+    bias_E.add_((step_E - step_E.mean()) * is_finite, alpha=rate)

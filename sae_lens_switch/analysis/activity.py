@@ -21,6 +21,8 @@ from sae_lens_switch.analysis.accumulators import (
     typical_tokens,
 )
 from sae_lens_switch.analysis.label_counts import CountingLabels, LabelCounts
+from sae_lens_switch.saes.config import layout_of
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
@@ -36,7 +38,7 @@ class Activity:
 
     Attributes:
         n_tokens: Number of tokens observed.
-        n_experts: Number of experts; 1 for an SAE without a router.
+        n_experts: Number of experts; 1 for an SAE without a router. Shared ones are not among them.
         fired_F: Number of tokens on which each latent was active, int64.
         sum_F: Sum of each latent's activations, float64.
         mse: Mean over tokens of ||x - x_hat||^2.
@@ -47,6 +49,7 @@ class Activity:
         typical_tokens: The most informative tokens per expert; None without a router or token ids.
         token_counts: How often each token id was routed to each expert; None without a router or token ids.
         position_counts: The same of positions in the context; None without a router or contexts.
+        n_shared: Number of shared latents, the first ones.
     """
 
     n_tokens: int
@@ -61,6 +64,11 @@ class Activity:
     typical_tokens: TypicalTokens | None
     token_counts: LabelCounts | None = None
     position_counts: LabelCounts | None = None
+    n_shared: int = 0
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout(len(self.fired_F), self.n_experts, self.n_shared)
 
     @property
     def density_F(self) -> Tensor:
@@ -74,8 +82,8 @@ class Activity:
 
     @property
     def dead_E(self) -> Tensor:
-        """Number of latents per expert that never fired."""
-        return (self.fired_F == 0).view(self.n_experts, -1).sum(1)
+        """Number of latents per expert that never fired; shared ones are not counted."""
+        return self.layout.by_expert(self.fired_F == 0).sum(1)
 
     @property
     def l0(self) -> float:
@@ -113,7 +121,8 @@ def observe(
     for name, n in (("n_examples", n_examples), ("n_typical_tokens", n_typical_tokens)):
         if n < 0:
             raise ValueError(f"{name} must be at least 0; got {n}")
-    F, E = sae.cfg.d_sae, n_experts_of(sae)
+    layout = layout_of(sae.cfg)
+    F, E = layout.d_sae, layout.n_experts
     ignored = torch.tensor(sorted(ignore_tokens), dtype=torch.int64)
     fired_F, sum_F = torch.zeros(F, dtype=torch.int64), torch.zeros(F, dtype=torch.float64)
     moments = Moments(sae.cfg.d_in)
@@ -160,6 +169,7 @@ def observe(
         typical_tokens=typical_tokens(of_tokens, n_typical_tokens) if of_tokens is not None else None,
         token_counts=of_tokens,
         position_counts=of_places,
+        n_shared=layout.shared_width,
     )
 
 
@@ -174,11 +184,6 @@ def activations_of(sae: SAE, x: Tensor, latents: Sequence[int]) -> Tensor:
         wanted = column_F[piece.latent] >= 0
         out[piece.start + piece.token[wanted], column_F[piece.latent[wanted]]] = piece.value[wanted]
     return out.view(*x.shape[:-1], len(latents))
-
-
-def n_experts_of(sae: SAE) -> int:
-    """Number of experts; 1 for an SAE without a router."""
-    return sae.cfg.n_experts if isinstance(sae, SwitchBase) else 1
 
 
 def encode(sae: SAE, x: Tensor) -> SparseCodes | Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_lens_switch.saes.expert_layout import ExpertLayout
+
 # Largest error of a cosine of two unit rows that were rounded to bfloat16, multiplied exactly and rounded again:
 # 2 * 2^-9 from the rows and 2^-9 from the result, which is below this.
 BFLOAT16_ERROR = 2**-7
@@ -60,11 +62,14 @@ def cosines_of(W_FD: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
     return torch.cat(cosines)
 
 
-def check_rows(name: str, W_FD: Tensor, n_experts: int, block: int) -> None:
+def checked_layout(name: str, W_FD: Tensor, n_experts: int, n_shared: int, block: int) -> ExpertLayout:
     """Refuse what is no matrix of latents in experts of equal size."""
     if W_FD.ndim != 2:
         raise ValueError(f"{name} must be [d_sae, d_in]; got shape {tuple(W_FD.shape)}")
-    if n_experts < 1 or len(W_FD) % n_experts:
-        raise ValueError(f"n_experts must divide d_sae={len(W_FD)}; got {n_experts}")
+    layout = ExpertLayout(len(W_FD), n_experts, n_shared)
+    if n_experts < 1 or not (layout.is_possible or len(W_FD) == 0):
+        rest = f", less n_shared={n_shared}" if n_shared else ""
+        raise ValueError(f"n_experts must divide d_sae={len(W_FD)}{rest}; got {n_experts}")
     if block < 1:
         raise ValueError(f"block must be at least 1; got {block}")
+    return layout

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_lens_switch.analysis.cosines import BFLOAT16_ERROR, Tile, check_rows, cosine_tiles, cosines_of
+from sae_lens_switch.analysis.cosines import BFLOAT16_ERROR, Tile, checked_layout, cosine_tiles, cosines_of
 from sae_lens_switch.analysis.neighbours import NearestSoFar, Neighbours
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Duplicates:
         threshold: The cosine above which two latents count as duplicates.
         pairs_P2: Latents i < j of each pair, most similar pair first; at most ``max_pairs`` of them.
         cosines_P: The cosine of each pair.
-        n_pairs_EE: Number of pairs between two experts or, on the diagonal, within one. Counts all pairs.
+        n_pairs_EE: Number of pairs between two experts or, on the diagonal, within one. Counts all pairs. Shared
+            latents, if there are any, have the last row and column.
         within_F: Whether a latent has a duplicate in its own expert.
         across_F: Whether a latent has a duplicate in another expert.
         nearest: Each latent's nearest neighbours, from the same pass over the cosines.
@@ -52,6 +54,7 @@ def duplicate_latents(
     W_dec_FD: Tensor,
     n_experts: int = 1,
     *,
+    n_shared: int = 0,
     threshold: float = 0.9,
     max_pairs: int = 100_000,
     block: int = 2048,
@@ -65,7 +68,8 @@ def duplicate_latents(
 
     Args:
         W_dec_FD: The decoder, one row per latent.
-        n_experts: Number of experts, each owning F / n_experts consecutive rows.
+        n_experts: Number of experts, each owning (F - n_shared) / n_experts consecutive rows.
+        n_shared: Rows before these, of shared latents, which count as one more expert.
         threshold: Cosine above which two latents count as duplicates.
         max_pairs: How many of the most similar pairs to list. All pairs are counted.
         block: Rows per tile.
@@ -73,15 +77,15 @@ def duplicate_latents(
             near the threshold is computed again.
 
     Raises:
-        ValueError: Unless ``n_experts`` divides F and ``0 < threshold < 1``.
+        ValueError: Unless ``n_experts`` divides F - n_shared and ``0 < threshold < 1``.
     """
-    check_rows("W_dec", W_dec_FD, n_experts, block)
+    layout = checked_layout("W_dec", W_dec_FD, n_experts, n_shared, block)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be between 0 and 1; got {threshold}")
     if max_pairs < 0:
         raise ValueError(f"max_pairs must be at least 0; got {max_pairs}")
-    pairs = _PairsSoFar(W_dec_FD, n_experts, threshold, max_pairs, bfloat16)
-    nearest = NearestSoFar(W_dec_FD, n_experts, bfloat16)
+    pairs = _PairsSoFar(W_dec_FD, layout, threshold, max_pairs, bfloat16)
+    nearest = NearestSoFar(W_dec_FD, layout, bfloat16)
     for tile in cosine_tiles(W_dec_FD, block, bfloat16=bfloat16):
         nearest.add(tile)
         pairs.add(tile)
@@ -91,17 +95,13 @@ def duplicate_latents(
 class _PairsSoFar:
     """The pairs above the threshold in the tiles so far."""
 
-    def __init__(self, W_FD: Tensor, n_experts: int, threshold: float, max_pairs: int, bfloat16: bool) -> None:
-        self.W_FD, self.E, self.threshold, self.max_pairs, self.bfloat16 = (
-            W_FD,
-            n_experts,
-            threshold,
-            max_pairs,
-            bfloat16,
-        )
+    def __init__(self, W_FD: Tensor, layout: ExpertLayout, threshold: float, max_pairs: int, bfloat16: bool) -> None:
+        self.W_FD, self.layout, self.bfloat16 = W_FD, layout, bfloat16
+        self.threshold, self.max_pairs = threshold, max_pairs
+        E = layout.n_experts + (layout.shared_width > 0)
         device, dtype = W_FD.device, torch.promote_types(W_FD.dtype, torch.float32)
         self.within_F, self.across_F = (torch.zeros(len(W_FD), dtype=torch.bool, device=device) for _ in range(2))
-        self.n_pairs_EE = torch.zeros(n_experts, n_experts, dtype=torch.int64, device=device)
+        self.n_pairs_EE = torch.zeros(E, E, dtype=torch.int64, device=device)
         self.pairs_P2 = torch.empty(0, 2, dtype=torch.int64, device=device)
         self.cosines_P = torch.empty(0, dtype=dtype, device=device)
 
@@ -109,12 +109,13 @@ class _PairsSoFar:
         pairs_P2, cosines_P = self._alike(tile)
         if not len(pairs_P2):
             return
-        experts_P2 = pairs_P2 // (len(self.W_FD) // self.E)
+        E = len(self.n_pairs_EE)
+        experts_P2 = self.layout.experts_of(pairs_P2) % E  # that of shared latents is -1
         same_P = experts_P2[:, 0] == experts_P2[:, 1]
         self.within_F[pairs_P2[same_P].flatten()] = True
         self.across_F[pairs_P2[~same_P].flatten()] = True
-        between_P = experts_P2[:, 0] * self.E + experts_P2[:, 1]
-        self.n_pairs_EE += torch.bincount(between_P, minlength=self.E**2).view(self.E, self.E)
+        between_P = experts_P2[:, 0] * E + experts_P2[:, 1]
+        self.n_pairs_EE += torch.bincount(between_P, minlength=E**2).view(E, E)
         self.pairs_P2, self.cosines_P = torch.cat([self.pairs_P2, pairs_P2]), torch.cat([self.cosines_P, cosines_P])
         if len(self.pairs_P2) > 2 * self.max_pairs:
             self._keep_most_similar()

@@ -40,10 +40,10 @@ def router_geometry(sae: SAE, *, centered: bool = False) -> RouterGeometry:
     """
     if not isinstance(sae, SwitchBase):
         raise ValueError(f"sae must have a router; a {sae.cfg.architecture()} SAE has none")
-    E = sae.cfg.n_experts
+    by_expert = sae.cfg.layout.by_expert
     router_ED = sae.W_router.cpu().double().T
-    encoder_ED = torch.stack([block.cpu().double().mean(0) for block in sae.W_enc.T.chunk(E)])
-    decoder_ED = torch.stack([block.cpu().double().mean(0) for block in sae.W_dec.chunk(E)])
+    encoder_ED = torch.stack([block.cpu().double().mean(0) for block in by_expert(sae.W_enc.T)])
+    decoder_ED = torch.stack([block.cpu().double().mean(0) for block in by_expert(sae.W_dec)])
     norms_E = router_ED.norm(dim=1)
     if centered:
         router_ED, encoder_ED, decoder_ED = (t - t.mean(0) for t in (router_ED, encoder_ED, decoder_ED))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_lens_switch.analysis.cosines import Tile, check_rows, cosine_tiles, cosines_of
+from sae_lens_switch.analysis.cosines import Tile, checked_layout, cosine_tiles, cosines_of
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Neighbours:
 
 
 @torch.no_grad()
-def nearest_neighbours(W_FD: Tensor, n_experts: int = 1, *, block: int = 2048, bfloat16: bool = False) -> Neighbours:
+def nearest_neighbours(
+    W_FD: Tensor, n_experts: int = 1, *, n_shared: int = 0, block: int = 2048, bfloat16: bool = False
+) -> Neighbours:
     """Find each latent's nearest neighbour in its own expert and in the others.
 
     Costs F^2 D FLOPs on the device of ``W_FD``, half of all pairs at 2 D each, in tiles of block x block cosines.
@@ -44,16 +47,16 @@ def nearest_neighbours(W_FD: Tensor, n_experts: int = 1, *, block: int = 2048, b
 
     Args:
         W_FD: One row per latent: ``W_dec``, or the transpose of ``W_enc``.
-        n_experts: Number of experts, each owning F / n_experts consecutive rows.
+        n_experts: Number of experts, each owning (F - n_shared) / n_experts consecutive rows.
+        n_shared: Rows before these, of shared latents, which count as one more expert.
         block: Rows per tile.
         bfloat16: Search in bfloat16, which is several times faster on CPUs and GPUs with matrix units for it. The
             cosines are those in float32 of the latents found, which are at most 2^-6 less than the nearest.
 
     Raises:
-        ValueError: Unless W is a matrix and ``n_experts`` divides F.
+        ValueError: Unless W is a matrix and ``n_experts`` divides F - n_shared.
     """
-    check_rows("W", W_FD, n_experts, block)
-    nearest = NearestSoFar(W_FD, n_experts, bfloat16)
+    nearest = NearestSoFar(W_FD, checked_layout("W", W_FD, n_experts, n_shared, block), bfloat16)
     for tile in cosine_tiles(W_FD, block, bfloat16=bfloat16):
         nearest.add(tile)
     return nearest.result()
@@ -62,18 +65,18 @@ def nearest_neighbours(W_FD: Tensor, n_experts: int = 1, *, block: int = 2048, b
 class NearestSoFar:
     """The best neighbours in the tiles so far."""
 
-    def __init__(self, W_FD: Tensor, n_experts: int, bfloat16: bool) -> None:
-        self.W_FD, self.M, self.bfloat16 = W_FD, len(W_FD) // n_experts, bfloat16
+    def __init__(self, W_FD: Tensor, layout: ExpertLayout, bfloat16: bool) -> None:
+        self.W_FD, self.layout, self.bfloat16 = W_FD, layout, bfloat16
         self.within, self.across = _Best(W_FD, bfloat16), _Best(W_FD, bfloat16)
 
     def add(self, tile: Tile) -> None:
-        cosine_IJ, (n_rows, n_columns) = tile.cosine_IJ, tile.cosine_IJ.shape
-        if (tile.i + n_rows - 1) // self.M < tile.j // self.M:  # no expert has rows and columns
+        cosine_IJ, (n_rows, n_columns), owner = tile.cosine_IJ, tile.cosine_IJ.shape, self.layout.expert_of
+        if owner(tile.i + n_rows - 1) < owner(tile.j):  # no expert has rows and columns
             self.across.offer(tile)
-        elif tile.i // self.M == (tile.j + n_columns - 1) // self.M:  # one expert has them all
+        elif owner(tile.i) == owner(tile.j + n_columns - 1):  # one expert has them all
             self.within.offer(tile)
         else:
-            expert_F = torch.arange(len(self.W_FD), device=cosine_IJ.device) // self.M
+            expert_F = self.layout.experts_of(torch.arange(len(self.W_FD), device=cosine_IJ.device))
             same_IJ = expert_F[tile.i : tile.i + n_rows, None] == expert_F[tile.j : tile.j + n_columns]
             self.within.offer(Tile(tile.i, tile.j, cosine_IJ.masked_fill(~same_IJ, -torch.inf)))
             self.across.offer(Tile(tile.i, tile.j, cosine_IJ.masked_fill(same_IJ, -torch.inf)))

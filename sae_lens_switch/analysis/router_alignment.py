@@ -85,17 +85,17 @@ def router_alignment(sae: SAE, *, n_permutations: int = 1000, seed: int = 0) -> 
         raise ValueError(f"n_experts must be at least 2 to compare experts; got {sae.cfg.n_experts}")
     if n_permutations < 2:
         raise ValueError(f"n_permutations must be at least 2; got {n_permutations}")
-    router_ED = sae.W_router.T
-    return RouterAlignment(*(_alignment(router_ED, W, n_permutations, seed) for W in (sae.W_enc.T, sae.W_dec)))
+    router_ED, weights = sae.W_router.T, map(sae.cfg.layout.by_expert, (sae.W_enc.T, sae.W_dec))
+    return RouterAlignment(*(_alignment(router_ED, W_EMD, n_permutations, seed) for W_EMD in weights))
 
 
-def _alignment(router_ED: Tensor, W_FD: Tensor, n: int, seed: int) -> Alignment:
-    E, F = len(router_ED), len(W_FD)
+def _alignment(router_ED: Tensor, W_EMD: Tensor, n: int, seed: int) -> Alignment:
+    (E, M), W_FD = W_EMD.shape[:2], W_EMD.flatten(0, 1)
     dtype = torch.promote_types(W_FD.dtype, torch.float32)
     router_ED, W_FD = (t.to(dtype) - t.to(dtype).mean(0) for t in (router_ED, W_FD))
-    generator, expert_F = torch.Generator().manual_seed(seed), torch.arange(F) // (F // E)
+    generator, expert_F = torch.Generator().manual_seed(seed), torch.arange(E).repeat_interleave(M)
     observed = _agreement(router_ED, W_FD, expert_F)
-    null = [_agreement(router_ED, W_FD, expert_F[torch.randperm(F, generator=generator)]) for _ in range(n)]
+    null = [_agreement(router_ED, W_FD, expert_F[torch.randperm(E * M, generator=generator)]) for _ in range(n)]
     cosine_PE, r_squared_P = (torch.stack(values) for values in zip(*null, strict=True))
     return Alignment(observed[0], observed[1].item(), cosine_PE, r_squared_P)
 

@@ -1,5 +1,6 @@
 """The run that a command line asks for: its config, and its course with messages and an exit code."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from sae_lens_switch.cli.settings import Settings, as_file, converted, flattened
 from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.printable import printable_logs, say
 from sae_lens_switch.common.rules import nearest_name
+from sae_lens_switch.parallel.ranks import RankLostError, leave_process_group
+from sae_lens_switch.parallel.runner import ParallelLanguageModelSAETrainingRunner, is_parallel
 from sae_lens_switch.saes.registration import register
 from sae_lens_switch.training.hooks import check_hook_name
 from sae_lens_switch.training.interruption import INTERRUPTIONS, exit_code
@@ -76,20 +79,26 @@ def train(cfg: LanguageModelSAERunnerConfig, overrides: Mapping[str, Any]) -> in
         cfg: The run.
         overrides: Keyword arguments of the runner: ``override_model``, ``override_dataset``.
     """
+    is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         with printable_logs():
-            LanguageModelSAETrainingRunner(cfg, **overrides).run()
+            if is_parallel(cfg):
+                ParallelLanguageModelSAETrainingRunner(cfg, **overrides).run()
+                leave_process_group()
+            else:
+                LanguageModelSAETrainingRunner(cfg, **overrides).run()
     except INTERRUPTIONS as interruption:
         code = exit_code(interruption)
         say("interrupted", error=True)
-    except (ValueError, OSError, TrainingDivergedError) as error:
+    except (ValueError, OSError, TrainingDivergedError, RankLostError) as error:
         code = 1
         say(f"error: {error}", error=True)
     else:
         code = 0
         where = "nowhere, since output_path is none" if cfg.output_path is None else cfg.output_path
-        say(f"saved: {where}")
-    if cfg.checkpoint_path is not None and Path(cfg.checkpoint_path).is_dir():
+        if is_first:
+            say(f"saved: {where}")
+    if is_first and cfg.checkpoint_path is not None and Path(cfg.checkpoint_path).is_dir():
         again = "" if code == 0 else "; to resume, run the same command with --resume latest"
         say(f"checkpoints: {cfg.checkpoint_path}{again}")
     return code

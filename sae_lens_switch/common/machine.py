@@ -30,7 +30,7 @@ def check_run_fits(cfg: Any, *saes: SAEConfig) -> None:
         check_device(name, vars(cfg).get(name))
     for sae in saes:
         check_device("device", sae.device)
-        check_sae_fits(sae)
+        check_sae_fits(sae, vars(cfg).get("expert_parallel", 1))
     if "n_batches_in_buffer" in vars(cfg):
         device = cfg.act_store_device or cfg.device
         d_in = sum({id(sae): sae.d_in for sae in saes}.values())
@@ -79,10 +79,11 @@ def check_device(name: str, device: str | torch.device | None) -> None:
         raise ValueError(f"{name} must be a device that this machine has; got {str(device)!r}")
 
 
-def check_sae_fits(cfg: SAEConfig) -> None:
+def check_sae_fits(cfg: SAEConfig, parts: int = 1) -> None:
     """Check that an SAE's weights fit into the memory of its device, before they are allocated.
 
-    Nothing is allocated on torch's meta device, where SAELens constructs the SAEs that it loads.
+    Nothing is allocated on torch's meta device, where SAELens constructs the SAEs that it loads. Of ``parts`` that the
+    latents are divided into, a process has one.
 
     Raises:
         ValueError: If they do not fit.
@@ -90,7 +91,7 @@ def check_sae_fits(cfg: SAEConfig) -> None:
     device = torch.device(cfg.device)
     if device.type != "meta":
         check_device("device", device)
-        numbers = cfg.d_in * (2 * cfg.d_sae + vars(cfg).get("n_experts", 0))
+        numbers = cfg.d_in * (2 * cfg.d_sae // parts + vars(cfg).get("n_experts", 0))
         what = f"d_in={cfg.d_in}, d_sae={cfg.d_sae}: the weights alone take"
         _refuse_if_too_much(what, numbers * str_to_dtype(cfg.dtype).itemsize, device)
 

@@ -102,6 +102,19 @@ class Sentences:
         say(f"{line}; {says}" if says else line, error=True)
 
 
+class Silent:
+    """Nothing is shown."""
+
+    def update(self, n: int, facts: Facts = dict) -> None:
+        pass
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def progress(total: int, initial: int, desc: str, begins: str, unit: str = "samples") -> Bar | Sentences:
     """A context manager whose ``update(n, facts)`` shows how far a loop is.
 

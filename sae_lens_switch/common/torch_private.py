@@ -7,6 +7,7 @@ A test says which one a new version has broken. Two more are overridden where ne
 # pyright: reportPrivateUsage=false
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +51,15 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or module._forward_pre_hooks
     )
+
+
+def consolidate_safetensors(folder: Path, output: Path, names: list[str]) -> None:
+    """One safetensors file with whole tensors, from the parts that torch.distributed.checkpoint has written.
+
+    torch does this in public only while it writes the parts. Memory: one part of one tensor.
+    """
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+
+    output.mkdir(exist_ok=True)
+
+    consolidate_safetensors_files(str(folder), str(output), dict.fromkeys(names, 1))

@@ -18,6 +18,7 @@ from sae_lens_switch.common.printable import logger
 from sae_lens_switch.hub.model_card import PICTURE
 from sae_lens_switch.hub.repository import hub_name, metadata_of, read_config, read_tensor
 from sae_lens_switch.hub.summary_figure import sae_summary
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 _NEVER_FIRED = -9.9  # SAELens's sparsity is log10(share + 1e-10)
 
@@ -83,8 +84,9 @@ def describe(
     if SPARSITY_FILENAME in files:
         density_F = _density(sae_id, files[SPARSITY_FILENAME], cfg["d_sae"])
         measured["dead_latents"] = int((density_F == 0).sum())
-        if isinstance(E, int) and density_F.sum() > 0:
-            measured["expert_firings"] = (density_F.view(E, -1).sum(1) / density_F.sum()).tolist()
+        layout = ExpertLayout.of_fields(cfg)
+        if layout is not None and (routed_EM := layout.by_expert(density_F)).sum() > 0:
+            measured["expert_firings"] = (routed_EM.sum(1) / routed_EM.sum()).tolist()
     metadata.pop("requires", None)
     if (plugin := _plugin(cfg)) is not None:
         metadata["requires"] = plugin

@@ -13,6 +13,7 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from sae_lens_switch.common.printable import printable
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 PICTURE = "summary.png"
 Config = Mapping[str, object]
@@ -24,10 +25,11 @@ _ABOUT = {
     "switch": """\
 **Switch SAE** ([Mudide et al. 2024](https://arxiv.org/abs/2410.08201)): a router sends each activation to one of many
 experts, `e = argmax p`, `p = softmax((x - b_router) @ W_router)`, or to several, the most probable ones, and only
-their latents are computed. At most k latents are active per token; expert e of M latents owns `e*M` to `(e+1)*M`. With
-the gate "probability" they are multiplied by `p_e`, with "renormalized" by `p_e` over the sum of the chosen experts',
-with "one" by nothing. Decoding, `f @ W_dec + b_dec`, is linear in the
-latents, including latents that are edited or mixed over experts.""",
+their latents are computed. If there is an `expert_bias`, it is added to the logits for this choice, but not for `p`.
+At most k latents are active per token. The first S latents, if any are shared, every token may use; expert e of M
+latents owns `S + e*M` to `S + (e+1)*M`. With the gate "probability" they are multiplied by `p_e`, with "renormalized"
+by `p_e` over the sum of the chosen experts', with "one" by nothing; shared latents by nothing. Decoding,
+`f @ W_dec + b_dec`, is linear in the latents, including latents that are edited or mixed over experts.""",
     "topk": """\
 **TopK SAE** ([Gao et al. 2024](https://arxiv.org/abs/2406.04093)): the k largest latents per token are kept.""",
 }
@@ -122,8 +124,8 @@ def _sections(
     routed = {sae_id: cfg for sae_id, cfg in configs.items() if isinstance(cfg.get("n_experts"), int)}
     if routed:
         rows = [[sae_id, *_experts(cfg), cfg.get("k"), cfg.get("gate"), *_load(cfg)] for sae_id, cfg in routed.items()]
-        header = ["SAE", "experts", "active", "latents per expert", "k", "gate", "min load, %", "uniform", "max"]
-        header.append("share of")
+        header = ["SAE", "experts", "active", "latents per expert", "shared latents", "k", "gate"]
+        header += ["min load, %", "uniform", "max", "share of"]
         parts += ["## Routing", _table(header, rows)]
     dead = [
         [i, n, cfg.get("d_sae")] for i, cfg in configs.items() if (n := _measured(cfg).get("dead_latents")) is not None
@@ -209,12 +211,10 @@ def _load(cfg: Config) -> list[object]:
 
 
 def _experts(cfg: Config) -> list[object]:
-    """How many, how many of them active per token, and the latents of each."""
-    d_sae, n_experts = cfg.get("d_sae"), cfg.get("n_experts")
-    width = None
-    if isinstance(d_sae, int) and isinstance(n_experts, int) and n_experts > 0:
-        width = d_sae // n_experts
-    return [n_experts, cfg.get("n_active_experts", 1), width]
+    """How many, how many of them active per token, the latents of each, and those that are shared."""
+    layout = ExpertLayout.of_fields(cfg)
+    width, shared = (None, None) if layout is None else (layout.expert_width, layout.shared_width or None)
+    return [cfg.get("n_experts"), cfg.get("n_active_experts", 1), width, shared]
 
 
 def _measured(cfg: Config) -> Config:

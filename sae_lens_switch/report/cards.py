@@ -14,7 +14,7 @@ def typical_tokens(run: Run, texts: Texts) -> Section | None:
     cards = []
     for e, tokens in enumerate(texts.typical):
         chips = [(_token(text), percent(n / total), f"{n} of its {total} occurrences") for text, n, total in tokens]
-        own = [f for f in texts.windows if f * run.n_experts // run.sae.cfg.d_sae == e]
+        own = [f for f in texts.windows if run.layout.expert_of(f) == e]
         cards.append(Card(f"Expert {e}", tokens=chips, latents=own))
     says = (
         "The tokens most informative about an expert being chosen, and the share of their occurrences that is routed "
@@ -29,7 +29,7 @@ def latents(run: Run, texts: Texts) -> Section | None:
     for latent, windows in texts.windows.items():
         top = max((max(values) for _, values in windows), default=0.0)
         examples = [(f"{max(values):.3g}", _shaded(pieces, values, top)) for pieces, values in windows]
-        expert = f", expert {latent * run.n_experts // run.sae.cfg.d_sae}" if run.n_experts > 1 else ""
+        expert = f", {run.layout.owner_of(latent)}" if run.n_experts > 1 else ""
         density, mean = float(texts.activity.density_F[latent]), float(texts.activity.mean_F[latent])
         facts = f"fires on {percent(density)} of the tokens, with a mean activation of {mean:.3g}"
         cards.append(Card(f"Latent {latent}{expert}", latent=latent, facts=facts, examples=examples))

@@ -42,7 +42,9 @@ def look_at_weights(run: Run) -> Weights:
     sae, F = run.sae, run.sae.cfg.d_sae
     W_enc = dict(sae.named_parameters()).get("W_enc")
     wanted = W_enc is not None and W_enc.shape == (sae.cfg.d_in, F) and F <= _ENCODER_LATENTS
-    encoder = nearest_neighbours(W_enc.detach().T, run.n_experts) if W_enc is not None and wanted else None
+    encoder = None
+    if W_enc is not None and wanted:
+        encoder = nearest_neighbours(W_enc.detach().T, run.n_experts, n_shared=run.layout.shared_width)
     alignment = None
     if isinstance(sae, SwitchBase) and run.n_experts > 1:
         each = 4 * run.n_experts * F * sae.cfg.d_in

@@ -10,7 +10,8 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lens_switch.analysis.activity import n_experts_of
+from sae_lens_switch.saes.config import layout_of
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.serialization import fold_saved_scaler
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.training.history import FILENAME as HISTORY_FILENAME
@@ -47,7 +48,12 @@ class Run:
     @property
     def n_experts(self) -> int:
         """Number of experts; 1 for an SAE without a router."""
-        return n_experts_of(self.sae)
+        return self.layout.n_experts
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Which latents each of them owns."""
+        return layout_of(self.sae.cfg)
 
 
 def find_sae(run: Path) -> Path:

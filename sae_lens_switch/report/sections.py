@@ -30,7 +30,7 @@ class PairedLatent:
     """One of a pair of duplicates; ``has_card`` if the page shows texts of it."""
 
     latent: int
-    expert: int
+    owner: str
     density: str
     has_card: bool
 
@@ -83,7 +83,8 @@ def architecture(run: Run) -> str:
     """Architecture and size in words."""
     cfg = run.sae.cfg
     experts = f", {run.n_experts} experts" if run.n_experts > 1 else ""
-    return f"{cfg.architecture()} SAE, {cfg.d_sae:,} latents{experts}"
+    shared = f", {run.layout.shared_width:,} of them shared" if run.layout.shared_width else ""
+    return f"{cfg.architecture()} SAE, {cfg.d_sae:,} latents{shared}{experts}"
 
 
 def _dead(run: Run, texts: Texts | None) -> list[tuple[Tensor, str]]:
@@ -162,6 +163,7 @@ def _facts(run: Run, texts: Texts | None) -> list[tuple[str, str]]:
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
         "n_experts": settings.get("n_experts"),
+        "n_shared_experts": settings.get("n_shared_experts") or None,
         "k": settings.get("k"),
         "training_tokens": runner.get("training_tokens"),
         "train_batch_size_tokens": runner.get("train_batch_size_tokens"),
@@ -240,13 +242,16 @@ def load(run: Run, texts: Texts | None) -> Section | None:
         data, title = bars(range(E), 100 * load_E), f"Load, {where}"
         plots.append(plot("load", title, data, "expert (dashed: uniform)", "% of the tokens", shapes=[uniform]))
     dead = [
-        bars(range(E), dead_F.view(E, -1).sum(1), color, name=where)
+        bars(range(E), run.layout.by_expert(dead_F).sum(1), color, name=where)
         for (dead_F, where), color in zip(_dead(run, texts), (BLUE, ORANGE), strict=False)
     ]
     if dead and E > 1:
-        title, axis = f"Dead latents, of {run.sae.cfg.d_sae // E:,} per expert", {"rangemode": "tozero"}
+        title, axis = f"Dead latents, of {run.layout.expert_width:,} per expert", {"rangemode": "tozero"}
         plots.append(plot("dead", title, dead, "expert", "latents", yaxis=axis, showlegend=True))
     says = "Share of the tokens routed to each expert, and the number of its latents that never fired."
+    for dead_F, where in _dead(run, texts) if run.layout.shared_width else ():
+        n_dead = int(run.layout.shared(dead_F).sum())
+        says += f" Of the {run.layout.shared_width:,} shared latents, {n_dead:,} never fired {where}."
     return Section("load", "Load and dead latents", says=says, plots=plots) if plots else None
 
 
@@ -258,16 +263,16 @@ def density(run: Run, texts: Texts | None) -> Section | None:
         density_F, where = texts.activity.density_F.double(), _on_text(texts)
     else:
         return None
-    log_EM = torch.where(density_F > 0, density_F.log10(), math.nan).view(run.n_experts, -1)
-    if not log_EM.isfinite().any():
+    log_F = torch.where(density_F > 0, density_F.log10(), math.nan)
+    if not log_F.isfinite().any():
         return Section("density", "Latent density", says=f"No latent fired {where}.")
     axis = "log10 of the share of the tokens"
-    counts, edges = torch.histogram(log_EM[log_EM.isfinite()], bins=40)
+    counts, edges = torch.histogram(log_F[log_F.isfinite()], bins=40)
     centres = ((edges[1:] + edges[:-1]) / 2).tolist()
     plots = [plot("density", "All latents", bars(map(rounded, centres), counts), axis, "latents", bargap=0.05)]
     if run.n_experts > 1:
-        shares = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=log_EM.dtype)
-        quantiles = map(rounded, log_EM.nanquantile(shares, dim=1))
+        shares = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=log_F.dtype)
+        quantiles = map(rounded, run.layout.by_expert(log_F).nanquantile(shares, dim=1))
         box: dict[str, object] = dict(zip(("lowerfence", "q1", "median", "q3", "upperfence"), quantiles, strict=True))
         box |= {"type": "box", "x": list(range(run.n_experts)), "marker": {"color": BLUE}}
         title = "Per expert: quartiles, 5th and 95th percentile"
@@ -304,21 +309,22 @@ def router(geometry: RouterGeometry | None, texts: Texts | None) -> Section | No
 
 def duplicate_pairs(run: Run, found: Duplicates, texts: Texts | None) -> Section:
     """How many latents have a duplicate, between which experts, and the most similar pairs."""
-    E, M = run.n_experts, run.sae.cfg.d_sae // run.n_experts
     says = (
         f"{found.n_pairs:,} pairs of latents have decoder directions with a cosine above {found.threshold:g}. "
         f"{percent(found.share_within)} of the latents have such a duplicate in their own expert, "
         f"{percent(found.share_across)} in another."
     )
     plots = []
-    if E > 1 and found.n_pairs:
+    if run.n_experts > 1 and found.n_pairs:
         data, axis = heatmap(found.n_pairs_EE, COUNTS, "%{y}, %{x}: %{z} pairs"), {"autorange": "reversed"}
-        plots.append(plot("duplicates", "Pairs between experts", data, "expert", "expert", yaxis=axis))
+        title = "Pairs between experts" + (", and shared latents, the last" if run.layout.shared_width else "")
+        plots.append(plot("duplicates", title, data, "expert", "expert", yaxis=axis))
     density_F = texts.activity.density_F if texts is not None else run.density_F
 
     def paired(latent: int) -> PairedLatent:
         fires = "\u2013" if density_F is None else percent(density_F[latent].item())
-        return PairedLatent(latent, latent // M, fires, has_card=texts is not None and latent in texts.windows)
+        has_card = texts is not None and latent in texts.windows
+        return PairedLatent(latent, run.layout.owner_of(latent), fires, has_card)
 
     pairs = [
         (f"{cosine:.3f}", [paired(latent) for latent in pair])

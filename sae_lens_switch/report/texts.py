@@ -144,20 +144,19 @@ def _distinct(activity: Activity, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def choose_latents(activity: Activity, n: int) -> list[int]:
-    """Choose n latents worth showing, equally many per expert: those with the highest mean activation.
+    """Choose n latents worth showing, equally many per expert and shared: those with the highest mean activation.
 
     Latents that fire in a few contexts and rarely come first; others fill up where there are not enough of these.
     """
-    E = activity.n_experts
+    expert_of, owners = activity.layout.expert_of, range(-1 if activity.n_shared else 0, activity.n_experts)
     contexts_F = (activity.examples.contexts >= 0).sum(1)
     clear_F = (contexts_F >= min(_FEW_CONTEXTS, activity.examples.contexts.shape[1])) & (activity.density_F <= _OFTEN)
     order = sorted(
         (activity.fired_F > 0).nonzero().flatten().tolist(),
         key=lambda f: (not clear_F[f], -activity.mean_F[f].item(), f),
     )
-    M = len(contexts_F) // E
-    per_expert = -(-n // E)
-    return sorted(f for e in range(E) for f in [f for f in order if f // M == e][:per_expert])
+    per_expert = -(-n // len(owners))
+    return sorted(f for e in owners for f in [f for f in order if expert_of(f) == e][:per_expert])
 
 
 def _windows(

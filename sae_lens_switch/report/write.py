@@ -63,9 +63,10 @@ def write_report(
         ValueError: If there is no SAE, or an argument cannot be used.
     """
     loaded = load_run(run, history, device)
-    sae, n_experts = loaded.sae, loaded.n_experts
+    sae, layout = loaded.sae, loaded.layout
     others = {} if compare is None else {"the other's": _other(loaded, compare, device)}
-    duplicates = duplicate_latents(sae.W_dec.detach(), n_experts, threshold=threshold)
+    W_dec_FD, n_shared = sae.W_dec.detach(), layout.shared_width
+    duplicates = duplicate_latents(W_dec_FD, layout.n_experts, n_shared=n_shared, threshold=threshold)
     geometry = router_geometry(sae, centered=True) if isinstance(sae, SwitchBase) else None
     opened, reason = None, "--contexts 0"
     if contexts != 0:

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from sae_lens_switch.common import rules
 from sae_lens_switch.saes import field_rules
-from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale
+from sae_lens_switch.saes.expert_layout import ExpertLayout
+from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale, LoadBalancing
 
 _PER_TOKEN = ("constant_norm_rescale", "layer_norm")
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
@@ -25,16 +26,26 @@ class SwitchSAEConfig(SAEConfig):
     Config of a Switch SAE for inference (arXiv 2410.08201).
 
     Args:
-        n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
-        k (int): Active latents per token, of all its experts together; at most n_active_experts * d_sae / n_experts.
+        n_experts (int): Experts E; must divide d_sae. Each owns equally many latents, one expert after the other. Those of shared experts come first and are not counted here.
+        k (int): Active latents per token, of all its experts together; at most as many as these have.
         n_active_experts (int): Experts that each token is sent to. 1 as in the paper; with more, the k largest latents of all of them are kept, and the encoder costs as many times more.
+        n_shared_experts (int): Experts that every token uses beside the routed ones, with a gate of 1. They own the first latents.
+        shared_width (int | None): Latents of all shared experts together, out of d_sae. None: each is as wide as a routed one, so that n_experts + n_shared_experts must divide d_sae.
         gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "renormalized": by that among the token's own experts, which sum to 1. "one": they are not.
+        load_balancing (str): "bias": experts are chosen by their logits plus expert_bias, which training has fitted. Gates are without it. "loss": there is none.
     """
 
     n_experts: int = 16
     k: int = 32
     n_active_experts: int = 1
+    n_shared_experts: int = 0
+    shared_width: int | None = None
     gate: Gate = "probability"
+    load_balancing: LoadBalancing = "loss"
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout.of(self.d_sae, self.n_experts, self.n_shared_experts, self.shared_width)
 
     @override
     @classmethod
@@ -53,13 +64,18 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     Config of a Switch SAE for training (arXiv 2410.08201). The defaults are the paper's recipe, except for the scale of the load-balance loss.
 
     Args:
-        n_experts (int): Experts E; must divide d_sae. Expert e owns latents e * d_sae / E to (e + 1) * d_sae / E.
-        k (int): Active latents per token, of all its experts together; at most n_active_experts * d_sae / n_experts.
+        n_experts (int): Experts E; must divide d_sae. Each owns equally many latents, one expert after the other. Those of shared experts come first and are not counted here.
+        k (int): Active latents per token, of all its experts together; at most as many as these have.
         n_active_experts (int): Experts that each token is sent to. 1 as in the paper; with more, the k largest latents of all of them are kept, and the encoder costs as many times more.
+        n_shared_experts (int): Experts that every token uses beside the routed ones, with a gate of 1. They own the first latents.
+        shared_width (int | None): Latents of all shared experts together, out of d_sae. None: each is as wide as a routed one, so that n_experts + n_shared_experts must divide d_sae.
         gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "renormalized": by that among the token's own experts, which sum to 1. "one": they are not, and the router learns from the load balance alone, as with "renormalized" and one expert.
-        load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in".
+        load_balancing (str): How tokens are spread over the experts. "loss": by the load-balance loss, as in the paper. "bias": by expert_bias, a number per expert that is added to its logit for the choice of experts alone, never to the gate, and moved against its load after every step (arXiv 2408.15664).
+        load_balance_bias_rate (float): By how much a step moves each expert_bias, up or down. 0: it stays as it is.
+        load_balance_coefficient (float): Weight of the load-balance loss, times its scale. None: 0.3 for "variance", the authors' 3 for "d_in"; 0 with load_balancing="bias".
         load_balance_scale (str): "variance": the batch's E||x - mean||^2, so that the coefficient means the same for activations of any scale. "d_in": the authors' constant.
         load_balance_warm_up_steps (int): Steps over which the coefficient rises linearly from 0.
+        router_z_loss_coefficient (float): Weight of the router z-loss, mean_B logsumexp(logits)^2 (arXiv 2202.08906), times load_balance_scale. 0: there is none.
         normalize_decoder (bool): Scale decoder rows to unit norm after every optimiser step.
         project_decoder_grad (bool): Before every optimiser step, after clipping, remove from each decoder row's gradient the part parallel to the row. Only with normalize_decoder.
         decoder_init_norm (float | None): Norm of the decoder rows at the start; the encoder starts as the decoder's transpose.
@@ -74,10 +90,15 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     n_experts: int = 16
     k: int = 32
     n_active_experts: int = 1
+    n_shared_experts: int = 0
+    shared_width: int | None = None
     gate: Gate = "probability"
+    load_balancing: LoadBalancing = "loss"
+    load_balance_bias_rate: float = 0.01
     load_balance_coefficient: float | None = None
     load_balance_scale: LoadBalanceScale = "variance"
     load_balance_warm_up_steps: int = 0
+    router_z_loss_coefficient: float = 0.0
     normalize_decoder: bool = True
     project_decoder_grad: bool = True
     decoder_init_norm: float | None = 1.0
@@ -88,6 +109,10 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     encoder_precision: EncoderPrecision = "full"
     tie_router_bias: bool = False
 
+    @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout.of(self.d_sae, self.n_experts, self.n_shared_experts, self.shared_width)
+
     @override
     @classmethod
     def architecture(cls) -> str:
@@ -97,7 +122,8 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         check_sae(self)
         if self.load_balance_coefficient is None:
-            self.load_balance_coefficient = _DEFAULT_COEFFICIENT[self.load_balance_scale]
+            default = _DEFAULT_COEFFICIENT[self.load_balance_scale]
+            self.load_balance_coefficient = default if self.load_balancing == "loss" else 0.0
         if self.aux_k is None:
             self.aux_k = self.k
         super().__post_init__()
@@ -221,18 +247,20 @@ def _check_levels(cfg: MatryoshkaBatchTopKTrainingSAEConfig) -> None:
 
 
 def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
-    if cfg.d_sae % cfg.n_experts:
-        raise ValueError(f"d_sae must be a multiple of n_experts={cfg.n_experts}; got d_sae={cfg.d_sae}")
+    _check_layout(cfg)
     if cfg.n_active_experts > cfg.n_experts:
         raise ValueError(f"n_active_experts must be at most n_experts={cfg.n_experts}; got {cfg.n_active_experts}")
-    width, A = cfg.d_sae // cfg.n_experts, cfg.n_active_experts
-    if cfg.k > A * width:
+    S, width, A = cfg.layout.shared_width, cfg.layout.expert_width, cfg.n_active_experts
+    if cfg.k > S + A * width:
         several = "" if A == 1 else "n_active_experts * "
         factor, whose = ("", "one expert") if A == 1 else (f"{A} * ", f"{A} experts")
-        raise ValueError(
-            f"k must be at most {several}d_sae / n_experts = {factor}{cfg.d_sae} / {cfg.n_experts} = {A * width}, the "
-            f"latents of {whose}; got k={cfg.k}"
-        )
+        most = f"{several}d_sae / n_experts = {factor}{cfg.d_sae} / {cfg.n_experts} = {A * width}"
+        if S:
+            most = (
+                f"shared_width + {several}(d_sae - shared_width) / n_experts = {S} + {factor}{width} = {S + A * width}"
+            )
+            whose += " and the shared ones"
+        raise ValueError(f"k must be at most {most}, the latents of {whose}; got k={cfg.k}")
     if cfg.normalize_activations == "covariance_whitening" and not cfg.apply_b_dec_to_input:
         raise ValueError(
             "apply_b_dec_to_input must be True with normalize_activations='covariance_whitening': "
@@ -242,6 +270,28 @@ def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
         raise ValueError(
             f"decoder_init_norm must be 1.0 or None when normalize_decoder is on; got {cfg.decoder_init_norm!r}"
         )
+
+
+def _check_layout(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
+    E, n, S = cfg.n_experts, cfg.n_shared_experts, cfg.shared_width
+    if n == 0 and S is not None:
+        raise ValueError(f"shared_width must be None without shared experts, n_shared_experts=0; got {S}")
+    if n == 0 and cfg.d_sae % E:
+        raise ValueError(f"d_sae must be a multiple of n_experts={E}; got d_sae={cfg.d_sae}")
+    if n and S is None and cfg.d_sae % (E + n):
+        raise ValueError(
+            f"d_sae must be a multiple of n_experts + n_shared_experts = {E + n} unless shared_width is given; "
+            f"got d_sae={cfg.d_sae}"
+        )
+    if n and S is not None and not cfg.layout.is_possible:
+        raise ValueError(
+            f"shared_width must leave a multiple of n_experts={E} of the d_sae={cfg.d_sae} latents; got shared_width={S}"
+        )
+
+
+def layout_of(cfg: SAEConfig) -> ExpertLayout:
+    """Of an SAE without a router, one expert."""
+    return cfg.layout if isinstance(cfg, SwitchSAEConfig | SwitchTrainingSAEConfig) else ExpertLayout(cfg.d_sae)
 
 
 def check_trainable(cfg: SAEConfig) -> None:

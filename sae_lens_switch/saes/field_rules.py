@@ -8,6 +8,7 @@ from sae_lens_switch_kernels import EncoderPrecision
 from sae_lens_switch.common.rules import Choice, Device, Dtype, Each, Flag, Kind, Number, Rule, Whole
 
 Gate = Literal["probability", "renormalized", "one"]
+LoadBalancing = Literal["loss", "bias"]
 LoadBalanceScale = Literal["variance", "d_in"]
 BiasStart = Literal["geometric_median", "mean", "zeros"]
 
@@ -29,7 +30,12 @@ SAE: dict[str, Rule] = {
 SWITCH: dict[str, Rule] = {
     **SAE,
     **dict.fromkeys(("n_experts", "n_active_experts", "k"), _size),
+    "n_shared_experts": _count,
+    "shared_width": Whole(at_least=1, optional=True),
     "gate": Choice(get_args(Gate)),
+    "load_balancing": Choice(get_args(LoadBalancing)),
+    "load_balance_bias_rate": Number(at_least=0),
+    "router_z_loss_coefficient": _coefficient,
     "load_balance_coefficient": Number(at_least=0, optional=True),
     "load_balance_scale": Choice(get_args(LoadBalanceScale)),
     "load_balance_warm_up_steps": _count,

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from sae_lens_switch_kernels import route
+from sae_lens_switch_kernels import biased_probs, route
 from torch import Tensor
+
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 
 # Where torch's variance, which reads a batch once, takes half as long again as several passes.
 _IN_PASSES = {"cpu"}
@@ -38,15 +40,19 @@ def router_logits(x_BD: Tensor, W_router_DE: Tensor, b_router_D: Tensor) -> Tens
         return (x_BD.to(W_router_DE.dtype) - b_router_D) @ W_router_DE
 
 
-def assign(logits_BE: Tensor, probs_BE: Tensor, n_active: int = 1) -> Assignment:
-    """Each token's most probable experts; of one, ties go to the first. The gates are their probabilities."""
-    experts_BA = probs_BE.argmax(dim=-1, keepdim=True) if n_active == 1 else probs_BE.topk(n_active, dim=-1).indices
+def assign(logits_BE: Tensor, probs_BE: Tensor, n_active: int = 1, bias_E: Tensor | None = None) -> Assignment:
+    """Each token's most probable experts, or those of the largest logit + bias; of one, ties go to the first.
+
+    The gates are their probabilities, without the bias.
+    """
+    ranked_BE = biased_probs(probs_BE.detach(), bias_E)
+    experts_BA = ranked_BE.argmax(dim=-1, keepdim=True) if n_active == 1 else ranked_BE.topk(n_active, dim=-1).indices
     return Assignment(logits_BE, probs_BE, experts_BA, probs_BE.gather(-1, experts_BA))
 
 
-def assign_batch(logits_BE: Tensor) -> Assignment:
+def assign_batch(logits_BE: Tensor, bias_E: Tensor | None = None) -> Assignment:
     """``assign`` of a whole batch, with its load, in one operator that can be differentiated once."""
-    probs_BE, expert_B, gates_B, load_E, importance_E = route(logits_BE)
+    probs_BE, expert_B, gates_B, load_E, importance_E = route(logits_BE, bias_E)
     return Assignment(logits_BE, probs_BE, expert_B.unsqueeze(1), gates_B.unsqueeze(1), load_E, importance_E)
 
 
@@ -71,6 +77,11 @@ def load_balance_loss(assignment: Assignment, load_E: Tensor) -> Tensor:
     return len(load_E) * torch.dot(load_E.detach(), importance_E)
 
 
+def router_z_loss(logits_BE: Tensor) -> Tensor:
+    """mean_B logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906, equation 5): it keeps the logits small."""
+    return logits_BE.logsumexp(dim=-1).square().mean()
+
+
 def spread(x_BD: Tensor) -> Tensor:
     """Mean squared distance of the rows from their mean."""
     if x_BD.device.type in _IN_PASSES:
@@ -81,17 +92,24 @@ def spread(x_BD: Tensor) -> Tensor:
 class RoutingStatistics:
     """Statistics of a training step's routing, each computed lazily."""
 
-    def __init__(self, load_E: Tensor, gates_B: Tensor, dead_latents_F: Tensor | None = None) -> None:
+    def __init__(
+        self, load_E: Tensor, gates_B: Tensor, layout: ExpertLayout, dead_latents_F: Tensor | None = None
+    ) -> None:
         self.load_E, self.gates_B = load_E, gates_B
-        self.dead_latents_F = dead_latents_F
+        self.layout, self.dead_latents_F = layout, dead_latents_F
 
     @cached_property
     def dead_latents_E(self) -> Tensor:
-        """Dead latents of each expert, [E]."""
-        E = len(self.load_E)
+        """Dead latents of each expert, [E]; shared ones are not among them."""
         if self.dead_latents_F is None:
-            return torch.zeros(E)
-        return self.dead_latents_F.view(E, -1).sum(1)
+            return torch.zeros(self.layout.n_experts)
+        return self.layout.by_expert(self.dead_latents_F).sum(1)
+
+    @property
+    def dead_latents_shared(self) -> Tensor:
+        if self.dead_latents_F is None:
+            return torch.zeros(())
+        return self.layout.shared(self.dead_latents_F).sum()
 
     @property
     def load_entropy(self) -> Tensor:
@@ -111,4 +129,5 @@ class RoutingStatistics:
             "expert_load_entropy": lambda: self.load_entropy,
             "gate_mean": lambda: self.gate_mean,
             **per_expert,
+            **({"dead_latents_shared": lambda: self.dead_latents_shared} if self.layout.shared_width else {}),
         }

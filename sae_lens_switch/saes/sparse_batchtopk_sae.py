@@ -57,9 +57,8 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
 
     @override
     @torch.no_grad()
-    def settle_start(self, is_finite: Tensor | bool) -> None:
-        super().settle_start(is_finite)
-        if self._threshold_before is not None and is_finite is not True:
-            kept = torch.as_tensor(is_finite, device=self.topk_threshold.device)
-            self.topk_threshold.copy_(torch.where(kept, self.topk_threshold, self._threshold_before))
+    def settle_step(self, is_finite: Tensor) -> None:
+        super().settle_step(is_finite)
+        if self._threshold_before is not None:
+            self.topk_threshold.copy_(torch.where(is_finite, self.topk_threshold, self._threshold_before))
         self._threshold_before = None

@@ -18,6 +18,7 @@ from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.folds import CountedFolds
 from sae_lens_switch.saes.pickling import PicklableSAE
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
@@ -130,7 +131,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     # What the trainer asks
 
     @property
-    def n_experts(self) -> int | None:
+    def expert_layout(self) -> ExpertLayout | None:
         """None without a router."""
         return None
 
@@ -153,8 +154,8 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     def latent_parameters(self) -> LatentParameters:
         """The parameters whose rows a row-sparse optimiser may step one by one."""
 
-    def settle_start(self, is_finite: Tensor | bool) -> None:
-        """Called once the step's outcome is known: an initialisation from a non-finite step is reverted."""
+    def settle_step(self, is_finite: Tensor) -> None:
+        """Called with the step's outcome: what it began is kept, or reverted if loss or gradient were non-finite."""
 
     def after_own_step(self) -> None:
         """Called at the end of a step of an optimiser that applies the decoder's constraint itself."""
@@ -225,10 +226,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         pass
 
     def _encode_dense(self, inputs_BD: Tensor) -> tuple[Tensor, Tensor, Assignment | None]:
-        """Dense latents [B, F], what was selected [B, K], and the routing, for hooks on the dense latents.
-
-        Of an SAE that does not leave such a step to SAELens, as sparse_topk does.
-        """
+        """For hooks on dense latents, unless SAELens takes the step: latents [B, F], those selected [B, K], routing."""
         raise NotImplementedError
 
     def _route(self, inputs_BD: Tensor) -> Assignment | None:  # noqa: ARG002, there is one expert

@@ -17,20 +17,23 @@ from sae_lens_switch.saes.serialization import FRESH, digits, take_exact
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
 
-_ROUTER = ("W_router", "b_router")
+_ROUTER = ("W_router", "b_router", "expert_bias")
 
 
 class SwitchBase(SparseSAE):
     """What training and inference share.
 
     Router   p = softmax((x - b_router) @ W_router), e = argmax p, in float32 whatever the SAE's dtype
+             with load_balancing="bias": e = argmax (logits + expert_bias)
     Encoder  z = TopK_K(relu((x - b_dec) @ W_enc[:, block e])), f = p_e z
-             with A active experts: f = TopK_K(g_e relu((x - b_dec) @ W_enc)) over the blocks of all A, g_e their gates
+             with A active experts: f = TopK_K(g_e relu((x - b_dec) @ W_enc)) over the blocks of all A, g_e their gates,
+             and over the latents of shared experts, whose gate is 1
     Decoder  x_hat = f @ W_dec + b_dec, linear in any dense f
     """
 
     W_router: nn.Parameter
     b_router: nn.Parameter
+    expert_bias: Tensor | None
 
     def __init__(self, cfg: SwitchSAEConfig | SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -44,6 +47,8 @@ class SwitchBase(SparseSAE):
         W_router_DE = torch.empty(self.cfg.d_in, self.cfg.n_experts, dtype=router_dtype(self.dtype), device=self.device)
         self.W_router = nn.Parameter(W_router_DE.uniform_(-1, 1) / self.cfg.d_in**0.5)
         self.b_router = nn.Parameter(W_router_DE.new_zeros(self.cfg.d_in))
+        is_biased = self.cfg.load_balancing == "bias"
+        self.register_buffer("expert_bias", W_router_DE.new_zeros(self.cfg.n_experts) if is_biased else None)
 
     # Encoding
 
@@ -80,7 +85,8 @@ class SwitchBase(SparseSAE):
 
     def _route(self, inputs_BD: Tensor) -> Assignment:
         logits = self._router_logits(inputs_BD)
-        return assign(logits, self.hook_sae_router_probs(logits.softmax(dim=-1)), self.cfg.n_active_experts)
+        probs = self.hook_sae_router_probs(logits.softmax(dim=-1))
+        return assign(logits, probs, self.cfg.n_active_experts, self.expert_bias)
 
     def _router_logits(self, inputs_BD: Tensor) -> Tensor:
         return self.hook_sae_router_logits(router_logits(inputs_BD, self.W_router, self.effective_router_bias))
@@ -99,6 +105,7 @@ class SwitchBase(SparseSAE):
             self.W_enc.T,
             self.cfg.k,
             self.cfg.n_experts,
+            n_shared=self.cfg.layout.shared_width,
             gates_B=None if gates is None else gates.detach(),
             pre_bias_D=self.pre_bias,
             encoder_precision=self.encoder_precision,
@@ -120,24 +127,25 @@ class SwitchBase(SparseSAE):
     def _encode_hooked(self, x: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
         """As ``_encode_codes``, with pre-activations laid out densely for ``hook_sae_acts_pre`` to see and edit.
 
-        Only the chosen expert's block is computed; the others are zero and cannot be selected.
+        Only the shared block and those of the chosen experts are computed; the others are zero and cannot be selected.
         """
-        E, M = self.cfg.n_experts, self.cfg.d_sae // self.cfg.n_experts
+        layout = self.cfg.layout
         centered_BD = self._centered(x).reshape(-1, x.shape[-1])
         experts_BA, gates_BA = self._chosen(assignment)
         pre_BF = centered_BD.new_zeros(len(centered_BD), self.cfg.d_sae)
-        for e in range(E):
-            rows = (experts_BA == e).any(1).nonzero().flatten()
-            block = slice(e * M, (e + 1) * M)
+        shared = slice(layout.shared_width)
+        pre_BF[:, shared] = (centered_BD @ self.W_enc[:, shared]).to(pre_BF.dtype)
+        for e in range(layout.n_experts):
+            rows, block = (experts_BA == e).any(1).nonzero().flatten(), layout.latents_of(e)
             pre_BF[rows, block] = (centered_BD[rows] @ self.W_enc[:, block]).to(pre_BF.dtype)
         pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], self.cfg.d_sae))
-        blocks = (assignment.experts_BA.unsqueeze(-1) * M + torch.arange(M, device=x.device)).flatten(-2)
-        mine = ranked = pre.gather(-1, blocks)
-        if gates_BA is not None and self.cfg.n_active_experts > 1:
-            gates = gates_BA.detach().to(pre.dtype).repeat_interleave(M, dim=1)
-            ranked = mine.relu() * gates.view(mine.shape)
+        latents = layout.latents(assignment.experts_BA)
+        mine = ranked = pre.gather(-1, latents)
+        if gates_BA is not None and self._mixes_gates:
+            gates = gates_BA.detach().to(pre.dtype).view(assignment.experts_BA.shape)
+            ranked = mine.relu() * code_gates(gates, assignment.experts_BA, layout.experts_of(latents))
         place = ranked.topk(self.cfg.k, dim=-1).indices
-        codes = SparseCodes(mine.gather(-1, place).relu(), blocks.gather(-1, place), self.cfg.d_sae)
+        codes = SparseCodes(mine.gather(-1, place).relu(), latents.gather(-1, place), self.cfg.d_sae)
         return SparseCodes(self._gated(codes, assignment), codes.indices, self.cfg.d_sae).to_dense(), pre
 
     def _gated(self, codes: SparseCodes, assignment: Assignment) -> Tensor:
@@ -145,10 +153,14 @@ class SwitchBase(SparseSAE):
         gates = self._gates(assignment)
         if gates is None:
             return codes.values
-        if self.cfg.n_active_experts > 1:
-            experts = torch.div(codes.indices, self.cfg.d_sae // self.cfg.n_experts, rounding_mode="floor")
-            gates = code_gates(gates, assignment.experts_BA, experts)
+        if self._mixes_gates:
+            gates = code_gates(gates, assignment.experts_BA, self.cfg.layout.experts_of(codes.indices))
         return codes.values * gates.to(codes.values.dtype)
+
+    @property
+    def _mixes_gates(self) -> bool:
+        """Whether latents with different gates compete for the k places of a token."""
+        return self.cfg.n_active_experts > 1 or self.cfg.n_shared_experts > 0
 
     # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here
 
@@ -175,11 +187,11 @@ class SwitchBase(SparseSAE):
     def fold_W_dec_norm(self) -> None:
         """Fold decoder norms into the encoder where that is exact: when those that compete are equal.
 
-        These are the norms within each expert, or all where a token has several experts. Raises NotImplementedError
-        otherwise, since rescaled pre-activations would select other latents.
+        These are the norms within each expert, or all where a token has several experts, shared ones included. Raises
+        NotImplementedError otherwise, since rescaled pre-activations would select other latents.
         """
-        competing = self.cfg.n_experts if self.cfg.n_active_experts == 1 else 1
-        norms_EM = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1).view(competing, -1)
+        norms_F = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1)
+        norms_EM = norms_F.unsqueeze(0) if self._mixes_gates else self.cfg.layout.by_expert(norms_F)
         spread_E = norms_EM.amax(1) / norms_EM.amin(1) - 1
         # Rows of equal norm differ by their rounding to the dtype, and by the rounding of the norms themselves.
         tolerance = 2 * torch.finfo(self.dtype).eps + 16 * torch.finfo(norms_EM.dtype).eps
@@ -196,27 +208,31 @@ class SwitchBase(SparseSAE):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """A change of dtype leaves the router in float32, bit for bit: bf16 would reroute tokens."""
-        before = {name: getattr(self, name).data for name in _ROUTER}
+        before = {name: t.data for name, t in self._router().items()}
         super()._apply(fn, recurse)
-        for name, data in before.items():
-            parameter = getattr(self, name)
-            wanted = router_dtype(parameter.dtype)
-            if parameter.dtype != wanted:
-                parameter.data = data.to(parameter.device, wanted)
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.to(wanted)
+        for name, t in self._router().items():
+            wanted = router_dtype(t.dtype)
+            if t.dtype != wanted:
+                t.data = before[name].to(t.device, wanted)
+                if t.grad is not None:
+                    t.grad = t.grad.to(wanted)
         return self
+
+    def _router(self) -> dict[str, Tensor]:
+        """All that routes, by name."""
+        named = {"W_router": self.W_router, "b_router": self.b_router, "expert_bias": self.expert_bias}
+        return {name: t for name, t in named.items() if t is not None}
 
     @override
     def process_state_dict_for_saving(self, state_dict: StateDict) -> None:
         super().process_state_dict_for_saving(state_dict)
-        for name in _ROUTER:
+        for name in self._router():
             # SAELens casts every tensor of a file to the dtype it is loaded in before we see it.
             state_dict[f"{name}_digits"] = digits(state_dict[name])
 
     @override
     def process_state_dict_for_loading(self, state_dict: StateDict) -> None:
-        expected = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        expected = {name: tuple(t.shape) for name, t in self.state_dict().items()}
         for name, shape in expected.items():
             if name not in state_dict:
                 raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
-from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode
+from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode, update_expert_bias
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +20,7 @@ from sae_lens_switch.saes.decoder_constraint import (
     normalize_rows_,
     project_out_rows_,
 )
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import (
     Assignment,
     RoutingStatistics,
@@ -27,6 +28,7 @@ from sae_lens_switch.saes.router import (
     expert_load,
     load_balance_loss,
     router_dtype,
+    router_z_loss,
     spread,
 )
 from sae_lens_switch.saes.serialization import FRESH
@@ -39,15 +41,18 @@ from sae_lens_switch.saes.switch_sae import SwitchBase
 class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     """A Switch SAE in training: reconstruction plus load balance, under SAELens's trainer or any loop.
 
-    Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; and AuxK
-    (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead latents of a token's own experts, weighted by their
-    gates, reconstruct the token's residual.
+    Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; the router
+    z-loss with ``router_z_loss_coefficient``; and AuxK (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead
+    latents of a token's own experts, weighted by their gates, and of shared ones, reconstruct the token's residual.
+    Load balance concerns routed experts alone. With ``load_balancing="bias"`` each optimiser step also moves
+    ``expert_bias``.
     A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK is then left out.
     """
 
     def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self._start = FirstBatchStart(self.named_parameters() if self.device.type != "meta" else None)
+        self._counts_E: Tensor | None = None  # tokens of each expert since the last optimiser step
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -80,8 +85,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @property
     @override
-    def n_experts(self) -> int:
-        return self.cfg.n_experts
+    def expert_layout(self) -> ExpertLayout:
+        return self.cfg.layout
 
     @override
     def latent_parameters(self) -> LatentParameters:
@@ -113,8 +118,16 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         self._start = FirstBatchStart(self.named_parameters() if value else None)
 
     @override
-    def settle_start(self, is_finite: Tensor | bool) -> None:
+    def settle_step(self, is_finite: Tensor) -> None:
         self._start.settle(self.named_parameters(), is_finite)
+        self._balance(is_finite)
+
+    @torch.no_grad()
+    def _balance(self, is_finite: Tensor) -> None:
+        """Move ``expert_bias`` against the load of the step."""
+        counts_E, self._counts_E = self._counts_E, None
+        if counts_E is not None and self.expert_bias is not None:
+            update_expert_bias(self.expert_bias, counts_E, is_finite, self.cfg.load_balance_bias_rate)
 
     @override
     def _has_loaded(self, is_fresh: bool) -> None:
@@ -130,14 +143,14 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             found = start_from_batch(batch_BD, self.W_router, self.cfg.bias_start, self.cfg.router_start_std)
             if found is not None and self._start.begin(self.named_parameters(), found.values):
                 logger.log(found.level, found.description)
-        if self.cfg.normalize_decoder or self.cfg.tie_router_bias:
+        if self.cfg.normalize_decoder or self.cfg.tie_router_bias or self.expert_bias is not None:
             constrain_optimizer_steps(self)
 
     @override
     def _route_batch(self, inputs_BD: Tensor) -> Assignment:
         if has_hooks(self.hook_sae_router_probs) or self.cfg.n_active_experts > 1:
             return self._route(inputs_BD)
-        return assign_batch(self._router_logits(inputs_BD))
+        return assign_batch(self._router_logits(inputs_BD), self.expert_bias)
 
     @override
     def _autoencode(
@@ -152,6 +165,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             self.cfg.k,
             expert_B=experts_BA,
             n_experts=self.cfg.n_experts,
+            n_shared=self.cfg.layout.shared_width,
             gates_B=gates_BA,
             pre_bias_D=self.pre_bias,
             dead_N=dead.indices_N,
@@ -173,17 +187,28 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     ) -> RoutingStatistics:
         assert assignment is not None
         load_E = expert_load(assignment)
-        balance = load_balance_loss(assignment, load_E)
-        losses["load_balance_loss"] = step_input.coefficients["load_balance"] * self._load_balance_scale(x_BD) * balance
-        statistics = RoutingStatistics(load_E, assignment.gates_BA.detach().flatten(), step_input.dead_neuron_mask)
+        balance, scale = load_balance_loss(assignment, load_E), self._load_balance_scale(x_BD)
+        losses["load_balance_loss"] = step_input.coefficients["load_balance"] * scale * balance
+        if self.cfg.router_z_loss_coefficient:
+            z_loss = router_z_loss(assignment.logits_BE)
+            losses["router_z_loss"] = self.cfg.router_z_loss_coefficient * scale * z_loss
+        if self.expert_bias is not None and torch.is_grad_enabled():
+            self._count(load_E, assignment.experts_BA.numel())
+        gates_B = assignment.gates_BA.detach().flatten()
+        statistics = RoutingStatistics(load_E, gates_B, self.cfg.layout, step_input.dead_neuron_mask)
         metrics.update(load_balance=balance.detach(), **statistics.metrics())
         return statistics
+
+    def _count(self, load_E: Tensor, n_choices: int) -> None:
+        counts_E = (load_E * n_choices).round()  # whole numbers, so that an even load is found to be even
+        self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
 
     @override
     def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
         is_finite = bool(torch.isfinite(loss))
-        self.settle_start(is_finite)
+        self._start.settle(self.named_parameters(), is_finite)
         if not is_finite:
+            self._counts_E = None
             raise ValueError(why_not_finite(x_BD, step))
 
     @override
@@ -217,15 +242,19 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @override
     def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:
-        if self.cfg.n_experts == 1:
+        layout = self.cfg.layout
+        if layout.n_experts == 1:
             return n_dead
-        return int(dead_F.view(self.cfg.n_experts, -1).sum(1).topk(self.cfg.n_active_experts).values.sum())
+        of_experts = layout.by_expert(dead_F).sum(1).topk(self.cfg.n_active_experts).values.sum()
+        return int(of_experts + layout.shared(dead_F).sum())
 
     @override
     def _n_dead(self, dead_N: Tensor, dead_F: Tensor | None, assignment: Assignment | None) -> Tensor:
         assert dead_F is not None
         assert assignment is not None
-        return dead_F.view(self.cfg.n_experts, -1).sum(1)[assignment.experts_BA.flatten(0, -2)].sum(-1)
+        layout = self.cfg.layout
+        of_experts_B = layout.by_expert(dead_F).sum(1)[assignment.experts_BA.flatten(0, -2)].sum(-1)
+        return of_experts_B + layout.shared(dead_F).sum()
 
     # Around the step of an optimiser that knows nothing of the constraint
 
@@ -240,6 +269,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         if self.cfg.normalize_decoder and self.W_dec.requires_grad:
             normalize_rows_(self.W_dec)
         self.after_own_step()
+        if self.expert_bias is not None:
+            self._balance(torch.ones((), dtype=torch.bool, device=self.expert_bias.device))
 
     # Files and logs
 
@@ -258,5 +289,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         norms_E = self.W_router.detach().norm(dim=0).cpu().numpy()
         histograms = {**super().log_histograms(), "weights/W_router_norms": norms_E}
+        if self.expert_bias is not None:
+            histograms["weights/expert_bias"] = self.expert_bias.cpu().numpy()
         # In float64: between float32 numbers as close as the norms of unit rows numpy finds no room for bins.
         return {name: values.astype("float64") for name, values in histograms.items()}

@@ -53,7 +53,10 @@ def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
     routing, metrics = None, last.metrics
     if routings:
         routing = RoutingStatistics(
-            mean([r.load_E for r in routings]), torch.cat([r.gates_B for r in routings]), routings[-1].dead_latents_F
+            mean([r.load_E for r in routings]),
+            torch.cat([r.gates_B for r in routings]),
+            routings[-1].layout,
+            routings[-1].dead_latents_F,
         )
         balance = mean([output.metrics["load_balance"] for output in outputs])
         metrics = {"load_balance": balance, **routing.metrics()}

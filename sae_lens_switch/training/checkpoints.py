@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,8 @@ from sae_lens_switch.training.manifest import (
 
 # In a checkpoint of a run that scales its activations: what training resumes from.
 TRAINING_FOLDER = "training"
+# In one of several processes with divided experts: what all of them share.
+SHARED = "trainer.pt"
 _FINAL, _DIVERGED = "final_", "diverged_"
 
 
@@ -63,9 +65,10 @@ class Session:
 
 
 @contextmanager
-def whole_folder(path: Path, facts: Json) -> Iterator[Path]:
+def whole_folder(path: Path, facts: Json, fingerprints: Mapping[str, Json] | None = None) -> Iterator[Path]:
     """A folder to write a checkpoint into: renamed to ``path`` when the block succeeds, removed otherwise.
 
+    ``fingerprints`` are those of files that other processes have written and read back, known by the block's end.
     Raises OSError if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ def whole_folder(path: Path, facts: Json) -> Iterator[Path]:
     try:
         yield folder
         files = sorted(f for f in folder.rglob("*") if f.is_file())
-        write_manifest(folder, files, facts)
+        write_manifest(folder, files, facts, fingerprints or {})
         for entry in [*files, folder / MANIFEST, *(f for f in folder.rglob("*") if f.is_dir()), folder]:
             sync(entry)
         with locked(path.parent):

@@ -18,8 +18,8 @@ from sae_lens_switch.training.routing_monitor import RoutingMonitor
 # one of the two with nearly all of the probability that the busiest had.
 _TWIN_WIDTH = 2.0
 _REMEDY = (
-    "raise load_balance_coefficient or lower the learning rate; or let the trainer counter it: "
-    "on_collapse='raise_coefficient' or 'reseed'"
+    "raise load_balance_coefficient, or load_balance_bias_rate, or lower the learning rate; or let the trainer counter "
+    "it: on_collapse='raise_coefficient' or 'reseed'"
 )
 
 
@@ -82,13 +82,13 @@ def reseed(sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: 
     if frozen:
         logger.warning(f"on_collapse='reseed' changes nothing, because {' and '.join(frozen)} have requires_grad=False")
         return []
-    E, M = sae.cfg.n_experts, sae.cfg.d_sae // sae.cfg.n_experts
+    layout, M = sae.cfg.layout, sae.cfg.layout.expert_width
     bias = sae.effective_router_bias
     pairs = []
     for expert in experts:
         logits_BE = router_logits(x_BD, sae.W_router, bias)
-        chosen_B = logits_BE.argmax(dim=1)
-        busiest = int(torch.bincount(chosen_B, minlength=E).argmax())
+        chosen_B = (logits_BE if sae.expert_bias is None else logits_BE + sae.expert_bias).argmax(dim=1)
+        busiest = int(torch.bincount(chosen_B, minlength=layout.n_experts).argmax())
         mine_BD = x_BD[chosen_B == busiest].to(sae.W_router.dtype)
         if expert == busiest or len(mine_BD) < 2:
             continue
@@ -101,7 +101,9 @@ def reseed(sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: 
         direction_D -= offset * (mine_BD.mean(dim=0) - bias)
         sae.W_router[:, expert] = sae.W_router[:, busiest] - direction_D
         sae.W_router[:, busiest] += direction_D
-        target, source = (slice(e * M, (e + 1) * M) for e in (expert, busiest))
+        if sae.expert_bias is not None:
+            sae.expert_bias[expert] = sae.expert_bias[busiest]
+        target, source = map(layout.latents_of, (expert, busiest))
         for p, latent_dim in ((sae.W_enc, 1), (sae.W_dec, 0)):
             p.detach().narrow(latent_dim, target.start, M).copy_(p.detach().narrow(latent_dim, source.start, M))
             for t in _state(p, optimizer):

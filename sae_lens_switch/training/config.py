@@ -19,6 +19,8 @@ class TrainerOptions:
         optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which only updates latents that were active in the step, at most k per token, however wide the dictionary.
         gradient_accumulation_steps (int): Number of parts in which each batch is computed, one after the other, in the memory of one part; their gradients are summed. Batch statistics, such as the load balance, are computed per part.
         cuda_graph (bool): Capture the training step as one CUDA graph and replay it, which removes the host's part, most of a small step. Results are the same but for the learning rate's rounding to float32. Requires "adam", and switch or sparse_topk without auxiliary loss. No effect on a CPU.
+        expert_parallel (int): Number of processes that the experts of a Switch SAE are divided over; it divides n_experts and the number of processes that torchrun has started. With 1, every process has all experts, and the processes divide the data.
+        rank_timeout (float): Seconds after which a process of a parallel run that does not answer counts as lost, and the others stop. Longer than it takes to write a checkpoint.
         max_grad_norm (float | None): Gradients are clipped to this total norm. None: they are not.
         resume (str | None): A checkpoint to resume from, or "latest": the newest intact one below checkpoint_path, if there is one.
         keep_checkpoints (int | None): Number of checkpoints to keep; older ones are removed. None: keep all. The final one is always kept.
@@ -31,6 +33,8 @@ class TrainerOptions:
     optimizer: OptimizerName = "adam"
     gradient_accumulation_steps: int = 1
     cuda_graph: bool = False
+    expert_parallel: int = 1
+    rank_timeout: float = 600.0
     max_grad_norm: float | None = 1.0
     resume: str | None = None
     keep_checkpoints: int | None = None
@@ -84,6 +88,15 @@ class SparseSAETrainerConfig(TrainerOptions, SAETrainerConfig):
         if isinstance(cfg, cls):
             return cfg
         return cls(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
+
+
+def refuse_several_processes(expert_parallel: int) -> None:
+    """Raises ValueError for experts on several processes, where there is but one."""
+    if expert_parallel > 1:
+        raise ValueError(
+            f"expert_parallel must be 1 in a run of one process; got {expert_parallel}. Start several with torchrun, and "
+            "train with ParallelSparseSAETrainer or python -m sae_lens_switch.train"
+        )
 
 
 def scaling_law_lr(d_sae: int) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.printable import logger
-from sae_lens_switch.common.progress import Bar, Sentences, progress, track
+from sae_lens_switch.common.progress import Bar, Sentences, Silent, progress, track
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.common.types import Metrics, Options
 from sae_lens_switch.saes.serialization import fold_activation_scaler
@@ -43,7 +43,7 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if self.cfg.resume is not None and self.n_training_steps == 0:
             self.resume(self.cfg.resume)
         self.restore_training_weights()
-        if bad := non_finite_parameters(self.sae):
+        if bad := self._non_finite_weights():
             raise ValueError(f"weights of the SAE must be finite to train it; those of {', '.join(bad)} are not")
         with self._interruption, self._progress() as progress:
             try:
@@ -61,15 +61,22 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._finish()
         return self.sae
 
-    def _step_and_log(self, batch: Tensor, progress: Bar | Sentences) -> None:
+    def _step_and_log(self, batch: Tensor, progress: Bar | Sentences | Silent) -> None:
         """A function of its own, so that no reference to a step's tensors is alive when the next begins."""
+        before = self.n_training_samples
         output = self.step(batch)
+        self._log_step(output)
+        self.n_training_steps += 1
+        self._checkpoint_if_needed()
+        progress.update(self.n_training_samples - before, lambda: self._describe(output))
+
+    def _log_step(self, output: TrainStepOutput) -> None:
         if self.cfg.logger.log_to_wandb:
             self._log_train_step(output)
             self._run_and_log_evals()
-        self.n_training_steps += 1
-        self._checkpoint_if_needed()
-        progress.update(batch[..., 0].numel(), lambda: self._describe(output))
+
+    def _non_finite_weights(self) -> list[str]:
+        return non_finite_parameters(self.sae)
 
     def _next_batch(self) -> Tensor | None:
         self._interruption.check()
@@ -85,7 +92,7 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
         return batch
 
-    def _progress(self) -> Bar | Sentences:
+    def _progress(self) -> Bar | Sentences | Silent:
         return progress(self.cfg.total_training_samples, self.n_training_samples, "Training SAE", "trained on")
 
     def _estimate_normalization(self) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,15 @@ MANIFEST = "checkpoint.json"
 # How long a run is to be, and with it the end of its schedule, may change between a checkpoint and the resumed run.
 MAY_CHANGE = {"total_training_samples", "lr_decay_steps"}
 # What checkpoints from before a field was there have for it.
-_BEFORE = {"encoder_precision": "full", "n_active_experts": 1}
+_BEFORE = {
+    "encoder_precision": "full",
+    "n_active_experts": 1,
+    "n_shared_experts": 0,
+    "shared_width": None,
+    "load_balancing": "loss",
+    "load_balance_bias_rate": 0.01,
+    "router_z_loss_coefficient": 0.0,
+}
 ORDERED_BY = ("n_training_samples", "saved_at")
 
 
@@ -26,11 +34,12 @@ def has_manifest(folder: Path) -> bool:
     return os.path.exists(folder / MANIFEST)  # which raises nothing, whatever is there
 
 
-def write_manifest(folder: Path, files: Iterable[Path], facts: Json) -> None:
-    """``facts``, with the time and the fingerprints of ``files``, into the checkpoint's folder."""
+def write_manifest(folder: Path, files: Iterable[Path], facts: Json, known: Mapping[str, Json]) -> None:
+    """``facts``, with the time and the fingerprints of ``files``, into the checkpoint's folder; some may be known."""
+    names = {f.relative_to(folder).as_posix(): f for f in files}
     manifest = facts | {
         "saved_at": round(time.time(), 3),  # so that it is another number if any digit changes
-        "files": {f.relative_to(folder).as_posix(): _fingerprint(f) for f in files},
+        "files": {name: known.get(name) or fingerprint(f) for name, f in names.items()},
     }
     manifest = json.loads(json.dumps(manifest, default=str))
     (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
@@ -74,7 +83,7 @@ def _check_file(path: Path, name: str, expected: Json) -> None:
             f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, it was written with "
             f"{expected['bytes']}"
         )
-    if _fingerprint(file) != expected:
+    if fingerprint(file) != expected:
         raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written (SHA-256 differs)")
 
 
@@ -116,7 +125,7 @@ def _differences(saved: Json, wanted: Json) -> Iterator[str]:
             yield f"{name} was {a!r}, is {b!r}"
 
 
-def _fingerprint(file: Path) -> Json:
+def fingerprint(file: Path) -> Json:
     digest = hashlib.sha256()
     with open(file, "rb") as handle:
         while chunk := handle.read(1 << 20):

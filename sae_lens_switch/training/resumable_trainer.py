@@ -23,7 +23,7 @@ from sae_lens_switch.common.progress import track
 from sae_lens_switch.common.types import Json, Options, StateDict
 from sae_lens_switch.saes.serialization import fold_activation_scaler
 from sae_lens_switch.training import checkpoints, manifest
-from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
+from sae_lens_switch.training.checkpoints import SHARED, TRAINING_FOLDER
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.history import History
 
@@ -37,6 +37,7 @@ _SOURCE = (
 _NOT_IN_CHECKPOINT = {
     *("device", "checkpoint_path", "n_checkpoints", "save_final_checkpoint", "logger", "resume"),
     *("keep_checkpoints", "max_skipped_steps", "gradient_accumulation_steps", "cuda_graph"),
+    *("expert_parallel", "rank_timeout"),
 }
 
 
@@ -162,6 +163,9 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         super().save_trainer_state(checkpoint_path)
+        torch.save(self._state_beyond_saelens(), checkpoint_path / STATE_FILENAME)
+
+    def _state_beyond_saelens(self) -> StateDict:
         state: StateDict = {
             **self._own_state(),
             "n_batches_drawn": self.n_batches_drawn,
@@ -174,7 +178,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         }
         if isinstance(self.data_provider, ResumableData):
             state["data"] = self.data_provider.state_dict()
-        torch.save(state, checkpoint_path / STATE_FILENAME)
+        return state
 
     # Resuming
 
@@ -194,14 +198,12 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if checkpoint == "latest":
             if self.cfg.checkpoint_path is None:
                 raise ValueError("resume='latest' needs a checkpoint_path; it is None")
-            path = checkpoints.latest(
-                self.cfg.checkpoint_path, self.config_of_record(), self.cfg.total_training_samples
-            )
+            path = self._latest(self.cfg.checkpoint_path)
         if path is None:
             return None
         with checkpoints.loading(path):
             state = self._load(path)
-            self.sae.load_weights_from_checkpoint(path)
+            self.load_weights(path)
             self.restore_training_weights()
         if "data" in state and isinstance(self.data_provider, ResumableData):
             self.data_provider.load_state_dict(state["data"])
@@ -210,6 +212,16 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         _restore_random(state)  # last, since drawing may have used random numbers
         logger.info(f"resumed from {path} at {self.n_training_samples} samples")
         return path
+
+    def load_weights(self, path: Path) -> None:
+        """The SAE of a checkpoint."""
+        self.sae.load_weights_from_checkpoint(path)
+
+    def _latest(self, base: str) -> Path | None:
+        return checkpoints.latest(base, self.config_of_record(), self.cfg.total_training_samples)
+
+    def _verify(self, path: Path) -> None:
+        checkpoints.verify(path, self.config_of_record())
 
     def _draw_and_drop(self, path: Path) -> None:
         for i in track(range(self.n_batches_drawn), desc="Returning to the place in the activations"):
@@ -233,7 +245,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _load(self, path: Path) -> StateDict:
         """Everything but what concerns the activations and random numbers, which is returned."""
-        checkpoints.verify(path, self.config_of_record())
+        self._verify(path)
         self._check_source(path)
         self.session.go_on_from(path)
         training = path / TRAINING_FOLDER
@@ -241,9 +253,8 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         training = training if training.is_dir() else path
         self._load_saelens_state(path, training)
         self.history.load(path)
-        state: StateDict = {}
-        if (training / STATE_FILENAME).exists():
-            state = torch.load(training / STATE_FILENAME, map_location="cpu", weights_only=True)
+        state = self._read_state_beyond_saelens(training)
+        if state:
             self.n_batches_drawn = state["n_batches_drawn"]
             self._restore_own_state(state)
             for name, values in state["coefficients"].items():
@@ -259,6 +270,16 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
         return state
 
+    def _read_state_beyond_saelens(self, folder: Path) -> StateDict:
+        if not (folder / STATE_FILENAME).exists():
+            return {}
+        return torch.load(folder / STATE_FILENAME, map_location="cpu", weights_only=True)
+
+    def _read_saelens_state(self, folder: Path) -> None:
+        if (folder / SHARED).exists():
+            raise checkpoints.CheckpointError(f"checkpoint {folder} is of several processes: resume it under torchrun")
+        super().load_trainer_state(folder)
+
     def _load_saelens_state(self, path: Path, training: Path) -> None:
         """SAELens's part, and the schedule of a run whose planned length has changed."""
         plan = {name: value for name, value in vars(self.cfg).items() if name in manifest.MAY_CHANGE}
@@ -266,7 +287,7 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         changes = plan | plan_before != plan
         if changes:
             self.lr_scheduler = self._make_schedule(replace(self.cfg, **plan_before))  # what is saved is of this one
-        super().load_trainer_state(training)
+        self._read_saelens_state(training)
         if changes:
             self._follow_new_plan(plan_before)
 

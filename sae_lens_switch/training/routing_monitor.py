@@ -7,6 +7,8 @@ import wandb
 from sae_lens_switch_kernels import update_loads
 from torch import Tensor
 
+from sae_lens_switch.saes.expert_layout import ExpertLayout
+
 # EMA decay of the running expert load, per step.
 _LOAD_DECAY = 0.02
 
@@ -33,9 +35,10 @@ class Collapse:
 class RoutingMonitor:
     """Running statistics of the routing on the SAE's device, read back lazily."""
 
-    def __init__(self, n_experts: int, share: float | None, patience: int, device: str) -> None:
+    def __init__(self, layout: ExpertLayout, share: float | None, patience: int, device: str) -> None:
+        n_experts = layout.n_experts
         self.share = (1 + 1 / n_experts) / 2 if share is None else share
-        self.patience = patience
+        self.layout, self.patience = layout, patience
         self.load_E = torch.full((n_experts,), 1 / n_experts, device=device)
         self.last_load_E = self.load_E
         self.steps_without_E = torch.zeros(n_experts, device=device)
@@ -85,11 +88,10 @@ class RoutingMonitor:
         self, dead_F: Tensor, density_F: Tensor | None, gates_B: Tensor | None
     ) -> dict[str, wandb.Histogram]:
         """Of loads, of each expert's dead latents and mean latent density, and of the gates, for W&B."""
-        E = len(self.load_E)
         values = {
             "load": self.load_E,
-            "dead_latents": dead_F.view(E, -1).sum(1),
-            "latent_density": None if density_F is None else density_F.view(E, -1).mean(1),
+            "dead_latents": self.layout.by_expert(dead_F).sum(1),
+            "latent_density": None if density_F is None else self.layout.by_expert(density_F).mean(1),
             "gates": gates_B,
         }
         # numpy makes bins for finite numbers only, and in float32 not for those that are very close.

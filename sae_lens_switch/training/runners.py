@@ -22,7 +22,7 @@ from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.common.types import AnyTrainingSAE
 from sae_lens_switch.training import checkpoints, field_rules
-from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions
+from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, refuse_several_processes
 from sae_lens_switch.training.hooks import check_hook, check_hook_name
 from sae_lens_switch.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens_switch.training.runner_config import LanguageModelRun, check_language_model_run
@@ -41,6 +41,8 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
         CheckpointError: By ``run``, for a checkpoint that it cannot resume from.
     """
 
+    _is_parallel = False
+
     def __init__(
         self,
         cfg: sae_lens.LanguageModelSAERunnerConfig[Any],
@@ -51,6 +53,8 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
         check_language_model_run(
             cfg, field_rules.RUNNER, cfg.sae
         )  # before the model is loaded; fields may have been set since
+        if isinstance(cfg, TrainerOptions) and not self._is_parallel:
+            refuse_several_processes(cfg.expert_parallel)
         check_run_fits(cfg, cfg.sae)
         _check_dataset(cfg, override_dataset)
         if (
@@ -67,12 +71,19 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
     def run(self) -> AnyTrainingSAE:
         if not self.cfg.use_cached_activations:
             check_hook(self.model, self.cfg, self.cfg.hook_name, self.cfg.hook_head_index, self.cfg.sae.d_in)
+        self._find_checkpoint()
+        with constructing(llm_module, "SAETrainer", self._trainer()):
+            return super().run()
+
+    def _find_checkpoint(self) -> None:
         options = self.cfg if isinstance(self.cfg, TrainerOptions) else None
         _find_checkpoint(self.cfg, None if options is None else options.resume)
         if options is not None:
             options.resume = None  # SAELens's own field tells the trainer
-        with constructing(llm_module, "SAETrainer", SparseSAETrainer):
-            return super().run()
+
+    def _trainer(self) -> Callable[..., SparseSAETrainer[Any, Any]]:
+        """What makes the trainer."""
+        return SparseSAETrainer
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> AnyTrainingSAE:

@@ -21,7 +21,7 @@ from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.accumulation import RowGradsSum, merged, release, without_graph
 from sae_lens_switch.training.activations import ActivationSource, activation_batches
 from sae_lens_switch.training.collapse_response import CollapseResponse
-from sae_lens_switch.training.config import SparseSAETrainerConfig
+from sae_lens_switch.training.config import SparseSAETrainerConfig, refuse_several_processes
 from sae_lens_switch.training.firing import FiringCounter, Firings, firings_of
 from sae_lens_switch.training.history import History
 from sae_lens_switch.training.interruption import Interruption
@@ -30,7 +30,7 @@ from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 from sae_lens_switch.training.optim.selection import optimizer_for
 from sae_lens_switch.training.routing_monitor import RoutingMonitor
-from sae_lens_switch.training.skipped_steps import SkippedSteps, TrainingDivergedError, non_finite_parameters
+from sae_lens_switch.training.skipped_steps import SkippedSteps, TrainingDivergedError
 from sae_lens_switch.training.step_graph import StepGraph
 
 # The host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
@@ -64,6 +64,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     cfg: SparseSAETrainerConfig
     optimizer: ConstrainedAdam | RowSparseAdam
+    _is_parallel = False
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         **kwargs: Any,
     ) -> None:
         cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
+        if not self._is_parallel:
+            refuse_several_processes(cfg.expert_parallel)
         check_trainable(sae.cfg)
         check_device("device", cfg.device)
         check_device("device", sae.cfg.device)
@@ -91,8 +94,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.skipped = SkippedSteps(cfg.max_skipped_steps, cfg.device)
         self.collapse = CollapseResponse(cfg.on_collapse)
         self.routing: RoutingMonitor | None = None
-        if self._sparse_sae is not None and (n_experts := self._sparse_sae.n_experts) is not None:
-            self.routing = RoutingMonitor(n_experts, cfg.collapse_share, cfg.collapse_patience, cfg.device)
+        if self._sparse_sae is not None and (layout := self._sparse_sae.expert_layout) is not None:
+            self.routing = RoutingMonitor(layout, cfg.collapse_share, cfg.collapse_patience, cfg.device)
         self._last_gates_B: Tensor | None = None
         self._interruption = Interruption()
         self.history = History(cfg.total_training_steps)
@@ -209,10 +212,11 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         output = merged(outputs)
         row_grads_sum.put_back()
         with torch.no_grad():
+            output, firings = self._over_ranks(output, firings)
             is_finite = self.optimizer.clipped_step(output.loss, self.cfg.max_grad_norm, self._scalars.get("lr"))
             self.skipped.update(is_finite)
             if self._sparse_sae is not None:
-                self._sparse_sae.settle_start(is_finite)
+                self._sparse_sae.settle_step(is_finite)
             self.firing.count(firings, is_finite, cast(Tensor, self.act_freq_scores))
             if self.routing is not None and isinstance(output, SparseStepOutput) and output.routing is not None:
                 self.routing.update(output.routing.load_E)
@@ -232,6 +236,10 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         with self.autocast_if_enabled:
             return self.sae.training_forward_pass(step_input=step_input)
 
+    def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
+        """Losses, firings and, in place, gradients of all processes together: this one is alone."""
+        return output, firings
+
     def _look(self, x_BD: Tensor) -> None:
         """Report skipped steps and a collapsed router, and stop if training has diverged. Waits for the device."""
         in_a_row = self.skipped.report(self.sae, x_BD, self.n_training_steps)
@@ -246,7 +254,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _save_because_diverged(self) -> str:
         """Skipped steps leave the weights as the last finite step left them. Returns where they are now."""
-        bad = non_finite_parameters(self.sae)
+        bad = self._non_finite_weights()
         if bad:
             return f"Nothing is saved, since these weights are not finite: {', '.join(bad)}"
         where = "nowhere, as checkpoint_path is None"

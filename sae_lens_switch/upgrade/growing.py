@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_lens_switch.common import rules
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.saes.field_rules import SWITCH
-from sae_lens_switch.saes.router import router_logits
+from sae_lens_switch.saes.router import assign, router_logits
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.upgrade.sources import check_folded, sampled_inputs
@@ -28,7 +28,7 @@ def grow(
     Each new expert is a copy of the one that is busiest by then, encoder and decoder, so that whichever of the two a
     token goes to, the same latents are selected. Their two columns of the router are set apart, by equal amounts in
     opposite directions, along the first principal direction of their tokens: each gets about half. Twins share one
-    expert's tokens but no gradient, and so become different.
+    expert's tokens but no gradient, and so become different. Shared experts stay as they are.
     What is not preserved: a token's gate rises or falls as the probability of the twins is divided, and a few
     tokens of other experts change theirs. Each expert's encoder is multiplied by the factor that makes up for the
     gates best, in the sense of least squares. The share of tokens that select other latents is logged.
@@ -58,12 +58,13 @@ def grow(
     x_ND = sampled_inputs(sae, activations, n_tokens, seed)
     source_E, W_router_DE = _with_twins(sae, x_ND, n_experts)
     grown = _wider(sae, source_E, W_router_DE)
-    old_gates_N, old_N = router_logits(x_ND, sae.W_router, sae.effective_router_bias).softmax(dim=1).max(dim=1)
-    gates_N, new_N = router_logits(x_ND, grown.W_router, grown.effective_router_bias).softmax(dim=1).max(dim=1)
+    old_gates_N, old_N = _gates_and_experts(sae, x_ND)
+    gates_N, new_N = _gates_and_experts(grown, x_ND)
     stays_N = source_E[new_N] == old_N
     if sae.cfg.gate == "probability":
         scale_E = _gate_scale(old_gates_N[stays_N], gates_N[stays_N], new_N[stays_N], n_experts)
-        grown.W_enc.mul_(scale_E.to(grown.W_enc.dtype).repeat_interleave(sae.cfg.d_sae // sae.cfg.n_experts))
+        routed = grown.W_enc[:, sae.cfg.layout.shared_width :]
+        routed.mul_(scale_E.to(grown.W_enc.dtype).repeat_interleave(sae.cfg.layout.expert_width))
     grown.is_fresh = False
     moved = 1 - float(stays_N.double().mean())
     logger.info(
@@ -72,12 +73,21 @@ def grow(
     return grown
 
 
+def _gates_and_experts(sae: SwitchTrainingSAE, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token's first expert."""
+    logits_NE = router_logits(x_ND, sae.W_router, sae.effective_router_bias)
+    found = assign(logits_NE, logits_NE.softmax(dim=1), bias_E=sae.expert_bias)
+    return found.gates_BA.squeeze(1), found.experts_BA.squeeze(1)
+
+
 def _with_twins(sae: SwitchTrainingSAE, x_ND: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """For each of the new number of experts, the one whose weights it has, [E]; and the router's columns, [D, E]."""
     W_DE, bias_D = sae.W_router.detach().clone(), sae.effective_router_bias.detach()
     source = list(range(sae.cfg.n_experts))
     while len(source) < n_experts:
         logits_NE = router_logits(x_ND, W_DE, bias_D)
+        if sae.expert_bias is not None:
+            logits_NE = logits_NE + sae.expert_bias[source]
         expert_N = logits_NE.argmax(dim=1)
         counts_E = torch.bincount(expert_N, minlength=len(source))
         busiest = int(counts_E.argmax())
@@ -117,15 +127,18 @@ def _margin(logits_NE: Tensor) -> Tensor:
 
 def _wider(sae: SwitchTrainingSAE, source_E: Tensor, W_router_DE: Tensor) -> SwitchTrainingSAE:
     """A new SAE whose expert e has the weights of expert ``source_E[e]``."""
-    E, M = len(source_E), sae.cfg.d_sae // sae.cfg.n_experts
-    cfg = replace(sae.cfg, d_sae=E * M, n_experts=E, metadata=copy.deepcopy(sae.cfg.metadata))
+    E, layout = len(source_E), sae.cfg.layout
+    d_sae = layout.shared_width + E * layout.expert_width
+    cfg = replace(sae.cfg, d_sae=d_sae, n_experts=E, metadata=copy.deepcopy(sae.cfg.metadata))
     grown = SwitchTrainingSAE(cfg)
-    latents_F = (source_E.unsqueeze(1) * M + torch.arange(M, device=source_E.device)).flatten()
+    latents_F = layout.latents(source_E)
     grown.W_enc.copy_(sae.W_enc[:, latents_F])
     grown.W_dec.copy_(sae.W_dec[latents_F])
     grown.b_dec.copy_(sae.b_dec)
     grown.b_router.copy_(sae.b_router)
     grown.W_router.copy_(W_router_DE)
+    if grown.expert_bias is not None and sae.expert_bias is not None:
+        grown.expert_bias.copy_(sae.expert_bias[source_E])
     return grown
 
 

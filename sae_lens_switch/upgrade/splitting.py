@@ -22,6 +22,7 @@ from sae_lens_switch.upgrade.sources import TopK, check_architecture, sampled_in
 
 _COPIED = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations")
 _DECIDED = {*_COPIED, "n_experts", "k", "metadata", "decoder_init_norm", "tie_router_bias"}
+_DECIDED |= {"n_shared_experts", "shared_width"}  # none is: TopK does not say which latents all experts would need
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _config(sae: SAE, topk: TopK, n_experts: int, fields: dict[str, Any]) -> Swi
 
 def _switch_sae(cfg: SwitchTrainingSAEConfig, topk: TopK, scale_E: Tensor, router: FittedRouter) -> SwitchTrainingSAE:
     sae = SwitchTrainingSAE(cfg)
-    scale_F = scale_E.to(topk.W_enc_FD).repeat_interleave(cfg.d_sae // cfg.n_experts)
+    scale_F = scale_E.to(topk.W_enc_FD).repeat_interleave(cfg.layout.expert_width)
     sae.W_enc.copy_((topk.W_enc_FD * scale_F.unsqueeze(1)).T)
     sae.W_dec.copy_(topk.W_dec_FD)
     sae.b_dec.copy_(topk.b_dec_D)

@@ -16,6 +16,7 @@ def test_a_small_benchmark_measures_every_contestant(tmp_path):
     command = [sys.executable, "benchmarks/bench.py", *SMALL, "--output", str(tmp_path / "bench.json")]
     names = ["SAELens topk", "ours: sparse_topk", "all experts, masked, 4 experts", "ours: switch, 4 experts"]
     names[3:3] = ["all experts, masked, 2 of 4 experts", "ours: switch, 2 of 4 experts"]
+    names[5:5] = ["all experts, masked, 4 experts and 1 shared", "ours: switch, 4 experts and 1 shared"]
     result = subprocess.run([*command, "--no-memory", "--only", *names], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads((tmp_path / "bench.json").read_text())

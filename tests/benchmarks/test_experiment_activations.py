@@ -16,9 +16,8 @@ from sae_lens_switch import activation_batches
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_parts():
+def small_batches():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(activations, "_CONTEXTS_PER_PART", 10)
         patched.setattr(activations, "_BATCH", 4)
         yield
 
@@ -206,11 +205,12 @@ def test_a_damaged_part_is_computed_again_and_no_other(folder, contexts, whole, 
     assert cache.file(0).read_bytes() == whole.file(0).read_bytes()
 
 
-def test_other_text_or_another_layer_is_another_cache_or_missing(folder, contexts, whole):
+def test_other_text_or_another_layer_is_another_cache_or_missing(folder, contexts, whole, tmp_path):
+    shutil.copytree(whole.folder.parents[1], tmp_path, dirs_exist_ok=True)  # the other tests' is not to grow
     other = experiments.contexts(folder, "lists")
-    assert experiments.cache_of(folder, other, whole.folder.parents[1]).folder != whole.folder
-    longer = experiments.cache_of(folder, contexts, whole.folder.parents[1], second=64)
-    assert longer.folder == whole.folder
+    assert experiments.cache_of(folder, other, tmp_path).folder.name != whole.folder.name
+    longer = experiments.cache_of(folder, contexts, tmp_path, second=64)
+    assert longer.folder.name == whole.folder.name
     assert longer.missing() == list(range(3, longer.n_parts))  # parts that have all layers already stay
 
 

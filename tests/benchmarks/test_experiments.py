@@ -40,11 +40,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(activations, "_CONTEXTS_PER_PART", 10)
-        found = experiments.cache_of(folder, experiments.contexts(folder), tmp_path_factory.mktemp("cache"))
-        list(found.fill())
-        yield found
+    found = experiments.cache_of(folder, experiments.contexts(folder), tmp_path_factory.mktemp("cache"))
+    list(found.fill())
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ DEFAULT_TYPES = {
     for f in fields(cfg)
 }
 DEFAULT_TYPES |= dict.fromkeys(("lr", "lr_end", "collapse_share", "load_balance_coefficient"), float)
-DEFAULT_TYPES |= dict.fromkeys(("d_in", "d_sae", "aux_k", "keep_checkpoints", "lr_decay_steps"), int)
+DEFAULT_TYPES |= dict.fromkeys(("d_in", "d_sae", "shared_width", "aux_k", "keep_checkpoints", "lr_decay_steps"), int)
 
 TOO_LONG = [2**31, 2**40]
 

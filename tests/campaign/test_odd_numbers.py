@@ -52,6 +52,10 @@ def test_training_on_odd_numbers_stays_finite_or_says_why(trials, record_propert
             fields["aux_loss_coefficient"] = 0.0
         torch.manual_seed(rng.randrange(2**32))
         if rng.random() < 0.7:
+            fields |= {
+                "load_balancing": rng.choice(("loss", "bias")),
+                "router_z_loss_coefficient": rng.choice((0, 1e-3)),
+            }
             fields |= {"bias_start": rng.choice(("geometric_median", "mean", "zeros"))}
             fields |= {"router_start_std": rng.choice((None, 1.0)), "tie_router_bias": rng.random() < 0.3}
             sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(n_experts=E, **fields))

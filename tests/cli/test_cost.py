@@ -16,7 +16,9 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
-from sae_lens_switch.cost import _MATRIX_PRODUCTS, Cost, Machine, describe
+from sae_lens_switch.cost import Cost, Machine, Plan, describe, describe_plan
+from sae_lens_switch.planning.hardware import HARDWARE
+from sae_lens_switch.planning.step_cost import _MATRIX_PRODUCTS
 
 SHAPE = {"d_in": 24, "d_sae": 160, "k": 4}
 MACHINE = Machine(flops=1e11, gather=5e9, regather=2e10, stream=1e10, select=1e9, fresh=2e9)
@@ -26,6 +28,10 @@ MACHINE = Machine(flops=1e11, gather=5e9, regather=2e10, stream=1e10, select=1e9
     ("cost", "sae"),
     [
         (Cost("switch", n_experts=8, **SHAPE), SwitchTrainingSAE(SwitchTrainingSAEConfig(n_experts=8, **SHAPE))),
+        (
+            Cost("switch", n_experts=8, n_shared_experts=1, shared_width=40, **SHAPE),
+            SwitchTrainingSAE(SwitchTrainingSAEConfig(n_experts=8, n_shared_experts=1, shared_width=40, **SHAPE)),
+        ),
         (Cost("sparse_topk", **SHAPE), SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**SHAPE))),
         (Cost("topk", **SHAPE), TopKTrainingSAE(TopKTrainingSAEConfig(**SHAPE))),
     ],
@@ -44,6 +50,11 @@ def test_flops_by_hand():
     assert cost.flops["decoder"] == cost.flops["latent gradient"] == 2 * 32 * 768
     assert cost.flops["router"] == 3 * 2 * 32 * 768
     assert Cost("sparse_topk", d_in=768, d_sae=24576, k=32).paper_flops == 2 * 24576 * 768
+    shared = replace(cost, n_active_experts=2, n_shared_experts=1, shared_width=1536)
+    assert shared.flops["encoder"] == 2 * 768 * (1536 + 2 * 720)
+    assert shared.flops["decoder"] == cost.flops["decoder"]
+    assert shared.bytes_moved["encoder"] == cost.bytes_moved["encoder"]  # of all latents either way
+    assert shared.seconds(MACHINE)["top-k"] == 4096 * (1536 + 2 * 720) / MACHINE.select
     assert (
         sum(v for n, v in Cost("topk", d_in=8, d_sae=64, k=2).flops.items() if "coder" in n or "latent" in n)
         == 10 * 8 * 64
@@ -90,6 +101,18 @@ def test_this_machine_can_be_measured():
         ({"architecture": "topk", "n_experts": 2}, "n_experts must be 1 unless architecture is 'switch'; got 2"),
         ({"n_experts": 7}, "n_experts must divide d_sae=160; got 7"),
         ({"n_experts": 8, "k": 21}, "k must be at most d_sae / n_experts = 20; got 21"),
+        ({"architecture": "topk", "n_shared_experts": 1}, "n_shared_experts must be 0 unless architecture is 'switch'"),
+        ({"n_shared_experts": -1}, "n_shared_experts must be a whole number, at least 0; got -1"),
+        ({"shared_width": 8}, "shared_width must be None without shared experts; got 8"),
+        (
+            {"n_experts": 7, "n_shared_experts": 1, "shared_width": 9},
+            "n_experts must divide d_sae=160 less the 9",
+        ),
+        ({"n_shared_experts": 1, "shared_width": 160}, "n_experts must divide d_sae=160 less the 160 latents"),
+        (
+            {"n_experts": 9, "n_shared_experts": 1, "k": 33},
+            "k must be at most the latents of a token's experts and the shared ones, 32; got 33",
+        ),
         ({"batch": 0}, "batch must be a whole number, at least 1; got 0"),
     ],
 )
@@ -132,3 +155,20 @@ def test_matrix_products_of_saelens_topk_are_those_that_torch_counts():
         sae.training_forward_pass(step).loss.backward()
     flops = Cost("topk", 6, 40, 3, batch=16).flops
     assert counter.get_total_flops() == 16 * sum(flops[name] for name in _MATRIX_PRODUCTS)
+
+
+def test_the_command_plans_a_cluster_and_refuses_what_does_not_fit():
+    wide = ("--plan", "--d-in", "768", "--d-sae", "4194304")
+    done = run_command(*wide, "--n-ranks", "16", "--n-experts", "256", "--load-spread", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == describe_plan(Plan(HARDWARE["h100"], 768, 4194304, 32, 256, 16))
+    assert "4,194,304 latents of 768 numbers in 256 experts of 16,384, 1 active, k 32" in done.stdout
+    for arguments, message in (
+        ((*wide, "--n-ranks", "1", "--reserved-gb", "60"), "n_ranks must be larger: 1 of h100 do not have the memory"),
+        ((*wide, "--architecture", "topk"), "architecture must be 'switch' with --plan; got 'topk'"),
+        ((*wide, "--n-ranks", "16", "--n-experts", "24"), "n_ranks must divide n_experts=24; got 16"),
+    ):
+        refused = run_command(*arguments)
+        assert refused.returncode != 0
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr

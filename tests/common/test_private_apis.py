@@ -2,11 +2,13 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sae_lens_switch
@@ -89,3 +91,14 @@ def test_hooks_of_every_kind_are_seen(register):
     assert torch_private.has_hooks(module)
     handle.remove()
     assert not torch_private.has_hooks(module)
+
+
+def test_parts_of_a_tensor_are_put_together_in_one_file(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    offsets = {"0": ([0, 0], whole[:, :1]), "1": ([0, 1], whole[:, 1:])}
+    for name, (offset, part) in offsets.items():
+        facts = {"DCP_SHARDING_INFO": json.dumps({"W": {"saved_offsets": offset}})}
+        save_file({"W": part.contiguous()}, tmp_path / f"{name}.safetensors", metadata=facts)
+    torch_private.consolidate_safetensors(tmp_path, tmp_path / "out", ["W"])
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert torch.equal(load_file(file)["W"], whole)

@@ -50,7 +50,7 @@ def contexts(folder: Path, kept_out: str | None = None) -> texts.Contexts:
 def cache_of(folder: Path, found: texts.Contexts, output: Path, second: int = 22) -> activations.Cache:
     """Layers 0 and 1, the second one for fewer contexts."""
     source = activations.Source(str(folder / "model"), "AutoModelForCausalLM", HOOK, {0: 64, 1: second}, D_IN)
-    cache = activations.Cache(output / "activations", source, found)
+    cache = activations.Cache(output / "activations", source, found, contexts_per_part=10)
     cache.reserve(0)
     return cache
 

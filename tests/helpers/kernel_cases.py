@@ -59,7 +59,24 @@ OPTIONS = {
     "two experts, gated": {"two_experts", "gates_B", "pre_bias_D"},
     "dead latents of two experts": {"two_experts", "gates_B", "pre_bias_D", "dead_N"},
     "dead latents by expert": {"expert_B", "gates_B", "pre_bias_D", "dead_N"},
+    "shared latents": {"expert_B", "shared"},
+    "shared latents beside two experts, gated": {"two_experts", "shared", "gates_B", "pre_bias_D"},
+    "dead latents, shared and by expert": {"expert_B", "shared", "gates_B", "pre_bias_D", "dead_N"},
+    "dead latents, shared and of two experts": {"two_experts", "shared", "gates_B", "dead_N"},
 }
+
+
+def shared_of(E: int, M: int) -> tuple[int, int]:
+    """A number of shared latents, and of experts, that E * M latents can be divided into; experts are not as wide."""
+    if E == 1:
+        return M // 2, 1
+    return (M + E - 1, E - 1) if M > 1 else (0, E)
+
+
+def expert_of_latents(F: int, constants: dict) -> Tensor:
+    """[F]; negative where shared."""
+    n_shared = constants.get("n_shared", 0)
+    return (torch.arange(F) - n_shared) // ((F - n_shared) // constants.get("n_experts", 1))
 
 
 def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[str, Tensor | int]]:
@@ -73,6 +90,8 @@ def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[st
     leaves = {"x_BD": normal(B, D) + 1, "W_enc_FD": normal(F, D), "W_dec_FD": normal(F, D)}
     optional = {"pre_bias_D": normal(D), "bias_F": normal(F), "gates_B": normal(B).sigmoid()}
     constants: dict = {"k": K}
+    if "shared" in names:
+        constants["n_shared"], E = shared_of(E, M)
     scale, experts = normal(F).exp(), torch.randint(0, E, (B,), generator=generator)
     dead = torch.randperm(F, generator=generator)[: max(1, F // 2)].sort().values
     if "scale_F" in names:

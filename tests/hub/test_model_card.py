@@ -69,6 +69,18 @@ def test_the_card_says_what_the_saes_are(hub):
     )
 
 
+def test_the_card_counts_shared_latents_apart_from_those_of_experts(hub):
+    sae = described(switch(n_shared_experts=1, shared_width=16))
+    upload_with_card({"shared": sae, "none": described(switch())}, log_sparsity={"shared": LOG_SPARSITY})
+    rows = [line for line in card_of(hub).splitlines() if line.startswith(("| `shared`", "| `none`"))]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in rows]
+    routing = {row[0]: row[1:5] for row in cells[2:4]}
+    assert routing == {"shared": [str(E), "1", "6", "16"], "none": [str(E), "1", str(F // E), ""]}
+    density = (10**LOG_SPARSITY)[16:].view(E, 6).sum(1)
+    firings = torch.tensor(config_of(hub, "shared")["metadata"]["measured"]["expert_firings"])
+    torch.testing.assert_close(firings, density / density.sum())
+
+
 def test_a_second_upload_keeps_what_is_there(hub):
     upload_with_card({"first": described(switch())}, metrics={"first": {"l0": 3}}, log_sparsity={"first": LOG_SPARSITY})
     text = card_of(hub).replace("library_name: saelens", "library_name: saelens\nlanguage: en\nlicense: mit")

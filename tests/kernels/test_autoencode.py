@@ -120,7 +120,9 @@ def uninitialised_memory_is_nan(monkeypatch):
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
 @pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
-@pytest.mark.parametrize("names", ["dead latents", "routed and gated", "dead latents by expert"])
+@pytest.mark.parametrize(
+    "names", ["dead latents", "routed and gated", "dead latents by expert", "dead latents, shared and by expert"]
+)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "expanded"])
 def test_layouts_unwritten_memory_and_bits(names, layout, dense_up_to, monkeypatch):
     """Any strides in, every element of every result written, and the same bits on every run."""

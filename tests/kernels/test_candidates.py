@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers.kernel_cases import OPTIONS, assert_close, autoencoder_inputs
+from helpers.kernel_cases import OPTIONS, assert_close, autoencoder_inputs, expert_of_latents
 from sae_lens_switch_kernels import candidates, reference, sparse_autoencode, topk_encode
 from sae_lens_switch_kernels.float8 import Float8Rows
 
 PRECISIONS = pytest.mark.parametrize("precision", ["bfloat16", "float8"])
 SHAPES = pytest.mark.parametrize(
-    ("B", "D", "E", "M", "K"), [(37, 24, 1, 203, 5), (64, 33, 3, 90, 1), (5, 16, 4, 64, 7), (1, 48, 1, 96, 32)]
+    ("B", "D", "E", "M", "K"), [(37, 24, 1, 203, 5), (64, 33, 3, 90, 1), (5, 16, 4, 64, 7), (1, 48, 1, 112, 32)]
 )
 
 
@@ -36,8 +36,11 @@ def test_outputs_and_all_gradients_are_those_of_full_precision_at_the_selected_l
     acts = (centered @ truth["W_enc_FD"].T + bias_F + elsewhere).relu()
     gates_BF = torch.ones(B, 1, dtype=torch.float64)
     if "gates_B" in truth:
-        expert_BF = (torch.arange(E * M) // M).expand(B, -1)
-        gates_BF = reference._gates_at(truth["gates_B"], constants.get("expert_B"), expert_BF)
+        expert_BF = expert_of_latents(E * M, constants).expand(B, -1)
+        expert_B, gates_B = constants.get("expert_B"), truth["gates_B"]
+        if "n_shared" in constants and expert_B.ndim == 1:
+            expert_B, gates_B = expert_B.unsqueeze(1), gates_B.unsqueeze(1)
+        gates_BF = reference._gates_at(gates_B, expert_B, expert_BF)
     out = (acts * gates_BF) @ truth["W_dec_FD"]
     assert_close("out", found.out_BD, out)
     codes = reference.dense_codes(found.values_BK, found.indices_BK, E * M)

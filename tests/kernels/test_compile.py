@@ -54,7 +54,7 @@ KERNELS = {
     ),
 }
 # The router is float32 whatever the SAE's dtype, and knows nothing of D.
-ROUTER = {"route", "shares", "route_backward", "update_loads", "clip"}
+ROUTER = {"route", "shares", "route_backward", "update_loads", "update_expert_bias", "clip"}
 
 
 def compile_all(file, *arguments: str) -> list[dict]:

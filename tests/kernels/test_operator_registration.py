@@ -14,31 +14,39 @@ OPERATORS = {
     "latent_weight_grad of variable codes": lambda t: (t["values_S"], t["indices_S"], t["g"], 8, t["offsets"]),
     "encode": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(None, 0, False),
+        *(None, 0, 0, False),
     ),
     "encode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(torch.bfloat16, 7, False),
+        *(torch.bfloat16, 7, 0, False),
     ),
     "encode over the batch": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 17, 1, torch.float64),
-        *(None, 0, True),
+        *(None, 0, 0, True),
     ),
     "autoencode": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, False),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0, False),
         *(t["W_dec"], torch.arange(4), 2, [], None),
+    ),
+    "encode shared latents": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
+        *(None, 0, 2, False),
+    ),
+    "autoencode shared latents": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
+        *(None, 0, 2, False, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3),
-        *(False, t["W_dec"], torch.arange(4), 2, [], None),
+        *(0, False, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode over the batch": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, None, 0, True),
+        *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, None, 0, 0, True),
         *(t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode over the batch in levels": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, torch.bfloat16, 20, True),
-        *(t["W_dec"], torch.arange(4), 2, [1, 3], torch.tensor([3, 8])),
+        *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, torch.bfloat16, 20),
+        *(0, True, t["W_dec"], torch.arange(4), 2, [1, 3], torch.tensor([3, 8])),
     ),
 }
 
@@ -58,8 +66,9 @@ def test_the_operators_are_torchs_own_citizens(name):
     torch.library.opcheck(getattr(autoencode if operator == "autoencode" else operators, operator), arguments)
 
 
-def test_torch_export_and_compile_trace_through():
-    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B", "gates_B", "pre_bias_D"})
+@pytest.mark.parametrize("more", [set(), {"shared"}], ids=["routed", "shared"])
+def test_torch_export_and_compile_trace_through(more):
+    leaves, constants = autoencoder_inputs(20, 6, 4, 5, 2, {"expert_B", "gates_B", "pre_bias_D"} | more)
 
     class Module(torch.nn.Module):
         def forward(self, x_BD):

@@ -21,19 +21,21 @@ def test_a_copy_from_the_host_is_seen(copies):
 
 
 @pytest.mark.parametrize("low_precision", [(None, 0), (torch.bfloat16, 7)], ids=["full", "bfloat16"])
-@pytest.mark.parametrize("n_experts", [1, 4])
+@pytest.mark.parametrize(("n_experts", "n_shared"), [(1, 0), (4, 0), (4, 16)])
 @pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
 def test_forward_and_backward_copy_nothing_and_wait_for_nothing(
-    copies, n_experts, dense_up_to, low_precision, monkeypatch
+    copies, n_experts, n_shared, dense_up_to, low_precision, monkeypatch
 ):
     pytest.importorskip("triton")
     monkeypatch.setattr(products, "_DENSE_UP_TO", {"meta": dense_up_to})
     x, W_enc, W_dec = on_device(B, D), on_device(F, D), on_device(F, D)
     several = n_experts > 1
-    expert = on_device(B, dtype=torch.int64) if several else None
-    gates = on_device(B) if several else None
+    shape = (B, 1) if n_shared else (B,)
+    expert = on_device(*shape, dtype=torch.int64) if several else None
+    gates = on_device(*shape) if several else None
     pre_bias, bias = on_device(D), None if several else on_device(F)
     encoder = EncoderInputs(x, W_enc, pre_bias, bias, None, expert, gates, K, n_experts, torch.float32, *low_precision)
+    encoder = encoder._replace(n_shared=n_shared)
     decoder = autoencode.DecoderInputs(W_dec, None, 0)
     with pretended_gpu(monkeypatch) as launches:
         outputs = autoencode.forward(encoder, decoder)
@@ -46,6 +48,7 @@ def test_forward_and_backward_copy_nothing_and_wait_for_nothing(
                 None,
                 **saved,
                 n_experts=n_experts,
+                n_shared=n_shared,
                 dtype=torch.float32,
                 needs_x=True,
                 needs_pre_bias=True,
@@ -75,7 +78,7 @@ def test_forward_and_backward_over_a_batch_copy_nothing_and_wait_for_nothing(cop
         saved = {name: known[name] for name in autoencode._SAVED}
         needs = {"needs_x": True, "needs_pre_bias": True}
         upstream = outputs.out_BD, None, None
-        inputs = autoencode.BackwardInputs(*upstream, **saved, n_experts=1, dtype=torch.float32, **needs)
+        inputs = autoencode.BackwardInputs(*upstream, **saved, n_experts=1, n_shared=0, dtype=torch.float32, **needs)
         grads = autoencode.backward(inputs, RowGrads(active_only=False))
     assert launches.n
     assert outputs.out_BD.shape == (B * (1 if ends is None else len(ends)), D)

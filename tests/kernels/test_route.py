@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_lens_switch_kernels import route, update_loads
+from sae_lens_switch_kernels import route, update_expert_bias, update_loads
 from sae_lens_switch_kernels.routing import routed
 from torch import Tensor
 
@@ -13,10 +13,11 @@ def logits_of(B: int, E: int) -> Tensor:
     return torch.randn(B, E, generator=torch.Generator().manual_seed(B), dtype=torch.float64)
 
 
-def by_parts(logits: Tensor):
+def by_parts(logits: Tensor, bias: Tensor | None = None):
     """As it is defined, token by token where that is clearer."""
     probs = torch.stack([row.exp() / row.exp().sum() for row in logits])
-    expert = torch.tensor([max(range(len(row)), key=lambda e, row=row: float(row[e])) for row in probs.detach()])
+    ranked = logits.detach() if bias is None else logits.detach() + bias
+    expert = torch.tensor([max(range(len(row)), key=lambda e, row=row: float(row[e])) for row in ranked])
     gates = torch.stack([row[e] for row, e in zip(probs, expert, strict=True)])
     load = torch.tensor([float((expert == e).sum()) / len(logits) for e in range(logits.shape[1])]).double()
     return probs, expert, gates, load, probs.sum(0) / len(logits)
@@ -24,9 +25,11 @@ def by_parts(logits: Tensor):
 
 @pytest.mark.parametrize(("B", "E"), SHAPES, ids=str)
 @pytest.mark.parametrize("used", [(0,), (2,), (4,), (0, 2, 4), (2, 4)], ids=str)
-def test_outputs_and_every_gradient(B, E, used):
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+def test_outputs_and_every_gradient(B, E, used, biased):
     logits = logits_of(B, E).requires_grad_()
-    ours, truth = route(logits), by_parts(logits)
+    bias = 2 * logits_of(E + 1, E)[0] if biased else None
+    ours, truth = route(logits, bias), by_parts(logits, bias)
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-9)
     upstream = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).double() for i, t in enumerate(truth)]
@@ -43,14 +46,65 @@ def test_ties_go_to_the_first_and_what_is_not_a_number_to_the_first_of_all():
     assert found.gates_B.isnan().tolist() == [False, False, True, True]
 
 
+def test_a_bias_changes_the_choice_and_nothing_else():
+    logits, bias = logits_of(200, 5), 2 * logits_of(1, 5)[0]
+    plain, biased = route(logits), route(logits, bias)
+    assert 20 < (plain.expert_B != biased.expert_B).sum() < 180
+    assert torch.equal(biased.probs_BE, plain.probs_BE)
+    assert torch.equal(biased.importance_E, plain.importance_E)
+    assert torch.equal(biased.gates_B, plain.probs_BE.gather(1, biased.expert_B.unsqueeze(1)).squeeze(1))
+
+
+def test_a_bias_of_zero_or_of_one_number_for_all_changes_no_bit():
+    logits = logits_of(300, 6).float().round(decimals=1)  # with ties
+    for bias in (torch.zeros(6), torch.full((6,), -3.7)):
+        for a, b in zip(route(logits, bias), route(logits), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("size", [90.0, 1e4, 1e30])
+def test_a_huge_bias_sends_everything_to_one_expert_and_overflows_nowhere(size):
+    logits = logits_of(50, 4).float()
+    found = route(logits, torch.tensor([0.0, size, -size, 0.0]))
+    assert found.expert_B.unique().tolist() == [1]
+    assert all(torch.isfinite(t).all() for t in found)
+
+
 def test_it_is_an_operator_of_torch():
     torch.library.opcheck(routed, (logits_of(6, 4).requires_grad_(),))
+    torch.library.opcheck(routed, (logits_of(6, 4).requires_grad_(), logits_of(1, 4)[0]))
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(3), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 0)], ids=str)
 def test_what_cannot_be_logits_is_refused(logits):
     with pytest.raises(ValueError, match="logits_BE must be a floating-point matrix of tokens by experts"):
         route(logits)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(2).double(), torch.zeros(1, 3).double(), torch.zeros(3)], ids=str)
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    with pytest.raises(ValueError, match=r"bias_E must have shape \(3,\) in torch.float64; got"):
+        route(logits_of(4, 3), bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bias_moves_against_the_load_by_a_fixed_amount(dtype):
+    bias = torch.tensor([0.5, -0.5, 0.25], dtype=dtype)
+    update_expert_bias(bias, torch.tensor([10, 1, 1], dtype=dtype), torch.tensor(True), 0.3)
+    # -1, +1 and +1 less their mean, 1/3
+    expected = torch.tensor([0.5 - 0.4, -0.5 + 0.2, 0.25 + 0.2], dtype=dtype)
+    torch.testing.assert_close(bias, expected)
+    update_expert_bias(bias, torch.tensor([0, 9, 3], dtype=dtype), torch.tensor(False), 0.3)
+    torch.testing.assert_close(bias, expected)
+
+
+@pytest.mark.parametrize("E", [1, 3, 7, 49, 160])
+@pytest.mark.parametrize("count", [0, 1, 7, 12345])
+def test_a_bias_stays_where_every_expert_has_as_many_tokens(E, count):
+    bias = logits_of(1, E)[0].float()
+    before = bias.clone()
+    update_expert_bias(bias, torch.full((E,), float(count)), torch.tensor(True), 0.3)
+    assert torch.equal(bias, before)
 
 
 def test_loads_are_followed_step_by_step():

@@ -56,3 +56,17 @@ def test_architectures_without_experts_have_a_page_too(architecture, tmp_path, l
         sections = [name for name in Tags(page).sections if name != "density"]  # of windows that were not empty
         assert sections == ["summary", "curves", "neighbours", "similarity", "duplicates", "latents"]
         assert len(plots_of(page)["density"]["data"][0]["y"]) == 40
+
+
+def test_shared_latents_are_shown_as_such_and_belong_to_no_expert(tmp_path, language_model):
+    output = train(tmp_path, language_model, tiny_dataset(), n_shared_experts=1, shared_width=16)
+    tiny_dataset(12).save_to_disk(output / "held_out")
+    text = write_report(output, n_latents=10, latents=[3, 39], threshold=0.5).read_text()
+    tags, plots = Tags(text), plots_of(text)
+    assert "40 latents, 16 of them shared, 4 experts" in tags.text
+    assert "Of the 16 shared latents," in tags.text
+    assert "Latent 3, shared" in tags.text
+    assert "Latent 39, expert 3" in tags.text
+    assert all(len(series["y"]) == 4 for name in ("load", "dead") for series in plots[name]["data"])
+    assert len(plots["duplicates"]["data"][0]["z"]) == 5
+    assert sum(plots["density"]["data"][0]["y"]) == (load_run(output).density_F > 0).sum()

@@ -33,10 +33,11 @@ def lopsided_batch(n: int, seed: int) -> Tensor:
     )
 
 
-def heaviest_share_after_training(scale: float, coefficient: float | None) -> float:
+def heaviest_share_after_training(scale: float, coefficient: float | None, **fields) -> float:
     """Trains on activations times scale; the heaviest expert's load on fresh ones, in units of an even share."""
     torch.manual_seed(0)
-    cfg = SwitchTrainingSAEConfig(d_in=16, d_sae=64, n_experts=4, k=3, load_balance_coefficient=coefficient)
+    fields = {"d_sae": 64, "n_experts": 4, **fields}
+    cfg = SwitchTrainingSAEConfig(d_in=16, k=3, load_balance_coefficient=coefficient, **fields)
     sae = SwitchTrainingSAE(cfg)
     optimizer = torch.optim.Adam(sae.parameters(), lr=2e-3)
     for step in range(300):
@@ -44,14 +45,23 @@ def heaviest_share_after_training(scale: float, coefficient: float | None) -> fl
         sae.training_forward_pass(step_input(x, cfg.load_balance_coefficient, step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    experts = sae.encode_sparse(lopsided_batch(4000, 1000) * scale).indices[:, 0] // 16
-    return (experts.bincount(minlength=4).max() / 1000).item()
+    experts = sae.encode_routed(lopsided_batch(4000, 1000) * scale)[1].experts_BA
+    return (cfg.n_experts * experts.flatten().bincount().max() / experts.numel()).item()
 
 
 def test_routing_stays_as_balanced_on_activations_ten_times_as_large():
     assert heaviest_share_after_training(1.0, coefficient=0.0) > 1.8
     assert heaviest_share_after_training(10.0, coefficient=0.0) > 1.8
     shares = [heaviest_share_after_training(scale, coefficient=None) for scale in (0.1, 1.0, 10.0)]
+    assert max(shares) < 1.3, shares
+
+
+@pytest.mark.parametrize("n_active", [1, 2])
+def test_a_bias_balances_the_routing_without_a_loss_at_any_size_of_the_activations(n_active):
+    options = {"coefficient": None, "load_balancing": "bias", "n_active_experts": n_active}
+    options |= {"n_experts": 4 * n_active, "d_sae": 64 * n_active}
+    assert heaviest_share_after_training(1.0, **options, load_balance_bias_rate=0.0) > 1.8
+    shares = [heaviest_share_after_training(s, **options, load_balance_bias_rate=0.02) for s in (0.1, 1.0, 10.0)]
     assert max(shares) < 1.3, shares
 
 

@@ -5,29 +5,13 @@ import json
 import pytest
 import torch
 from helpers import D, activations
-from helpers.token_loop import make_batch, make_sae, reference_loss, step_input, variance
+from helpers.token_loop import compare_with_token_loop, make_batch, make_sae, step_input
 from helpers.trainers import our_trainer, run
 from sae_lens import SAE
 
 from sae_lens_switch import SwitchSAEConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
 
 GATES = pytest.mark.parametrize("gate", ["probability", "renormalized", "one"])
-
-
-def compare_with_token_loop(sae: SwitchTrainingSAE, x: torch.Tensor) -> None:
-    output = sae.training_forward_pass(step_input(x))
-    latents, out, loss, balance = reference_loss(sae, x, 0.7, variance(x))
-    torch.testing.assert_close(output.sae_out, out)
-    torch.testing.assert_close(output.feature_acts.to_dense(), latents)
-    torch.testing.assert_close(sae.encode(x), latents)
-    torch.testing.assert_close(sae.decode(sae.encode_sparse(x)), out)
-    torch.testing.assert_close(output.metrics["load_balance"], balance)
-    names, parameters = zip(*sae.named_parameters(), strict=True)
-    ours = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-    truth = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for name, a, b, p in zip(names, ours, truth, parameters, strict=True):
-        a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
 @GATES

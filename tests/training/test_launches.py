@@ -16,13 +16,21 @@ B, SHAPE = 8192, {"d_in": 768, "d_sae": 24576, "k": 32, "device": "meta", "dtype
 
 def make_sae(architecture: str):
     options = {**SHAPE, "aux_loss_coefficient": 0.0}
-    if architecture == "switch":
-        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=32))
+    own = {
+        "switch": {},
+        "switch, biased": {"load_balancing": "bias"},
+        "switch with a shared expert": {"n_shared_experts": 1, "shared_width": 768},
+    }
+    if architecture in own:
+        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=32, **own[architecture]))
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "float32"])
-@pytest.mark.parametrize(("architecture", "at_most"), [("switch", 76), ("sparse_topk", 73)])
+@pytest.mark.parametrize(
+    ("architecture", "at_most"),
+    [("switch", 76), ("switch, biased", 80), ("sparse_topk", 73), ("switch with a shared expert", 133)],
+)
 def test_a_step_launches_few_kernels_and_never_waits(architecture, at_most, autocast, monkeypatch):
     launches = launches_of_a_step(make_sae(architecture), B, autocast, monkeypatch)
     assert launches.n <= at_most, f"{launches.n} launches, at most {at_most} so far; by place:\n{launches.table()}"

@@ -8,6 +8,7 @@ from helpers import M, activations, training_sae
 from helpers.trainers import our_trainer, run
 
 from sae_lens_switch import SwitchTrainingSAE
+from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.training.collapse_response import reseed
 from sae_lens_switch.training.routing_monitor import RoutingMonitor
 
@@ -54,11 +55,11 @@ def test_a_collapsed_router_is_reported_once_and_countered_if_wanted(on_collapse
 
 def test_even_routing_is_no_collapse_whatever_the_number_of_experts():
     for n_experts in (1, 2, 4):
-        monitor = RoutingMonitor(n_experts, share=None, patience=3, device="cpu")
+        monitor = RoutingMonitor(ExpertLayout(n_experts, n_experts), share=None, patience=3, device="cpu")
         for _ in range(10):
             monitor.update(torch.full((n_experts,), 1 / n_experts))
         assert monitor.collapse() is None
-    monitor = RoutingMonitor(2, share=None, patience=3, device="cpu")
+    monitor = RoutingMonitor(ExpertLayout(2, 2), share=None, patience=3, device="cpu")
     for _ in range(3):
         assert monitor.collapse() is None
         monitor.update(torch.tensor([0.8, 0.2]))

@@ -21,7 +21,9 @@ BATCHES = activations(20, batch=16)
 
 
 def make_sae(architecture: str, **fields):
-    if architecture == "switch":
+    if architecture == "shared":
+        fields = {"n_shared_experts": 1, "shared_width": 16 if "d_sae" not in fields else 160, **fields}
+    if architecture != "sparse_topk":
         return training_sae(**{"dtype": "float32", **fields})
     return topk(SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, **{"aux_loss_coefficient": 0.0, **fields})
 
@@ -38,6 +40,7 @@ def calls(monkeypatch):
 
 
 both_architectures = pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])
+and_shared_experts = pytest.mark.parametrize("architecture", ["switch", "sparse_topk", "shared"])
 both_optimizers = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
 
 
@@ -46,7 +49,7 @@ def dense(request, monkeypatch):
     monkeypatch.setattr(products, "_DENSE_UP_TO", {"cpu": 0 if request.param == "sparse" else 10**9})
 
 
-@both_architectures
+@and_shared_experts
 @both_optimizers
 @pytest.mark.usefixtures("dense")
 def test_losses_and_weights_are_those_of_casts(architecture, optimizer, monkeypatch):
@@ -76,7 +79,7 @@ def of_weight_size(shapes: list[list[int]]) -> list[list[int]]:
     return [s for s in shapes if D in s and torch.Size(s).numel() >= WIDE["d_sae"] // E * D]
 
 
-@both_architectures
+@and_shared_experts
 @both_optimizers
 @pytest.mark.usefixtures("dense")
 def test_a_step_under_autocast_casts_no_weight(architecture, optimizer, monkeypatch):

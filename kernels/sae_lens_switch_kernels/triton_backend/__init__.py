@@ -25,7 +25,7 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_encode as encode_dense
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight_grads as weight_grads_dense
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
-from sae_lens_switch_kernels.triton_backend.routing import route, route_backward, update_loads
+from sae_lens_switch_kernels.triton_backend.routing import route, route_backward, update_expert_bias, update_loads
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
 from sae_lens_switch_kernels.working_copy import working_copy
 
@@ -48,6 +48,7 @@ __all__ = [
     "sparse_decode",
     "topk_encode",
     "unsorted_codes",
+    "update_expert_bias",
     "update_loads",
 ]
 

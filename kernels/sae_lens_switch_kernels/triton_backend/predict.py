@@ -48,6 +48,7 @@ from sae_lens_switch_kernels.triton_backend.routing import (
     route_backward,
     route_backward_traffic,
     route_traffic,
+    update_expert_bias,
     update_loads,
 )
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk, select_topk_traffic
@@ -209,6 +210,7 @@ def _routing(size: int) -> Iterator[Operation]:
     logits = torch.empty(B, E, dtype=fp32, device="meta")
     gates, loads, expert = logits.new_empty(B), logits.new_empty(E), logits.new_empty(B, dtype=torch.int64)
     yield Operation("route", lambda: route(logits), route_traffic(B, E))
+    yield Operation("route, biased", lambda: route(logits, loads), route_traffic(B, E))
     yield Operation(
         "route_backward",
         lambda: route_backward(logits, expert, logits, gates, loads),
@@ -218,6 +220,11 @@ def _routing(size: int) -> Iterator[Operation]:
         "update_loads",
         lambda: update_loads(loads, loads, loads, loads[0], 0.02, 0.5),
         Traffic(flops=3 * E, streamed=5 * E * size),
+    )
+    yield Operation(
+        "update_expert_bias",
+        lambda: update_expert_bias(loads, loads, loads[0] > 0, 1e-3),
+        Traffic(flops=6 * E, streamed=3 * E * size),
     )
     yield Operation("clip", lambda: clip(loads[0], loads[0], 1.0), Traffic(flops=3, streamed=4 * size))
 

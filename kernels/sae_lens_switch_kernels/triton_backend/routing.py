@@ -22,6 +22,7 @@ _EXPERTS = 32  # per program, of those that add up the shares
 @triton.jit
 def _route_kernel(
     logits,  # [B, E]
+    bias,  # [E] or None
     probs,  # [B, E]
     expert,  # [B]
     gates,  # [B]
@@ -41,9 +42,13 @@ def _route_kernel(
     weight = tl.exp(logit - tl.max(logit, 1)[:, None])
     prob = weight / tl.sum(weight, 1)[:, None]
     prob = tl.where(inside, prob, 0.0)
-    best = tl.max(prob, 1)
+    score = prob
+    if bias is not None:
+        shift = tl.load(bias + e, mask=e < E, other=float("-inf"))
+        score = prob * tl.exp(shift - tl.max(shift, 0))[None, :]
+    best = tl.max(score, 1)
     # The first of equals; the first of all where a logit is not a finite number, and so no probability is one.
-    chosen = tl.min(tl.where((prob == best[:, None]) & inside, e[None, :], E), 1)
+    chosen = tl.min(tl.where((score == best[:, None]) & inside, e[None, :], E), 1)
     chosen = tl.where(chosen < E, chosen, 0)
     is_chosen = (e[None, :] == chosen[:, None]) & inside
     tl.store(probs + at, prob, mask=inside)
@@ -129,7 +134,24 @@ def _update_loads_kernel(
     tl.store(steps_too_busy, tl.where(tl.max(now, 0) > share, busy + 1, 0.0))
 
 
-def route(logits_BE: Tensor) -> Routed:
+@triton.jit
+def _update_expert_bias_kernel(
+    bias,  # [E]
+    counts,  # [E]
+    is_finite,
+    E,
+    rate,
+    BLOCK_E: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
+    count = tl.load(counts + e, mask=e < E, other=0.0)
+    less = tl.sum(count, 0) - E * count
+    step = tl.where(e < E, (less > 0).to(tl.float32) - (less < 0).to(tl.float32), 0.0)
+    step = rate * (step - tl.sum(step, 0) / E) * tl.load(is_finite).to(tl.float32)
+    tl.store(bias + e, tl.load(bias + e, mask=e < E, other=0.0) + step, mask=e < E)
+
+
+def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
     """As torch_routing's; float32."""
     B, E = logits_BE.shape
     BLOCK_E = next_power_of_2(E)
@@ -143,6 +165,7 @@ def route(logits_BE: Tensor) -> Routed:
         (P,),
         4,
         logits=logits_BE.contiguous(),
+        bias=None if bias_E is None else bias_E.contiguous(),
         probs=found.probs_BE,
         expert=found.expert_B,
         gates=found.gates_B,
@@ -214,6 +237,21 @@ def update_loads(
         decay=float(decay),
         share=float(share),
         BLOCK_E=next_power_of_2(len(load_E)),
+    )
+
+
+def update_expert_bias(bias_E: Tensor, counts_E: Tensor, is_finite: Tensor, rate: float) -> None:
+    """As torch_routing's; float32."""
+    launch(
+        _update_expert_bias_kernel,
+        (1,),
+        1,
+        bias=bias_E,
+        counts=counts_E.contiguous(),
+        is_finite=is_finite,
+        E=len(bias_E),
+        rate=float(rate),
+        BLOCK_E=next_power_of_2(len(bias_E)),
     )
 
 

@@ -59,6 +59,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         except RuntimeError:  # torch has no fused step for this device
             super().__init__(parameters, lr=lr, betas=betas)
         self.unit_rows, self.project = unit_rows, project
+        self.total_norm = total_norm
         self.row_grads = RowGrads(active_only=False) if unit_rows is not None and project else None
         self.copies = WorkingCopies(copied)
         self._masters = MasterWeights(self, masters=True, after_step=after_step, copies=self.copies)
@@ -108,7 +109,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             Whether there was a step: a bool on the device, for which a GPU is not waited for.
         """
         grads = gradients(parameters_of(self))
-        norm = total_norm(grads)
+        norm = self.total_norm(grads)
         is_finite, found_inf, scale = clip(norm, loss, max_norm)
         if norm.device.type in _READ_AT_ONCE and not is_finite:
             pass

@@ -43,6 +43,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.sae = sae
         self.row_grads = RowGrads()
+        self.total_norm = total_norm
         self.copies = WorkingCopies((sae.W_enc, sae.W_dec))
 
     @torch.no_grad()
@@ -58,7 +59,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             Whether there was a step.
         """
         assert lr is None
-        is_finite, _, scale = clip(total_norm(self._gradients()), loss, max_norm)
+        is_finite, _, scale = clip(self.total_norm(self._gradients()), loss, max_norm)
         if is_finite:
             self.step(grad_scale=scale)
             self.sae.after_own_step()

@@ -10,9 +10,11 @@ shapes = pytest.mark.parametrize(("B", "E"), [(1, 1), (7, 3), (33, 32), (130, 5)
 
 
 @shapes
-def test_route(B, E):
-    logits = 3 * random(B, E)
-    ours, exact, plain = routing.route(logits), torch_routing.route(logits.double()), torch_routing.route(logits)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+def test_route(B, E, biased):
+    logits, bias = 3 * random(B, E), 2 * random(E, seed=4) if biased else None
+    ours, plain = routing.route(logits, bias), torch_routing.route(logits, bias)
+    exact = torch_routing.route(logits.double(), None if bias is None else bias.double())
     assert torch.equal(ours.expert_B, plain.expert_B)
     assert torch.equal(ours.load_E, plain.load_E)
     for name in ("probs_BE", "gates_B", "importance_E"):
@@ -35,10 +37,12 @@ def test_its_gradient(B, E, given):
         assert_as_good_as_torch("d_logits", ours, exact, plain)
 
 
-def test_ties_infinities_and_what_is_not_a_number():
+@pytest.mark.parametrize("bias", [None, [0.0, 0.0, 0.0], [0.5, -1e30, 0.5]], ids=str)
+def test_ties_infinities_and_what_is_not_a_number(bias):
+    bias = None if bias is None else torch.tensor(bias, device=DEVICE)
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[1, 2, 2], [0, 0, 0], [0, nan, 1], [1, inf, 0], [nan] * 3, [-inf, 3, 1]], device=DEVICE)
-    ours, plain = routing.route(logits), torch_routing.route(logits)
+    ours, plain = routing.route(logits, bias), torch_routing.route(logits, bias)
     assert torch.equal(ours.expert_B, plain.expert_B)
     assert torch.equal(ours.gates_B.isnan(), plain.gates_B.isnan())
     assert torch.equal(ours.load_E, plain.load_E)
@@ -57,3 +61,14 @@ def test_loads_are_followed_as_by_torch():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert states[0][1].any()
     assert states[0][2].shape == ()
+
+
+@pytest.mark.parametrize("E", [1, 5, 130])
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_a_bias_is_moved_as_by_torch(E, is_finite):
+    bias = random(E)
+    expected = bias.clone()
+    for counts in (random(E, seed=1).mul(9).round(), torch.full((E,), 77.0, device=DEVICE)):
+        routing.update_expert_bias(bias, counts, torch.tensor(is_finite, device=DEVICE), 0.1)
+        torch_routing.update_expert_bias(expected, counts, torch.tensor(is_finite, device=DEVICE), 0.1)
+        torch.testing.assert_close(bias, expected, rtol=1e-6, atol=1e-7)

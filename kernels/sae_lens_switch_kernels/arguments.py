@@ -1,11 +1,58 @@
-"""Checks of the public functions' arguments; each raises ValueError with the argument's name, value and expectation."""
+"""Checks of the public functions' arguments: each raises ValueError with its name, its value and what it must be.
+
+Values of indices are checked by the operators, where they are read.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_ends
+
+
+def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> EncoderInputs:
+    """The inputs with the dtypes of the matrix products: autocast's where it is enabled. Raises ValueError."""
+    x_BD, W_FD, k, n_experts, expert_B = inputs.x_BD, inputs.W_enc_FD, inputs.k, inputs.n_experts, inputs.expert_B
+    check_matrix("x_BD", x_BD)
+    check_matrix("W_enc_FD", W_FD, columns=x_BD.shape[1])
+    check_like("x_BD", x_BD, "W_enc_FD", W_FD)
+    F, n_shared = len(W_FD), inputs.n_shared
+    if not 0 <= n_shared < max(F, 1):
+        raise ValueError(f"n_shared must be at least 0 and less than the number of latents; got {n_shared}, F={F}")
+    if n_experts < 1 or (F - n_shared) % n_experts:
+        of = "" if n_shared == 0 else f" beside the {n_shared} shared ones"
+        raise ValueError(f"n_experts must divide the number of latents{of}; got n_experts={n_experts}, F={F}")
+    n_active = 1
+    if expert_B is not None:
+        n_active = check_experts(expert_B, x_BD, n_experts)
+        if n_active == 1:  # a token with one expert and shared latents chooses from two, as one with two experts
+            shape = (-1, 1) if n_shared else (-1,)
+            gates_B = inputs.gates_B
+            if gates_B is not None and gates_B.shape == expert_B.shape:
+                gates_B = gates_B.reshape(shape)
+            inputs = inputs._replace(expert_B=expert_B.reshape(shape), gates_B=gates_B)
+    elif n_experts != 1 or n_shared:
+        raise ValueError(f"expert_B must be given for n_experts={n_experts}, n_shared={n_shared}")
+    most = n_active * inputs.blocks.width + n_shared
+    if inputs.over_batch:
+        check_over_batch(inputs)
+    elif not 1 <= k <= most:
+        F_E = "F / n_experts" if n_shared == 0 else "(F - n_shared) / n_experts + n_shared"
+        raise ValueError(f"k must be between 1 and {'' if n_active == 1 else f'{n_active} '}{F_E} = {most}; got k={k}")
+    if inputs.gates_B is not None:
+        expected = x_BD.shape[:1] if inputs.expert_B is None else inputs.expert_B.shape
+        if inputs.gates_B.shape != expected:
+            raise ValueError(f"gates_B must have shape {tuple(expected)}; got {tuple(inputs.gates_B.shape)}")
+        check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
+    check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
+    check_vector("bias_F", inputs.bias_F, F, W_FD)
+    check_vector("scale_F", inputs.scale_F, F, W_FD)
+    device_type = x_BD.device.type
+    if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
+        inputs = inputs._replace(dtype=torch.get_autocast_dtype(device_type))
+    return with_candidates(inputs, encoder_precision)
 
 
 def check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:

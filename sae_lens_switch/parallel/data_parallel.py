@@ -1,0 +1,125 @@
+"""DataParallelSAETrainer: any SAE on several processes, each with all of it and its own part of every batch."""
+
+import copy
+from pathlib import Path
+
+import torch
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
+from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens_switch_kernels import RowGrads
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.common.types import Metrics, StateDict
+from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of, compare_settings, join
+from sae_lens_switch.parallel.reduction import firings_over_data, sum_gradients_over_data_, sum_together_
+from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
+from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.training.activations import ActivationSource
+from sae_lens_switch.training.config import SparseSAETrainerConfig
+from sae_lens_switch.training.firing import Firings
+from sae_lens_switch.training.resumable_trainer import STATE_FILENAME
+
+
+class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """SparseSAETrainer for any SAE but ``switch``, on the processes that torchrun has started.
+
+    Every process has the whole SAE and its optimiser, and takes a part of each batch; gradients, losses and firings are
+    those of the batch. What an SAE computes from a batch as a whole, such as the threshold of BatchTopK, it computes
+    from its process's part; buffers are averaged. A step sends as much as the weights have numbers, or with row-sparse
+    Adam the rows of the active latents. Checkpoints are those of one process, which can resume from them too.
+
+    Args:
+        cfg: As in SparseSAETrainer, the same on all processes: counts are of all processes together.
+        sae: Of any architecture but ``switch``, which ParallelSparseSAETrainer trains; the first process's weights
+            count.
+        data_provider: As in ParallelSparseSAETrainer.
+        save_checkpoint_fn: As in ParallelSparseSAETrainer.
+
+    Raises:
+        ValueError: As SparseSAETrainer; also for settings that differ between the processes, and outside torchrun.
+        RankLostError: During ``fit``, once another process has died or not answered for ``rank_timeout`` seconds.
+    """
+
+    def __init__(
+        self,
+        cfg: SparseSAETrainerConfig,
+        sae: T_TRAINING_SAE,
+        data_provider: ActivationSource,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+    ) -> None:
+        if isinstance(sae, SwitchTrainingSAE):
+            raise ValueError("sae must be of another architecture than switch, which ParallelSparseSAETrainer trains")
+        if cfg.expert_parallel != 1 or cfg.cuda_graph:
+            raise ValueError(
+                "expert_parallel must be 1 and cuda_graph False for an SAE whose data alone is divided; got "
+                f"{cfg.expert_parallel} and {cfg.cuda_graph}"
+            )
+        cfg = cfg.resolved(sae.cfg.d_sae)
+        ranks = join(cfg)
+        compare_settings(ranks, cfg, sae.cfg.to_dict())
+        super().__init__(cfg, sae, data_provider, save_checkpoint_fn, ranks)
+        for t in sae.state_dict().values():
+            ranks.broadcast_(t if t.is_contiguous() else t.T, "the weights")
+        self._share_of_batch = 1.0
+
+    @override
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        mine = batch[..., 0].numel()
+        n_tokens = sum(self.ranks.gather_objects(mine))
+        self._share_of_batch = mine / n_tokens
+        self.n_training_samples += n_tokens - mine
+        self.n_frac_active_samples += n_tokens - mine
+        return super().step(batch)
+
+    @override
+    def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
+        parameters, row_grads = list(self.sae.parameters()), self.optimizer.row_grads
+        for t in [*(p.grad for p in parameters), *_tensors(row_grads)]:
+            if t is not None:
+                t.mul_(self._share_of_batch)
+        sparse = self.sae if isinstance(self.sae, SparseTrainingSAE) else None
+        like = parameters[0] if sparse is None else sparse.W_dec
+        sum_gradients_over_data_(parameters, row_grads, self.ranks, like)
+        losses = {name: torch.as_tensor(t).detach().float() * self._share_of_batch for name, t in output.losses.items()}
+        losses["of all"] = output.loss.detach().float() * self._share_of_batch
+        buffers = [b for b in self.sae.buffers() if b.is_floating_point()]
+        for buffer in buffers:
+            buffer.mul_(self._share_of_batch)
+        sum_together_([*losses.values(), *buffers], self.ranks, "losses")
+        output.loss = losses.pop("of all")
+        output.losses = {**losses}
+        return output, firings_over_data(firings, self.sae.cfg.d_sae, self.ranks)
+
+    @override
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> Metrics:
+        """As SparseSAETrainer's, of all processes, each of which must take part."""
+        whole = copy.copy(output)
+        whole.sae_in, whole.sae_out = (
+            self.ranks.gather_rows(t.detach(), "metrics") for t in (output.sae_in, output.sae_out)
+        )
+        log = super().build_train_step_log_dict(whole, n_training_samples)
+        numbers = torch.tensor([float(value) for value in log.values()], dtype=torch.float64)
+        total = self.ranks.sum_((numbers * self._share_of_batch).to(self.ranks.device), "metrics")
+        same = {name: value for name, value in log.items() if isinstance(value, int)}  # counts, of the whole batch
+        return dict(zip(log, total.tolist(), strict=True)) | same
+
+    # Checkpoints
+
+    @override
+    def write_checkpoint(self, folder: Path) -> None:
+        self._write_own_state(folder)
+        if self.ranks.is_first:
+            super().write_checkpoint(folder)
+
+    @override
+    def _read_state_beyond_saelens(self, folder: Path) -> StateDict:
+        state = super()._read_state_beyond_saelens(folder)
+        own = self._read_own_state(checkpoint_of(folder))
+        return state | own if own or not (folder / STATE_FILENAME).exists() else state
+
+
+def _tensors(row_grads: RowGrads | None) -> list[Tensor | None]:
+    if row_grads is None:
+        return []
+    return [row_grads.dW_enc_RD, row_grads.dW_dec_RD, row_grads.d_bias_R, row_grads.radial_R]

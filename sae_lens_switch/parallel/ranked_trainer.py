@@ -1,0 +1,188 @@
+"""What every parallel trainer does around its steps: one loop, one end and one checkpoint for all processes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
+from sae_lens.training.sae_trainer import SaveCheckpointFn
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.common.atomic import sync
+from sae_lens_switch.common.printable import logger
+from sae_lens_switch.common.progress import Bar, Sentences, Silent
+from sae_lens_switch.common.types import Json, Metrics, StateDict
+from sae_lens_switch.parallel.agreement import AgreedInterruption, refuse_differences
+from sae_lens_switch.parallel.checkpoints import RANKS, write_together
+from sae_lens_switch.parallel.ranks import Ranks, start_process_group
+from sae_lens_switch.parallel.share import share_of
+from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.activations import ActivationSource
+from sae_lens_switch.training.checkpoints import TRAINING_FOLDER, CheckpointError
+from sae_lens_switch.training.config import SparseSAETrainerConfig
+from sae_lens_switch.training.trainer import SparseSAETrainer
+
+T = TypeVar("T")
+
+# Of the state beyond SAELens's, what each process has of its own.
+_OF_EACH_RANK = ("random", "random_cuda", "data")
+
+
+def join(cfg: SparseSAETrainerConfig) -> Ranks:
+    """This process's place among those that torchrun has started."""
+    start_process_group(cfg.device, cfg.rank_timeout)
+    return Ranks(cfg.expert_parallel, cfg.device, cfg.rank_timeout)
+
+
+def compare_settings(ranks: Ranks, cfg: SparseSAETrainerConfig, sae: Json) -> None:
+    """Raises ValueError on every process, if the settings of a run differ between them."""
+    settings = {"sae": sae, "trainer": vars(cfg)}
+    of_all = {part: {n: v for n, v in table.items() if n != "device"} for part, table in settings.items()}
+    refuse_differences(ranks, of_all)
+
+
+class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """A process's part of a trainer on several; all of them draw, step, save and end together."""
+
+    _is_parallel = True
+
+    def __init__(
+        self,
+        cfg: SparseSAETrainerConfig,
+        sae: T_TRAINING_SAE,
+        data_provider: ActivationSource,
+        save_checkpoint_fn: SaveCheckpointFn | None,
+        ranks: Ranks,
+    ) -> None:
+        self.ranks = ranks
+        share = share_of(data_provider, cfg.train_batch_size_samples, ranks)
+        super().__init__(cfg, sae, share, None, save_checkpoint_fn)
+        self._interruption = AgreedInterruption()
+
+    def _count_others(self, n_tokens: int, mine: int) -> None:
+        """The batch of the step has ``n_tokens``, of which this process has counted its own."""
+        self.n_training_samples += n_tokens - mine
+        self.n_frac_active_samples += n_tokens - mine
+
+    # The loop
+
+    @override
+    def _next_batch(self) -> Tensor | None:
+        """None for all processes once the activations of one have ended."""
+        interruption = self._interruption
+        assert isinstance(interruption, AgreedInterruption)
+        interruption.check()
+        with torch.enable_grad():
+            batch = next(self.data_provider, None)
+        told = self.ranks.gather_objects((batch is not None, interruption.received))
+        interruption.agree(next((signum for _, signum in told if signum is not None), None))
+        ended = [rank for rank, (has_batch, _) in enumerate(told) if not has_batch]
+        if ended:
+            logger.warning(
+                f"activations of rank {', '.join(map(str, ended))} ended after {self.n_training_samples} of "
+                f"{self.cfg.total_training_samples} samples: training ends here"
+            )
+            return None
+        return batch
+
+    @override
+    def _batches_for_estimate(self) -> Iterator[Tensor]:
+        for batch in super()._batches_for_estimate():
+            yield self.ranks.gather_rows(batch.to(self.cfg.device), "batches to estimate their norm")
+
+    @override
+    def _non_finite_weights(self) -> list[str]:
+        everybodys = self.ranks.gather_objects(super()._non_finite_weights())
+        return sorted({name for names in everybodys for name in names})
+
+    @override
+    def _progress(self) -> Bar | Sentences | Silent:
+        return super()._progress() if self.ranks.is_first else Silent()
+
+    @override
+    def _log_step(self, output: TrainStepOutput) -> None:
+        if self._is_logging_step():
+            self._log(self.build_train_step_log_dict(output, self.n_training_samples))
+
+    @override
+    def _log(self, metrics: Metrics) -> None:
+        if self.ranks.is_first:
+            super()._log(metrics)
+
+    # Saving
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """As SparseSAETrainer's; every process must take part, and see one file system. Nothing goes to W&B."""
+        base = self.cfg.checkpoint_path if base_path is None else base_path
+        if base is None:
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=None)
+            return
+        path = Path(base) / checkpoint_name
+        facts = self.checkpoint_facts() | (self.session.facts(path.parent) if self.ranks.is_first else {})
+        write_together(self.ranks, path, facts, self.write_checkpoint)
+        if self.cfg.keep_checkpoints is not None and self.ranks.is_first:
+            checkpoints.prune(Path(base), self.cfg.keep_checkpoints, path)
+
+    def _write_own_state(self, folder: Path) -> StateDict:
+        """Write what only this process has; returns the rest of the state beyond SAELens's."""
+        state = self._state_beyond_saelens()
+        own = {name: state.pop(name) for name in _OF_EACH_RANK if name in state}
+        mine = folder / RANKS / f"{self.ranks.rank:05}"
+        mine.mkdir(parents=True, exist_ok=True)
+        torch.save(own | {"size": self.ranks.size}, mine / "state.pt")
+        sync(mine / "state.pt")
+        if self.save_checkpoint_fn is not None:
+            self.save_checkpoint_fn(checkpoint_path=mine)
+        return state
+
+    def _read_own_state(self, path: Path) -> StateDict:
+        """What ``_write_own_state`` kept of this process; of other numbers of processes, a place that all shared."""
+        states = [_load(file) for file in sorted((path / RANKS).glob("*/state.pt"))]
+        if not states:
+            return {}
+        sizes = [state.pop("size") for state in states]
+        if sizes == [self.ranks.size] * self.ranks.size:
+            return states[self.ranks.rank]
+        places = [state.get("data") for state in states]
+        return {} if places[0] is None or any(place != places[0] for place in places) else {"data": places[0]}
+
+    # Resuming
+
+    @override
+    def _latest(self, base: str) -> Path | None:
+        return self._first_does(lambda: SparseSAETrainer._latest(self, base))
+
+    @override
+    def _verify(self, path: Path) -> None:
+        self._first_does(lambda: SparseSAETrainer._verify(self, path))
+
+    def _first_does(self, action: Callable[[], T]) -> T:
+        """On the first process, for all. Raises CheckpointError on every one, if it does there."""
+        result, error = None, None
+        if self.ranks.is_first:
+            try:
+                result = action()
+            except CheckpointError as failure:
+                error = str(failure)
+        result, error = self.ranks.first_says((result, error))
+        if error is not None:
+            raise CheckpointError(error)
+        return cast(T, result)
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The checkpoint, of which ``folder`` may be the part that training resumes from."""
+    return folder.parent if folder.name == TRAINING_FOLDER else folder
+
+
+def _load(file: Path) -> StateDict:
+    return torch.load(file, map_location="cpu", weights_only=True)

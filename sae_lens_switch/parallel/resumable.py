@@ -1,0 +1,140 @@
+"""What of a trainer with divided experts concerns checkpoints: each process writes and reads its part."""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.common.types import Json, StateDict
+from sae_lens_switch.parallel.checkpoints import (
+    OPTIMIZER,
+    STATISTICS,
+    WEIGHTS,
+    load_optimizer,
+    optimizer_parts,
+    read_optimizer_parts,
+    read_weights,
+    weight_parts,
+)
+from sae_lens_switch.parallel.expert_shard import ExpertShard
+from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of
+from sae_lens_switch.parallel.sharded_files import Part, write_parts
+from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
+from sae_lens_switch.saes.serialization import fold_activation_scaler
+from sae_lens_switch.training.checkpoints import SHARED, TRAINING_FOLDER, CheckpointError
+
+_COUNTS = ("n_training_samples", "n_training_steps", "n_frac_active_samples", "started_fine_tuning")
+
+
+class ShardedTrainer(RankedTrainer[ExpertShard, SwitchTrainingSAEConfig]):
+    """Checkpoints by all processes together; another number of them can resume."""
+
+    @override
+    def config_of_record(self) -> Json:
+        sae = {n: v for n, v in self.sae.whole.to_dict().items() if n not in ("metadata", "device")}
+        return super().config_of_record() | {"sae": sae}
+
+    # Saving
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        self._refuse_routers_apart()
+        super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+
+    @override
+    def write_checkpoint(self, folder: Path) -> None:
+        sae, scaler = self.sae, self.activation_scaler
+        if scaler.scaling_factor is not None or scaler.whitening is not None:
+            # As in one process: the SAE takes raw activations, and training resumes from weights that take scaled ones.
+            write_parts(folder / TRAINING_FOLDER / WEIGHTS, weight_parts(sae), self.ranks)
+            sae = copy.deepcopy(sae)
+            fold_activation_scaler(sae, copy.copy(scaler))
+        write_parts(folder / WEIGHTS, weight_parts(sae), self.ranks)
+        statistics = (self.act_freq_scores, self.firing.passes_since_fired_F)
+        of_latents = {name: Part(torch.as_tensor(t), 0) for name, t in zip(STATISTICS, statistics, strict=True)}
+        write_parts(folder / OPTIMIZER, optimizer_parts(self.sae, self.optimizer) | of_latents, self.ranks)
+        sparsity_F = self.log_feature_sparsity
+        state = self._write_own_state(folder)
+        if self.ranks.is_first:
+            self._write_shared(folder, sparsity_F, state)
+
+    def _refuse_routers_apart(self) -> None:
+        """Raises RuntimeError if what all processes share is not the same: machines that round differently."""
+        shared = torch.cat([p.detach().reshape(-1).double() for p in self.sae.shared_parameters()])
+        digests = self.ranks.gather_objects(hashlib.sha256(shared.cpu().numpy().tobytes()).hexdigest())
+        if len(set(digests)) > 1:
+            apart = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise RuntimeError(
+                "the router and b_dec must have the same bits on all processes; those of rank "
+                f"{', '.join(map(str, apart))} differ from rank 0's, as on machines that round differently"
+            )
+
+    def _write_shared(self, folder: Path, sparsity_F: Tensor, state: StateDict) -> None:
+        scaled = (folder / TRAINING_FOLDER).is_dir()
+        normalization = "none" if scaled else self.sae.cfg.normalize_activations
+        whole = self.sae.whole.to_dict() | {"normalize_activations": normalization}
+        (folder / SAE_CFG_FILENAME).write_text(json.dumps(whole))
+        save_file({"sparsity": sparsity_F}, folder / SPARSITY_FILENAME)
+        self.activation_scaler.save(str(folder / ACTIVATION_SCALER_CFG_FILENAME))
+        self.history.save(folder)
+        of_saelens = {
+            **{name: vars(self)[name] for name in _COUNTS},
+            "param_groups": self.optimizer.state_dict()["param_groups"],
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "coefficient_schedulers": {name: s.state_dict() for name, s in self.coefficient_schedulers.items()},
+        }
+        torch.save({"beyond": state, "saelens": of_saelens}, folder / SHARED)
+
+    # Resuming
+
+    @override
+    def _verify(self, path: Path) -> None:
+        super()._verify(path)
+        if not (path / SHARED).exists():
+            raise CheckpointError(
+                f"checkpoint {path} is not of a run with divided experts: load its SAE with "
+                "TrainingSAE.load_from_disk, and start a parallel run with that"
+            )
+
+    @override
+    def _read_saelens_state(self, folder: Path) -> None:
+        """What SAELens's trainer keeps, from files of any number of processes."""
+        path = checkpoint_of(folder)
+        self.activation_scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
+        state = self._read_shared(path)["saelens"]
+        parts = read_optimizer_parts(path / OPTIMIZER, self.sae)
+        self.act_freq_scores, self.n_forward_passes_since_fired = (parts.pop(name) for name in STATISTICS)
+        load_optimizer(self.sae, self.optimizer, parts, state.pop("param_groups"))
+        self.lr_scheduler.load_state_dict(state.pop("lr_scheduler"))
+        for name, of_scheduler in state.pop("coefficient_schedulers").items():
+            self.coefficient_schedulers[name].load_state_dict(of_scheduler)
+        vars(self).update({name: state[name] for name in _COUNTS})
+
+    @override
+    def _read_state_beyond_saelens(self, folder: Path) -> StateDict:
+        path = checkpoint_of(folder)
+        return self._read_shared(path)["beyond"] | self._read_own_state(path)
+
+    def _read_shared(self, path: Path) -> StateDict:
+        return torch.load(path / SHARED, map_location="cpu", weights_only=True)
+
+    @override
+    def load_weights(self, path: Path) -> None:
+        read_weights(path / WEIGHTS, self.sae)
+
+    @override
+    def restore_training_weights(self) -> None:
+        if self._training_weights is not None:
+            read_weights(self._training_weights.parent / WEIGHTS, self.sae)
+            self._training_weights = None

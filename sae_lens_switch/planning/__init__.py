@@ -1,0 +1,1 @@
+"""What training will cost: a step on one machine, and a run on a cluster."""

@@ -1,0 +1,202 @@
+"""A Switch SAE sharded by experts over a cluster: memory, traffic and time per step, and how many GPUs it needs.
+
+Every rank has its own tokens, all of the router, and E / N of the experts. A token travels once to the rank of its
+expert, which computes reconstruction, loss and all gradients of that expert; with several active experts, it travels
+to each, their reconstructions come back, and the gradient goes out again. What all ranks share, router and biases, is
+summed over them. So traffic depends on the number of experts, and not otherwise on the number of latents.
+
+Letters beside the package's: N ranks.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from sae_lens_switch.planning.hardware import Hardware, Precision
+from sae_lens_switch.planning.step_cost import Cost, OptimizerName
+from sae_lens_switch.planning.traffic import skew
+
+_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}  # of an activation that travels
+_COLLECTIVES = 5  # per step: counts and tokens, router, biases and loads, the gradient's norm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A Switch SAE on ``n_ranks`` GPUs.
+
+    Args:
+        hardware: The cluster.
+        d_in: Width of the activations.
+        d_sae: Number of latents; rounded up to a multiple of the number of experts.
+        k: Active latents per token.
+        n_experts: Experts in all.
+        n_ranks: GPUs.
+        tokens_per_rank: Tokens per step and rank.
+        n_active_experts: Experts per token.
+        optimizer: "adam" or "row_sparse_adam".
+        precision: Of the matrix products. Weights and moments are float32.
+        reserved: Bytes per GPU that the language model and the activations take.
+        load_spread: Standard deviation of the logarithm of the experts' loads.
+
+    Raises:
+        ValueError: If the experts cannot be divided among the ranks, or there is no SAE of this shape.
+    """
+
+    hardware: Hardware
+    d_in: int
+    d_sae: int
+    k: int
+    n_experts: int
+    n_ranks: int = 1
+    tokens_per_rank: int = 4096
+    n_active_experts: int = 1
+    optimizer: OptimizerName = "row_sparse_adam"
+    precision: Precision = "bfloat16"
+    reserved: float = 16e9
+    load_spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_ranks < 1 or self.n_experts % self.n_ranks:
+            raise ValueError(f"n_ranks must divide n_experts={self.n_experts}; got {self.n_ranks}")
+        if self.n_active_experts > self.n_experts:
+            raise ValueError(
+                f"n_active_experts must be at most n_experts={self.n_experts}; got {self.n_active_experts}"
+            )
+        _ = self.local  # checks the rest
+
+    @property
+    def skew(self) -> float:
+        """Tokens that the busiest rank receives, as a multiple of the mean; simulated."""
+        tokens = self.n_ranks * self.tokens_per_rank * self.n_active_experts
+        return skew(self.n_experts, self.load_spread, self.n_ranks, tokens)
+
+    @property
+    def expert_width(self) -> int:
+        """Latents per expert."""
+        return -(-self.d_sae // self.n_experts)
+
+    @property
+    def local(self) -> Cost:
+        """What the busiest rank computes with its own experts."""
+        local_experts = self.n_experts // self.n_ranks
+        return Cost(
+            "switch",
+            self.d_in,
+            self.expert_width * local_experts,
+            min(-(-self.k // self.n_active_experts), self.expert_width),
+            local_experts,
+            round(self.tokens_per_rank * self.n_active_experts * self.skew),
+            self.optimizer,
+        )
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Peak bytes per GPU, by part."""
+        E, D, b = self.n_experts, self.d_in, self.tokens_per_rank
+        copies = 2 * 2 * D * self.local.d_sae if self.precision == "bfloat16" else 0
+        return {
+            **self.local.memory,
+            "working copies": copies,
+            "router": 4 * 4 * D * E + 3 * 4 * b * E,  # weights, gradients and moments; logits and probabilities
+            "language model": self.reserved,
+        }
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= self.hardware.memory
+
+    @property
+    def traffic(self) -> dict[str, float]:
+        """Bytes that a rank sends in a step, by part; within its node and beyond."""
+        if self.n_ranks == 1:
+            return {"tokens": 0.0, "router": 0.0, "biases and loads": 0.0}
+        N, D, A = self.n_ranks, self.d_in, self.n_active_experts
+        journeys = 1 if A == 1 else 3 * A
+        reduced = 2 * (N - 1) / N  # a ring: every byte is sent once to be summed and once to be known
+        return {
+            "tokens": journeys * self.tokens_per_rank * D * _BYTES[self.precision] * (N - 1) / N,
+            "router": reduced * 4 * D * self.n_experts,
+            "biases and loads": reduced * 4 * (2 * D + self.n_experts),
+        }
+
+    def seconds(self) -> dict[str, float]:
+        """Predicted seconds of a step, by part: the busiest rank's. Nothing overlaps."""
+        machine, router_flops = self.hardware.at(self.precision), self.hardware.flops["float32"]
+        if self.precision == "tf32":
+            router_flops = self.hardware.flops["tf32"]
+        own = self.local.seconds(machine)
+        router = 3 * 2 * self.tokens_per_rank * self.d_in * self.n_experts / router_flops
+        sent = self.traffic
+        tokens = sent["tokens"] * self.skew
+        return own | {
+            "router": router,
+            "all-to-all": self._wire_seconds(tokens, self._share_beyond_node()),
+            "all-reduce": self._wire_seconds(sent["router"] + sent["biases and loads"], float(self._is_wide())),
+            "latency": _COLLECTIVES * self.hardware.latency if self.n_ranks > 1 else 0.0,
+        }
+
+    def _is_wide(self) -> bool:
+        return self.n_ranks > self.hardware.gpus_per_node
+
+    def _share_beyond_node(self) -> float:
+        return max(0.0, (self.n_ranks - self.hardware.gpus_per_node) / max(1, self.n_ranks - 1))
+
+    def _wire_seconds(self, sent: float, beyond: float) -> float:
+        return max((1 - beyond) * sent / self.hardware.link, beyond * sent / self.hardware.network)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds().values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that all ranks together train on; without the language model's time."""
+        return self.n_ranks * self.tokens_per_rank / self.step_seconds
+
+    def gpu_hours(self, tokens: float) -> float:
+        """GPU-hours to train on so many tokens; without the language model's."""
+        return tokens / self.tokens_per_second * self.n_ranks / 3600
+
+
+def fastest(plan: Plan, experts: Iterable[int] | None = None) -> Plan | None:
+    """The plan with the number of experts whose step is shortest among those that fit into memory; None if none fits.
+
+    Args:
+        plan: Everything else.
+        experts: The numbers to choose from; by default n_ranks times each power of two, up to twice the root of d_sae,
+            beyond which the router, 2DE FLOPs forward, costs more than an expert, 2DM.
+    """
+    fitting = [p for p in _with_experts(plan, experts) if p.fits]
+    return min(fitting, key=lambda p: p.step_seconds, default=None)
+
+
+def _with_experts(plan: Plan, experts: Iterable[int] | None) -> Iterator[Plan]:
+    if experts is None:
+        most = max(1, 2 * math.isqrt(plan.d_sae) // plan.n_ranks)
+        experts = [plan.n_ranks * 2**i for i in range(most.bit_length())]
+    for n in experts:
+        has_experts, has_latents = n >= plan.n_active_experts, -(-plan.d_sae // n) * plan.n_active_experts >= plan.k
+        if n % plan.n_ranks == 0 and has_experts and has_latents:
+            yield replace(plan, n_experts=n)
+
+
+def smallest(plan: Plan, experts: Iterable[int] | None = None, most_ranks: int = 1 << 17) -> Plan:
+    """The plan with the fewest GPUs whose memory suffices, and with the fastest number of experts on those.
+
+    Up to a node, powers of two; beyond it, whole nodes.
+
+    Raises:
+        ValueError: If not even ``most_ranks`` suffice.
+    """
+    experts = None if experts is None else list(experts)
+    node = plan.hardware.gpus_per_node
+    alone = [2**i for i in range(node.bit_length()) if 2**i < node]
+    room = plan.hardware.memory - plan.reserved
+    at_least = math.inf if room <= 0 else 12 * 2 * plan.d_in * plan.d_sae / room  # weights and moments alone
+    for n in [*alone, *range(node, most_ranks + 1, node)]:
+        if n >= at_least and (found := fastest(replace(plan, n_experts=n, n_ranks=n), experts)):
+            return found
+    raise ValueError(
+        f"d_sae must be smaller, or the GPUs larger: d_in={plan.d_in}, d_sae={plan.d_sae} needs more than"
+        f" {most_ranks:,} of {plan.hardware.name}"
+    )

@@ -1,0 +1,96 @@
+"""Small runs on one process and on several, to be held against each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers import activations
+from helpers.processes import on_processes
+from helpers.resumed import make_sae
+from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig
+from sae_lens_switch.parallel import ParallelSparseSAETrainer
+
+BATCH = 64
+
+
+def config(steps: int, **fields: Any) -> SparseSAETrainerConfig:
+    fields = {"lr": 3e-3, "device": "cpu", "dead_feature_window": 2, "feature_sampling_window": 7, **fields}
+    return SparseSAETrainerConfig(total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, **fields)
+
+
+def tokens() -> Tensor:
+    return torch.cat(activations(5, batch=BATCH))
+
+
+def result(trainer: Any, sae: Any) -> dict[str, Any]:
+    return {
+        "weights": {name: p.detach().clone() for name, p in sae.named_parameters()},
+        "rows": trainer.history.rows,
+        "samples": trainer.n_training_samples,
+        "density": trainer.feature_sparsity,
+        "skipped": trainer.n_skipped_steps,
+        "metadata": {name: sae.cfg.metadata[name] for name in ("l0", "num_dead_features")},
+    }
+
+
+def alone(
+    steps: int,
+    sae: dict[str, Any] | None = None,
+    *,
+    make: Callable[[], Any] | None = None,
+    source: Tensor | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    made = make() if make is not None else make_sae(**(sae or {}))
+    trainer = SparseSAETrainer(config(steps, **fields), made, tokens() if source is None else source)
+    return result(trainer, trainer.fit())
+
+
+def together(
+    n: int,
+    folder: Path,
+    steps: int,
+    sae: dict[str, Any] | None = None,
+    *,
+    make: Callable[[], Any] | None = None,
+    source: Tensor | None = None,
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    def run() -> dict[str, Any]:
+        made = make() if make is not None else make_sae(**(sae or {}))
+        cfg = config(steps, **{"expert_parallel": n, **fields})
+        trainer = ParallelSparseSAETrainer(cfg, made, tokens() if source is None else source)
+        return result(trainer, trainer.fit().gathered())
+
+    return on_processes(n, run, folder)
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any], rtol: float = 5e-4, atol: float = 5e-5) -> None:
+    """But for rounding: weights, what was logged, and what is counted."""
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(
+            found["weights"][name], weight, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    torch.testing.assert_close(found["density"], expected["density"], rtol=0, atol=max(1e-6, atol))
+    assert found["samples"] == expected["samples"]
+    assert len(found["rows"]) == len(expected["rows"])
+    for row, row_alone in zip(found["rows"], expected["rows"], strict=True):
+        assert row.keys() == row_alone.keys()
+        for name, value in row_alone.items():
+            as_tensors = (torch.tensor(_numbers(v), dtype=torch.float64) for v in (row[name], value))
+            torch.testing.assert_close(
+                *as_tensors, rtol=20 * rtol, atol=20 * atol, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    assert found["metadata"]["num_dead_features"] == expected["metadata"]["num_dead_features"]
+
+
+def shared_bits(found: dict[str, Any]) -> list[bytes]:
+    return [t.contiguous().view(torch.uint8).numpy().tobytes() for t in found["weights"].values()]
+
+
+def _numbers(value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    return [float("nan") if v is None else float(v) for v in values]

@@ -1,0 +1,203 @@
+"""Checkpoints written by several processes: any number of them resumes, and one command makes them ordinary."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from helpers.parallel_runs import BATCH, alone, assert_same_run, config, result, tokens
+from helpers.processes import ended_processes, on_processes
+from helpers.resumed import make_sae
+from sae_lens import SAE, TrainingSAE
+
+from sae_lens_switch import CheckpointError
+from sae_lens_switch.parallel import ParallelSparseSAETrainer
+from sae_lens_switch.parallel.__main__ import main
+from sae_lens_switch.training import checkpoints
+
+STEPS = 12
+
+
+def run_on(n: int, folder, steps: int = STEPS, sae: dict | None = None, **fields) -> list[dict]:
+    """Train to ``steps`` on ``n`` processes, from the newest checkpoint in ``folder`` if there is one."""
+
+    def run() -> dict:
+        fields_of_run = {"resume": "latest", "checkpoint_path": str(folder), "expert_parallel": n, **fields}
+        trainer = ParallelSparseSAETrainer(config(STEPS, **fields_of_run), make_sae(**(sae or {})), tokens())
+        if steps == STEPS:
+            return result(trainer, trainer.fit().gathered())
+        trainer.resume()
+        trainer._estimate_normalization()
+        while trainer.n_training_steps < steps:
+            trainer.maybe_reset_sparsity()
+            trainer._step_and_log(trainer._next_batch(), trainer._progress())
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        return result(trainer, trainer.sae.gathered())
+
+    return on_processes(n, run, folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sae"),
+    [
+        ("adam", {"aux_loss_coefficient": 0.1}),
+        ("row_sparse_adam", {}),
+        ("adam", {"dtype": "bfloat16"}),
+        ("row_sparse_adam", {"dtype": "bfloat16"}),
+        ("adam", {"normalize_activations": "expected_average_only_in"}),
+        ("row_sparse_adam", {"normalize_activations": "covariance_whitening"}),
+    ],
+)
+def test_a_run_resumed_on_one_two_and_four_processes_ends_like_one_without_a_stop(optimizer, sae, tmp_path):
+    fields = {"optimizer": optimizer, "n_batches_for_norm_estimate": 3}
+    expected = alone(STEPS, sae, **fields)
+    for n, until in ((2, 3), (4, 6), (1, 9), (2, STEPS)):
+        found = run_on(n, tmp_path / "checkpoints", until, sae, **fields)
+    loose = {"rtol": 3e-2, "atol": 3e-2} if "dtype" in sae else {"rtol": 2e-3, "atol": 2e-4}
+    for one in found:
+        assert_same_run(one, expected, **loose)
+
+
+def test_a_run_resumed_on_as_many_processes_has_the_same_bits(tmp_path):
+    whole = run_on(2, tmp_path / "whole")
+    run_on(2, tmp_path / "parts", 5)
+    resumed = run_on(2, tmp_path / "parts")
+    for a, b in zip(whole, resumed, strict=True):
+        assert all(torch.equal(t, b["weights"][name]) for name, t in a["weights"].items())
+        assert a["rows"] == b["rows"]
+
+
+@pytest.mark.parametrize("sae", [{}, {"normalize_activations": "expected_average_only_in"}])
+def test_one_command_makes_an_ordinary_folder_of_a_checkpoint(sae, tmp_path, capsys):
+    fields = {"n_checkpoints": 2, "save_final_checkpoint": True, "n_batches_for_norm_estimate": 3}
+    (found, _) = run_on(2, tmp_path / "runs", sae=sae, **fields)
+    final = tmp_path / "runs" / f"final_{STEPS * BATCH}"
+    assert main([str(final), str(tmp_path / "used")]) == 0
+    assert main([str(final), str(tmp_path / "trained"), "--for-training"]) == 0
+    assert f"saved: {tmp_path / 'used'}" in capsys.readouterr().out
+    used, trained = SAE.load_from_disk(tmp_path / "used"), TrainingSAE.load_from_disk(tmp_path / "trained")
+    assert (used.cfg.architecture(), used.cfg.d_sae, used.cfg.n_experts) == ("switch", 40, 4)
+    for name, weight in found["weights"].items():
+        assert torch.equal(used.get_parameter(name), weight)
+        assert torch.equal(trained.get_parameter(name), weight)
+    assert not trained.is_fresh
+    assert used.cfg.normalize_activations == "none"
+
+
+def test_a_checkpoint_says_who_wrote_it_and_every_byte_is_checked(tmp_path):
+    run_on(2, tmp_path / "runs", 3)
+    (checkpoint,) = (tmp_path / "runs").iterdir()
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    files = {f.relative_to(checkpoint).as_posix() for f in checkpoint.rglob("*") if f.is_file()}
+    assert manifest["files"].keys() | {"checkpoint.json"} == files
+    assert len([name for name in files if name.startswith("weights/")]) == 2
+    assert manifest["config"]["sae"]["d_sae"] == 40
+    checkpoints.verify(checkpoint)
+    shard = sorted((checkpoint / "optimizer").iterdir())[1]
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"damaged: optimizer/{shard.name} is not what was written"):
+        checkpoints.verify(checkpoint)
+
+    def resume() -> str:
+        cfg = config(STEPS, expert_parallel=2, resume=str(checkpoint), checkpoint_path=str(tmp_path / "runs"))
+        with pytest.raises(CheckpointError) as error:
+            ParallelSparseSAETrainer(cfg, make_sae(), tokens()).fit()
+        return str(error.value)
+
+    assert all("SHA-256 differs" in message for message in on_processes(2, resume, tmp_path))
+
+
+def test_another_configuration_is_refused_on_every_process(tmp_path):
+    run_on(2, tmp_path / "runs", 3)
+
+    def resume() -> str:
+        cfg = config(STEPS, expert_parallel=2, resume="latest", checkpoint_path=str(tmp_path / "runs"))
+        with pytest.raises(CheckpointError) as error:
+            ParallelSparseSAETrainer(cfg, make_sae(k=2), tokens()).fit()
+        return str(error.value)
+
+    for message in on_processes(2, resume, tmp_path):
+        assert "of another configuration" in message
+        assert "k was 3, is 2" in message
+
+
+def test_a_checkpoint_of_one_process_is_refused_with_what_to_do(tmp_path):
+    alone(STEPS, checkpoint_path=str(tmp_path / "runs"), n_checkpoints=1)
+    (checkpoint,) = (tmp_path / "runs").iterdir()
+    assert main([str(checkpoint), str(tmp_path / "out")]) == 1
+
+    def resume() -> str:
+        cfg = config(STEPS, expert_parallel=2, resume="latest", checkpoint_path=str(tmp_path / "runs"))
+        with pytest.raises(CheckpointError) as error:
+            ParallelSparseSAETrainer(cfg, make_sae(), tokens()).fit()
+        return str(error.value)
+
+    assert all("is not of a run with divided experts" in message for message in on_processes(2, resume, tmp_path))
+
+
+def test_one_process_without_torchrun_is_told_what_a_checkpoint_of_several_needs(tmp_path):
+    run_on(2, tmp_path / "runs", 3)
+    with pytest.raises(CheckpointError, match="is of several processes: resume it under torchrun"):
+        alone(STEPS, checkpoint_path=str(tmp_path / "runs"), resume="latest")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_while_it_writes_leaves_the_checkpoint_before_whole(victim, tmp_path):
+    runs = tmp_path / "runs"
+    run_on(2, runs, 3)
+
+    def run() -> None:
+        cfg = config(STEPS, expert_parallel=2, resume="latest", checkpoint_path=str(runs), n_checkpoints=2)
+        trainer = ParallelSparseSAETrainer(cfg, make_sae(), tokens())
+        write = trainer._state_beyond_saelens
+
+        def killed() -> dict:
+            if trainer.ranks.rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write()
+
+        trainer._state_beyond_saelens = killed
+        trainer.fit()
+
+    outcomes = ended_processes(2, run, tmp_path)
+    assert outcomes[victim] is None
+    assert "RankLostError" in outcomes[1 - victim]
+    assert checkpoints.latest(runs) == runs / str(3 * BATCH)
+    expected = alone(STEPS)
+    for found in run_on(4, runs):
+        assert_same_run(found, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_a_disk_that_is_full_for_one_process_ends_no_run(tmp_path):
+    def run() -> tuple[int, list[str]]:
+        cfg = config(STEPS, expert_parallel=2, checkpoint_path=str(tmp_path / "runs"), n_checkpoints=2)
+        trainer = ParallelSparseSAETrainer(cfg, make_sae(), tokens())
+        state = trainer._state_beyond_saelens
+
+        def full() -> dict:
+            if trainer.ranks.rank == 1 and trainer.n_training_steps < 6:
+                raise OSError(28, "No space left on device")
+            return state()
+
+        trainer._state_beyond_saelens = full
+        trainer.fit()
+        return trainer.n_training_steps, sorted(f.name for f in (tmp_path / "runs").iterdir())
+
+    assert on_processes(2, run, tmp_path) == [(STEPS, ["576"])] * 2
+
+
+def test_routers_that_have_grown_apart_are_found_before_they_are_saved(tmp_path):
+    def run() -> str:
+        cfg = config(STEPS, expert_parallel=2, checkpoint_path=str(tmp_path / "runs"))
+        trainer = ParallelSparseSAETrainer(cfg, make_sae(), tokens())
+        trainer.step(next(trainer.data_provider))
+        with torch.no_grad():
+            trainer.sae.b_router[0] += trainer.ranks.rank * 1e-6
+        with pytest.raises(RuntimeError) as error:
+            trainer.save_checkpoint("apart")
+        return str(error.value)
+
+    assert all("those of rank 1 differ from rank 0's" in message for message in on_processes(2, run, tmp_path))
