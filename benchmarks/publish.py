@@ -3,9 +3,9 @@
 python benchmarks/publish.py            # rewrites the marked parts of the pages
 python benchmarks/publish.py --check    # exit code 1 if a page does not show what the results say
 
-``docs/measured/`` holds what `make bench`, `make quickstart` and `recall.py` write to ``runs/``; to publish new
-numbers, copy ``bench.json``, ``row_sparse.json``, ``quickstart/metrics.json`` and ``recall.json`` there. ``docs/gpu/``
-holds what `make gpu-check` writes.
+``docs/measured/`` holds what `make bench`, `make quickstart`, `recall.py` and `duplicates.py` write to ``runs/``; to
+publish new numbers, copy ``bench.json``, ``row_sparse.json``, ``quickstart/metrics.json``, ``recall.json`` and
+``duplicates.json`` there. ``docs/gpu/`` holds what `make gpu-check` writes.
 ``docs/experiments/`` holds the CSVs of the experiments: examples/experiments/published.py makes their tables.
 A page marks the place of a table by ``<!-- measured: name -->`` and ``<!-- end -->``.
 """
@@ -154,7 +154,32 @@ def recall_curves() -> str:
     )
 
 
+def duplicates() -> str:
+    """Means over the seeds, and the range of the errors."""
+    by_coefficient: dict[float, list[dict[str, float]]] = {}
+    for row in read("duplicates.json")["results"]:
+        by_coefficient.setdefault(row["coefficient"], []).append(row)
+    names = [f"decoder_{c}" for c in (0.7, 0.8, 0.9)] + ["encoder_0.7", "dead"]
+    rows = []
+    for coefficient, found in by_coefficient.items():
+        errors = [row["fvu"] for row in found]
+        counts = [f"{sum(row[name] for row in found) / len(found):.0f}" for name in names]
+        rows.append([f"{coefficient:g}", f"{sum(errors) / len(errors):.4f}", f"{min(errors):.4f} to {max(errors):.4f}"])
+        rows[-1] += counts
+    head = [
+        "`expert_overlap_coefficient`",
+        "FVU",
+        "range",
+        "decoder rows > 0.7",
+        "> 0.8",
+        "> 0.9",
+        "encoder rows > 0.7",
+    ]
+    return table([*head, "dead"], rows)
+
+
 BLOCKS = {
+    "duplicates": duplicates,
     "recall": recall,
     "recall-curves": recall_curves,
     "bench": bench,

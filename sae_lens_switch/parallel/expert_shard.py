@@ -22,7 +22,13 @@ from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 SHARED = ("b_dec", "W_router", "b_router")
 LATENT_DIM = {"W_enc": 1, "W_dec": 0}
 # What is not divided over processes yet.
-_ONLY = {"n_active_experts": 1, "n_shared_experts": 0, "load_balancing": "loss", "router_z_loss_coefficient": 0}
+_ONLY = {
+    "n_active_experts": 1,
+    "n_shared_experts": 0,
+    "load_balancing": "loss",
+    "router_z_loss_coefficient": 0,
+    "expert_overlap_coefficient": 0,
+}
 
 
 class ExpertShard(SwitchTrainingSAE):

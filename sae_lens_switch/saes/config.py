@@ -83,6 +83,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         router_start_std (float | None): Standard deviation to which the router's logits are scaled on the first batch, so that routing starts equally sharp for activations of any scale. None: W_router stays as initialised, uniform in +-1/sqrt(d_in), as in the authors' code.
         aux_loss_coefficient (float): Weight of AuxK, in which the dead latents of a token's own expert reconstruct its residual. The paper has none.
         aux_k (int | None): Number of dead latents per token that do so. None: k.
+        expert_overlap_coefficient (float): Weight, times load_balance_scale, of a penalty on similar decoder rows of different experts: for one token in eight, those that fire against those that would fire in the next best expert, where their cosine exceeds 0.3. Not with row-sparse Adam. 0: none.
         encoder_precision (str): Precision of the encoder's product, which only selects latents: "full", that of the weights; "bfloat16" or "float8", with the values of what it selects computed again in full. Values and gradients are exact in either; the choice may differ among nearly equal latents.
         tie_router_bias (bool): The router subtracts b_dec, and b_router is kept equal to it: the authors' checkpoints have one vector for both.
     """
@@ -106,6 +107,7 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     router_start_std: float | None = 1.0
     aux_loss_coefficient: float = 0.0
     aux_k: int | None = None
+    expert_overlap_coefficient: float = 0.0
     encoder_precision: EncoderPrecision = "full"
     tie_router_bias: bool = False
 
@@ -250,6 +252,17 @@ def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
     _check_layout(cfg)
     if cfg.n_active_experts > cfg.n_experts:
         raise ValueError(f"n_active_experts must be at most n_experts={cfg.n_experts}; got {cfg.n_active_experts}")
+    overlap = cfg.expert_overlap_coefficient if isinstance(cfg, SwitchTrainingSAEConfig) else 0
+    if overlap and cfg.n_active_experts == cfg.n_experts:
+        raise ValueError(
+            f"expert_overlap_coefficient must be 0 unless n_active_experts={cfg.n_active_experts} is less than "
+            f"n_experts={cfg.n_experts}; got {overlap}"
+        )
+    if overlap and cfg.n_shared_experts:
+        raise ValueError(
+            f"expert_overlap_coefficient must be 0 with shared experts, of which there are {cfg.n_shared_experts}; "
+            f"got {overlap}"
+        )
     S, width, A = cfg.layout.shared_width, cfg.layout.expert_width, cfg.n_active_experts
     if cfg.k > S + A * width:
         several = "" if A == 1 else "n_active_experts * "

@@ -1,4 +1,4 @@
-"""Which latents belong to which expert: asked here, computed nowhere else."""
+"""Which latents belong to which expert: asked here, computed nowhere else; without torch, which is slow to load."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ExpertLayout:
 
     def latents(self, experts: Tensor) -> Tensor:
         """All latents of tokens with these experts, [..., A] to [..., S + A * M]."""
-        import torch  # not by the cost model, which starts at once
+        import torch
 
         M, lead = self.expert_width, experts.shape[:-1]
         within = self.shared_width + torch.arange(M, device=experts.device)

@@ -35,7 +35,7 @@ SWITCH: dict[str, Rule] = {
     "gate": Choice(get_args(Gate)),
     "load_balancing": Choice(get_args(LoadBalancing)),
     "load_balance_bias_rate": Number(at_least=0),
-    "router_z_loss_coefficient": _coefficient,
+    **dict.fromkeys(("router_z_loss_coefficient", "expert_overlap_coefficient"), _coefficient),
     "load_balance_coefficient": Number(at_least=0, optional=True),
     "load_balance_scale": Choice(get_args(LoadBalanceScale)),
     "load_balance_warm_up_steps": _count,

@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
-from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode, update_expert_bias
+from sae_lens_switch_kernels import (
+    EncoderPrecision,
+    Reconstruction,
+    RowGrads,
+    biased_probs,
+    sparse_autoencode,
+    switch_encode,
+    update_expert_bias,
+)
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,6 +29,7 @@ from sae_lens_switch.saes.decoder_constraint import (
     project_out_rows_,
 )
 from sae_lens_switch.saes.expert_layout import ExpertLayout
+from sae_lens_switch.saes.expert_overlap import STRONGEST, TOKENS_PER_SAMPLE, overlap_penalty
 from sae_lens_switch.saes.router import (
     Assignment,
     RoutingStatistics,
@@ -43,15 +52,18 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; the router
     z-loss with ``router_z_loss_coefficient``; and AuxK (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead
-    latents of a token's own experts, weighted by their gates, and of shared ones, reconstruct the token's residual.
+    latents of a token's own experts, weighted by their gates, and of shared ones, reconstruct the token's residual; and
+    the penalty of ``saes/expert_overlap.py`` with ``expert_overlap_coefficient``.
     Load balance concerns routed experts alone. With ``load_balancing="bias"`` each optimiser step also moves
     ``expert_bias``.
-    A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK is then left out.
+    A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK and the penalty on
+    overlap are then left out.
     """
 
     def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self._start = FirstBatchStart(self.named_parameters() if self.device.type != "meta" else None)
+        self._overlap: Tensor | None = None  # the penalty, between two parts of a step
         self._counts_E: Tensor | None = None  # tokens of each expert since the last optimiser step
 
     @override
@@ -158,6 +170,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     ) -> tuple[Reconstruction, Tensor]:
         assert assignment is not None
         experts_BA, gates_BA = self._chosen(assignment)
+        if self.cfg.expert_overlap_coefficient:
+            row_grads = None  # it would hold products of W_dec and its gradient that lack the penalty's
         result = sparse_autoencode(
             inputs_BD,
             self.W_enc.T,
@@ -174,7 +188,25 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             encoder_precision=self.encoder_precision,
         )
         codes = SparseCodes(result.values_BK.detach(), result.indices_BK, self.cfg.d_sae)
-        return result, self._gated(codes, assignment).detach()
+        values_BK = self._gated(codes, assignment).detach()
+        if self.cfg.expert_overlap_coefficient:
+            self._overlap = self._expert_overlap(inputs_BD, assignment, values_BK, result.indices_BK)
+        return result, values_BK
+
+    def _expert_overlap(
+        self, inputs_BD: Tensor, assignment: Assignment, values_BK: Tensor, indices_BK: Tensor
+    ) -> Tensor:
+        """``overlap_penalty`` of the batch's first tokens, between their own latents and those of their next expert."""
+        E, A = self.cfg.n_experts, self.cfg.n_active_experts
+        S = -(-len(inputs_BD) // TOKENS_PER_SAMPLE)
+        n = min(STRONGEST, self.cfg.k, self.cfg.d_sae // E)
+        with torch.no_grad():
+            ranked_SE = biased_probs(assignment.probs_BE[:S], self.expert_bias)
+            next_S = ranked_SE.topk(A + 1, dim=-1).indices[:, A]
+            other = switch_encode(inputs_BD[:S], next_S, self.W_enc.T, n, E, pre_bias_D=self.pre_bias)
+            own_SN, place_SN = values_BK[:S].topk(n, dim=1)
+            fires_SNN = (own_SN > 0).unsqueeze(2) & (other[0] > 0).unsqueeze(1)
+        return overlap_penalty(self.W_dec, indices_BK[:S].gather(1, place_SN), other[1], fires_SNN)
 
     @override
     def _add_routing(
@@ -192,6 +224,9 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         if self.cfg.router_z_loss_coefficient:
             z_loss = router_z_loss(assignment.logits_BE)
             losses["router_z_loss"] = self.cfg.router_z_loss_coefficient * scale * z_loss
+        overlap, self._overlap = self._overlap, None
+        if overlap is not None:
+            losses["expert_overlap_loss"] = self.cfg.expert_overlap_coefficient * scale * overlap
         if self.expert_bias is not None and torch.is_grad_enabled():
             self._count(load_E, assignment.experts_BA.numel())
         gates_B = assignment.gates_BA.detach().flatten()

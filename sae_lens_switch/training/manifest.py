@@ -22,6 +22,7 @@ _BEFORE = {
     "load_balancing": "loss",
     "load_balance_bias_rate": 0.01,
     "router_z_loss_coefficient": 0.0,
+    "expert_overlap_coefficient": 0.0,
 }
 ORDERED_BY = ("n_training_samples", "saved_at")
 

@@ -241,6 +241,7 @@ def test_the_others_stop_within_the_time_allowed_when_a_process_hangs(place, tmp
         ({}, {"n_shared_experts": 2, "shared_width": 12}, "n_shared_experts must be 0 with experts on several"),
         ({}, {"load_balancing": "bias"}, "load_balancing must be 'loss' with experts on several processes; got 'bias'"),
         ({}, {"router_z_loss_coefficient": 0.1}, "router_z_loss_coefficient must be 0 with experts on several"),
+        ({}, {"expert_overlap_coefficient": 0.1}, "expert_overlap_coefficient must be 0 with experts on several"),
         ({"gradient_accumulation_steps": 2}, {}, "gradient_accumulation_steps must be 1 in a parallel run; got 2"),
         ({"on_collapse": "reseed"}, {}, "on_collapse must be 'report' or 'raise_coefficient' in a parallel run"),
     ],

@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.decoder_constraint import AppliesConstraint, normalize_rows_, project_out_rows
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
+from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.optim.gradients import gradients, parameters_of, total_norm, trained
 
 # Tuned on a CPU: a block of rows stays in cache while it is gathered, stepped and scattered.
@@ -39,6 +40,11 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             raise ValueError(
                 "optimizer='row_sparse_adam' needs an SAE with sparse gradients, switch or sparse_topk; "
                 f"got {sae.cfg.architecture()}"
+            )
+        if isinstance(sae, SwitchTrainingSAE) and sae.cfg.expert_overlap_coefficient:
+            raise ValueError(
+                "expert_overlap_coefficient must be 0 with optimizer='row_sparse_adam', which steps only latents that "
+                f"are active; got {sae.cfg.expert_overlap_coefficient}"
             )
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.sae = sae
