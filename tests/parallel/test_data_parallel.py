@@ -83,7 +83,7 @@ def test_a_batchtopk_sae_chooses_from_each_part_of_a_batch_as_one_process_does(k
     expected = of_one(make, optimizer=optimizer, gradient_accumulation_steps=2)
     found = divided(2, tmp_path, make, optimizer=optimizer)
     for row in [row for one in (expected, *found) for row in one["rows"]]:
-        row.pop("topk_threshold")  # one process moves it once per part, two move it once per step
+        row.pop("metrics/topk_threshold")  # one process moves it once per part, two move it once per step
     for one in found:
         assert_same_run(one, expected, rtol=2e-3, atol=2e-3)
         assert shared_bits(one) == shared_bits(found[0])
