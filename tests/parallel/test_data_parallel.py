@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers import D, F, K
-from helpers.batchtopk import KINDS, both, options_of
 from helpers.parallel_runs import BATCH, alone, assert_same_run, config, result, shared_bits, together, tokens
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
+from helpers.saelens_pairs import KINDS, both, options_of
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import sae_lens
 import torch
-from helpers import HOOK, D, activations, largest_allocation, random_input, run_fields, trainer
-from helpers.batchtopk import (
+from helpers import HOOK, D, activations, random_input, run_fields, trainer
+from helpers.saelens_pairs import (
     KINDS,
     F,
     K,
@@ -20,37 +20,14 @@ from helpers.batchtopk import (
     pair,
     rescaling,
     step_input,
-    tightly,
 )
 from helpers.trainers import our_trainer, run
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
-from sae_lens_switch_kernels import torch_tiles
 
 from sae_lens_switch import LanguageModelSAERunnerConfig, SparseCodes, override
-
-
-@both
-@rescaling
-def test_twenty_steps_of_saelens_trainer_end_in_the_same_weights_and_statistics(kind, rescale):
-    batches = [batch.double() for batch in activations(20)]
-    ours, stock = pair(kind, rescale_acts_by_decoder_norm=rescale)
-    trainers = [trainer(sae, batches, lr=1e-3, lr_end=1e-4, dead_feature_window=4) for sae in (ours, stock)]
-    died = 0
-    for batch in batches:
-        for t in trainers:
-            t.step(batch)
-            t.n_training_steps += 1
-        died += int(trainers[0].dead_neurons.sum())
-        assert torch.equal(trainers[0].dead_neurons, trainers[1].dead_neurons)
-    assert died > 0  # so that the auxiliary loss took part
-    assert torch.equal(trainers[0].act_freq_scores, trainers[1].act_freq_scores)
-    assert torch.equal(trainers[0].n_forward_passes_since_fired, trainers[1].n_forward_passes_since_fired)
-    torch.testing.assert_close(ours.topk_threshold, stock.topk_threshold, rtol=1e-6, atol=1e-8)
-    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
 @both
@@ -125,23 +102,6 @@ def test_a_resumed_run_is_bit_identical(kind, options, tmp_path):
 
 
 @both
-def test_a_training_step_makes_no_tensor_of_batch_times_width_outside_a_tile(kind):
-    B, width = 2048, 1024
-    widths = {"matryoshka_widths": [100, 500, width]} if kind.options else {}
-    sae = kind.ours(kind.our_config(d_in=D, d_sae=width, k=4, **widths))
-    x = random_input(B, D, dtype=torch.float32)
-    dead = torch.zeros(width, dtype=torch.bool)
-    dead[:40] = True
-
-    def step() -> None:
-        sae.training_forward_pass(step_input(x, dead)).loss.backward()
-
-    assert largest_allocation(step) == 4 * torch_tiles.TILE_ROWS["cpu"] * width < 4 * B * width
-    sae.add_hook("hook_sae_acts_post", lambda acts, hook: None)  # noqa: ARG005
-    assert largest_allocation(step) >= 4 * B * width, "the census can see a dense tensor"
-
-
-@both
 @rescaling
 def test_it_is_saved_as_saelens_saves_it_and_loads_without_us(kind, rescale, tmp_path):
     ours, stock = pair(kind, rescale_acts_by_decoder_norm=rescale, metadata=SAEMetadata(hook_name=HOOK))
@@ -172,41 +132,6 @@ print(type(sae).__name__)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["JumpReLUSAE"]
-
-
-@both
-def test_its_checkpoint_comes_back_and_stock_weights_load(kind, tmp_path):
-    ours, stock = pair(kind)
-    for sae in (ours, stock):
-        sae.training_forward_pass(step_input(random_input(12, D)))
-    ours.save_model(tmp_path / "ours")
-    loaded = TrainingSAE.load_from_disk(tmp_path / "ours")
-    assert type(loaded) is kind.ours
-    assert loaded.W_enc.stride() == (1, D)
-    for name, value in ours.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-    stock.save_model(tmp_path / "stock")
-    fresh = kind.ours(kind.our_config(**options_of(kind)))
-    fresh.load_weights_from_checkpoint(tmp_path / "stock")
-    assert_same_step(fresh, stock, random_input(12, D))
-
-
-@both
-@rescaling
-@pytest.mark.parametrize("fold", ["scaling factor", "whitening"])
-def test_folds_equal_saelens(kind, rescale, fold):
-    ours, stock = pair(kind, rescale_acts_by_decoder_norm=rescale)
-    x = random_input(15, D)
-    matrix = random_input(D, D, seed=9) + 3 * torch.eye(D)
-    for sae in (ours, stock):
-        sae.topk_threshold.fill_(0.5)
-        if fold == "scaling factor":
-            sae.fold_activation_norm_scaling_factor(2.5)
-        else:
-            sae.fold_activation_whitening(x[0], matrix, matrix.inverse())
-    torch.testing.assert_close(ours(x), stock(x), **tightly)
-    torch.testing.assert_close(ours.encode(x), stock.encode(x), **tightly)
-    torch.testing.assert_close(ours.topk_threshold, stock.topk_threshold, **tightly)
 
 
 @pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning")

@@ -3,19 +3,17 @@
 import pytest
 import torch
 from helpers import D, random_input
-from helpers.batchtopk import (
+from helpers.saelens_pairs import (
     KINDS,
     F,
     K,
     assert_same_step,
     both,
     dead_latents,
-    loss_and_gradients,
     options_of,
     pair,
     rescaling,
     step_input,
-    tightly,
 )
 from sae_lens.saes.sae import TrainingSAE
 
@@ -92,54 +90,3 @@ def test_where_nothing_is_positive_the_threshold_stays(kind):
             sae.b_enc.fill_(-1e3)
     assert_same_step(ours, stock, random_input(8, D))
     assert ours.topk_threshold == 0.25
-
-
-@both
-def test_autocast_stays_near_saelens_own_under_autocast(kind):
-    ours, stock = pair(kind, dtype="float32")
-    x = random_input(60, D, dtype=torch.float32)
-    results = []
-    for sae in (ours, stock):
-        sae.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = sae.training_forward_pass(step_input(x, dead_latents(6)))
-        output.loss.backward()
-        results.append([output.loss, *(p.grad for p in sae.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert a.dtype == torch.float32
-        assert (a - b).norm() <= 0.06 * b.norm()
-
-
-@both
-@rescaling
-def test_encode_decode_and_forward_equal_saelens(kind, rescale):
-    ours, stock = pair(kind, rescale_acts_by_decoder_norm=rescale)
-    for shape in ((D,), (7, D), (3, 4, D), (2, 3, 2, D)):
-        x = random_input(*shape)
-        acts = ours.encode(x)
-        torch.testing.assert_close(acts, stock.encode(x), **tightly)
-        torch.testing.assert_close(ours.decode(acts), stock.decode(acts), **tightly)
-        torch.testing.assert_close(ours.decode(ours.encode_sparse(x)), stock(x), **tightly)
-        torch.testing.assert_close(ours(x), stock(x), **tightly)
-
-
-@both
-@pytest.mark.parametrize("hook", ["hook_sae_acts_pre", "hook_sae_acts_post"])
-def test_a_hook_on_dense_latents_sees_and_edits_them_in_training(kind, hook):
-    ours, stock = pair(kind)
-    seen = []
-
-    def steer(acts, hook):  # noqa: ARG001
-        seen.append(acts)
-        return acts * 0.5
-
-    for sae in (ours, stock):
-        sae.add_hook(hook, steer)
-    x = random_input(20, D)
-    (a, a_grads), (b, b_grads) = loss_and_gradients(ours, x), loss_and_gradients(stock, x)
-    assert [tuple(t.shape) for t in seen] == [(20, F)] * 2
-    assert list(a.losses) == list(b.losses)
-    torch.testing.assert_close(a.loss, b.loss, **tightly)
-    torch.testing.assert_close(ours.topk_threshold, stock.topk_threshold, **tightly)
-    for name in b_grads:
-        torch.testing.assert_close(a_grads[name], b_grads[name], **tightly)

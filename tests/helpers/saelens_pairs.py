@@ -1,4 +1,4 @@
-"""SAELens's BatchTopK and Matryoshka BatchTopK SAEs beside ours, with the same weights."""
+"""SAELens's SAEs beside ours on sparse kernels, with the same weights: TopK, BatchTopK, Matryoshka BatchTopK."""
 
 import copy
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 from helpers import D, randomize
@@ -16,9 +17,11 @@ from sae_lens_switch import (
     SparseBatchTopKTrainingSAEConfig,
     SparseMatryoshkaBatchTopKTrainingSAE,
     SparseMatryoshkaBatchTopKTrainingSAEConfig,
+    SparseTopKTrainingSAE,
+    SparseTopKTrainingSAEConfig,
 )
 
-F, K = 42, 3.7
+F, K, TOPK_K = 42, 3.7, 5
 tightly = {"rtol": 1e-9, "atol": 1e-10}
 
 
@@ -29,8 +32,18 @@ class Kind(NamedTuple):
     stock: type
     stock_config: type
     options: dict[str, Any]
+    autocast_error: float = 0.06  # of a gradient, in units of its norm
 
 
+TOPK = Kind(
+    "topk",
+    SparseTopKTrainingSAE,
+    SparseTopKTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+    {"k": TOPK_K},
+    autocast_error=0.05,
+)
 KINDS = [
     Kind(
         "batchtopk",
@@ -50,6 +63,7 @@ KINDS = [
     ),
 ]
 both = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
+each = pytest.mark.parametrize("kind", [TOPK, *KINDS], ids=[kind.name for kind in [TOPK, *KINDS]])
 rescaling = pytest.mark.parametrize("rescale", [True, False], ids=["rescaled", "as they are"])
 
 
@@ -94,6 +108,15 @@ def assert_same_step(ours, stock, x: Tensor, dead: Tensor | None = None, close=t
     assert not a.feature_acts.requires_grad
     for name in b_grads:
         torch.testing.assert_close(a_grads[name], b_grads[name], **close, msg=lambda m, name=name: f"{name}: {m}")
-    torch.testing.assert_close(ours.topk_threshold, stock.topk_threshold, **close)
-    torch.testing.assert_close(a.metrics["topk_threshold"], ours.topk_threshold, rtol=0, atol=0)
-    assert ours.topk_threshold.dtype == torch.float64
+    assert_same_threshold(ours, stock, **close)
+    if "topk_threshold" in a.metrics:
+        torch.testing.assert_close(a.metrics["topk_threshold"], ours.topk_threshold, rtol=0, atol=0)
+        assert ours.topk_threshold.dtype == torch.float64
+
+
+def assert_same_threshold(ours, stock, **close) -> None:
+    """Both have one, or neither."""
+    mine, theirs = (dict(sae.named_buffers()).get("topk_threshold") for sae in (ours, stock))
+    assert (mine is None) == (theirs is None)
+    if mine is not None:
+        torch.testing.assert_close(mine, theirs, **close)
