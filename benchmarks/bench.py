@@ -23,8 +23,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     warnings.filterwarnings("ignore")
     import torch
-    from contestants import BASELINE, contestants, timed
-    from measurements import Row, bare_encoder, check_closeness, child, loop, machine, peak_memory, precision, width
+    from contestants import contestants, timed
+    from measurements import (
+        Row,
+        bare_encoder,
+        check_closeness,
+        child,
+        loop,
+        machine,
+        peak_memory,
+        precision,
+        rival_of,
+        width,
+    )
 
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -51,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows[name].peak_bytes = json.loads(child(args, name)) if args.device == "cpu" else peak_memory(args)
         args.memory_of = None
     report = {"setting": setting, "arguments": vars(args) | {"output": str(args.output)}, "torch": torch.__version__}
-    report["results"] = {name: row.summary(rows.get(BASELINE)) for name, row in rows.items()}
+    report["results"] = {name: row.summary(rows.get(rival_of(name))) for name, row in rows.items()}
     if not args.no_loop:
         report["loop"] = loop(args, names)
     if not args.no_width:

@@ -26,7 +26,7 @@ _PARTS = {
     "encoder, top-k": ("encoder", "top-k"),
     "sparse products": ("decoder", "latent gradient", "weight gradients", "pre-bias gradient"),
     "optimiser, constraint": ("optimiser", "clipping and constraint"),
-    "network": ("all-to-all", "all-reduce", "latency"),
+    "network": ("all-to-all", "sums and statistics", "latency"),
 }
 _PRECISIONS: dict[str, Precision] = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}
 

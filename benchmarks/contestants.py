@@ -13,12 +13,18 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if os.path.exists("/dev/nvi
 
 import torch
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from sae_lens_switch import (
+    SparseBatchTopKTrainingSAE,
+    SparseBatchTopKTrainingSAEConfig,
+    SparseMatryoshkaBatchTopKTrainingSAE,
+    SparseMatryoshkaBatchTopKTrainingSAEConfig,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
     SwitchTrainingSAE,
@@ -64,6 +70,16 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namesp
         print("sparsify is not installed: pip install eai-sparsify")
     else:
         table["sparsify"] = Sparsify
+    table["SAELens batchtopk"] = lambda a: Stock(a, batchtopk(a, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig))
+    table["SAELens matryoshka_batchtopk"] = lambda a: Stock(
+        a, matryoshka(a, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig)
+    )
+    table["ours: sparse_batchtopk"] = lambda a: Ours(
+        a, batchtopk(a, SparseBatchTopKTrainingSAE, SparseBatchTopKTrainingSAEConfig)
+    )
+    table["ours: sparse_matryoshka_batchtopk"] = lambda a: Ours(
+        a, matryoshka(a, SparseMatryoshkaBatchTopKTrainingSAE, SparseMatryoshkaBatchTopKTrainingSAEConfig)
+    )
     table["ours: sparse_topk"] = lambda a: Ours(a, sparse_topk(a))
     table[f"ours: sparse_topk{LOW}"] = lambda a: Ours(a, in_low_precision(sparse_topk(a)))
     E = 32 if 32 in args.experts else args.experts[0]  # its time does not depend on the number
@@ -168,6 +184,16 @@ def sparse_topk(args: argparse.Namespace) -> SparseTopKTrainingSAE:
     return with_weights(SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**fields(args))), args)
 
 
+def batchtopk(args: argparse.Namespace, sae_class: Any, config_class: Any) -> Any:
+    return with_weights(sae_class(config_class(**fields(args))), args)
+
+
+def matryoshka(args: argparse.Namespace, sae_class: Any, config_class: Any) -> Any:
+    """In five widths, each twice that before."""
+    widths = [args.d_sae >> n for n in (4, 3, 2, 1, 0)]
+    return with_weights(sae_class(config_class(**fields(args), matryoshka_widths=widths)), args)
+
+
 def shared_width(args: argparse.Namespace, n_experts: int) -> int:
     """About as many latents as an expert has, that leave all experts equally many."""
     return max(1, args.d_sae // n_experts // n_experts) * n_experts
@@ -205,11 +231,12 @@ def with_weights(sae: Any, args: argparse.Namespace, F: int | None = None) -> An
 
 
 class Stock(Contestant):
-    """SAELens as it is: its TopK SAE, its trainer's step."""
+    """SAELens as it is: its TopK SAE or a given one, its trainer's step."""
 
-    def __init__(self, args: argparse.Namespace, **options: Any) -> None:
+    def __init__(self, args: argparse.Namespace, sae: TopKTrainingSAE | None = None, **options: Any) -> None:
         super().__init__(args)
-        self.module = with_weights(TopKTrainingSAE(TopKTrainingSAEConfig(**fields(args), **options)), args)
+        topk = TopKTrainingSAE(TopKTrainingSAEConfig(**fields(args), **options)) if sae is None else sae
+        self.module = with_weights(topk, args)
         cfg = SAETrainerConfig(
             lr=LR,
             lr_end=LR,

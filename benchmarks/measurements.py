@@ -136,17 +136,24 @@ def check_closeness(args: argparse.Namespace, names: Sequence[str]) -> None:
                     raise SystemExit(f"{name}: {key} is off from {kind}'s by a ratio of {error:.3g}")
 
 
+def rival_of(name: str) -> str:
+    """SAELens's own of the kind, which a step is compared with; TopK for those that it does not have."""
+    kinds = ("matryoshka_batchtopk", "batchtopk")
+    return next((f"SAELens {kind}" for kind in kinds if name.endswith(kind)), BASELINE)
+
+
 def truth_of(name: str) -> str:
     name = name.removesuffix(LOW)
     if "experts" not in name:
-        return BASELINE
+        return rival_of(name)
     return "all experts, masked, " + name.split(", ")[-1]
 
 
 def loop(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Time whole steps of ``fit``, from one batch to the next, beside forward, backward and fused Adam alone."""
     table = contestants(args)
-    ours = {n: table[n](args) for n in names if n.startswith("ours") and not n.endswith(LOW)}
+    # Of those that the cost model knows.
+    ours = {n: table[n](args) for n in names if n.startswith("ours") and not n.endswith((LOW, "batchtopk"))}
     stock = {n: table[n](args) for n in names if n == BASELINE}
     loops = {n: Loop(SAETrainer, c) for n, c in stock.items()} | {n: Loop(SparseSAETrainer, c) for n, c in ours.items()}
     times: dict[str, list[tuple[float, float]]] = {n: [] for n in loops}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_lens_switch_kernels.candidates import Selected
     from sae_lens_switch_kernels.inputs import EncoderInputs
     from torch import Tensor
 
@@ -120,16 +121,16 @@ def recalls(sae: SparseTopKTrainingSAE, x: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
-def selected(inputs: EncoderInputs) -> tuple[Tensor, Tensor, Tensor]:
+def selected(inputs: EncoderInputs) -> Selected:
     from sae_lens_switch_kernels.operators import encode_sorted
 
     groups = inputs.groups()
-    return tuple(encode_sorted(inputs, inputs.centered(groups), groups))
+    return encode_sorted(inputs, inputs.centered(groups), groups)
 
 
-def compared(exact: tuple[Tensor, Tensor, Tensor], inputs: EncoderInputs) -> dict[str, float]:
-    values, indices, _ = exact
-    _, found, doubtful = selected(inputs)
+def compared(exact: Selected, inputs: EncoderInputs) -> dict[str, float]:
+    values, indices, *_ = exact
+    _, found, doubtful, _ = selected(inputs)
     is_active = values > 0
     is_found = (indices.unsqueeze(2) == found.unsqueeze(1)).any(2)
     misses = (is_active & ~is_found).any(1)

@@ -1,9 +1,17 @@
 """The public names of ``sae_lens_switch``; importing them registers its architectures with SAELens."""
 
 from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
-from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig, SwitchSAEConfig, SwitchTrainingSAEConfig
-from sae_lens_switch.saes.registration import override_topk, register
+from sae_lens_switch.saes.config import (
+    SparseBatchTopKTrainingSAEConfig,
+    SparseMatryoshkaBatchTopKTrainingSAEConfig,
+    SparseTopKTrainingSAEConfig,
+    SwitchSAEConfig,
+    SwitchTrainingSAEConfig,
+)
+from sae_lens_switch.saes.registration import override, override_topk, register
+from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_codes import SparseCodes
+from sae_lens_switch.saes.sparse_matryoshka_sae import SparseMatryoshkaBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
 from sae_lens_switch.saes.switch_sae import SwitchSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
@@ -25,7 +33,11 @@ __all__ = [
     "LanguageModelSAERunnerConfig",
     "LanguageModelSAETrainingRunner",
     "MultiSAETrainingRunner",
+    "SparseBatchTopKTrainingSAE",
+    "SparseBatchTopKTrainingSAEConfig",
     "SparseCodes",
+    "SparseMatryoshkaBatchTopKTrainingSAE",
+    "SparseMatryoshkaBatchTopKTrainingSAEConfig",
     "SparseSAETrainer",
     "SparseSAETrainerConfig",
     "SparseTopKTrainingSAE",
@@ -38,6 +50,7 @@ __all__ = [
     "TrainingDivergedError",
     "activation_batches",
     "grow",
+    "override",
     "override_topk",
     "scaling_law_lr",
     "split_topk",

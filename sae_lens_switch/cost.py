@@ -114,14 +114,14 @@ def describe(cost: Cost, machine: Machine | None = None) -> str:
     """The table that the command prints."""
     lines = [", ".join(f"{name} {value}" for name, value in asdict(cost).items())]
     lines += ["", f"parameters {sum(cost.parameters.values()):,}"]
-    lines += [f"  {name:26}{value:18,}" for name, value in cost.parameters.items()]
+    lines += [f"  {name:35}{value:18,}" for name, value in cost.parameters.items()]
     lines += ["", f"FLOPs per activation: {sum(cost.flops.values()):,.0f}; {cost.paper_flops:,} as the paper counts"]
-    lines += [f"  {name:26}{value:18,.0f}" for name, value in cost.flops.items()]
+    lines += [f"  {name:35}{value:18,.0f}" for name, value in cost.flops.items()]
     lines += ["", f"peak memory of a training step: {sum(cost.memory.values()) / 1e9:.3f} GB", *_gb(cost.memory)]
     lines += ["", f"bytes moved per step: {sum(cost.bytes_moved.values()) / 1e9:.3f} GB", *_gb(cost.bytes_moved)]
     if machine is not None:
         lines += ["", f"predicted time of a step on this machine: {1e3 * cost.step_seconds(machine):.1f} ms"]
-        lines += [f"  {name:26}{value:18.4g}" for name, value in asdict(machine).items()]
+        lines += [f"  {name:35}{value:18.4g}" for name, value in asdict(machine).items()]
         lines += ["  by part:", *_ms(cost.seconds(machine))]
     return "\n".join(lines)
 
@@ -148,11 +148,11 @@ def describe_plan(plan: Plan, tokens: float = 1e9) -> str:
 
 
 def _gb(parts: dict[str, Any]) -> list[str]:
-    return [f"  {name:26}{value / 1e9:15.3f} GB" for name, value in parts.items()]
+    return [f"  {name:35}{value / 1e9:15.3f} GB" for name, value in parts.items()]
 
 
 def _ms(parts: dict[str, float]) -> list[str]:
-    return [f"  {name:26}{1e3 * value:15.2f} ms" for name, value in parts.items()]
+    return [f"  {name:35}{1e3 * value:15.2f} ms" for name, value in parts.items()]
 
 
 if __name__ == "__main__":

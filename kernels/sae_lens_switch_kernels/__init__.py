@@ -13,12 +13,13 @@ and F. Weights are latent-major, ``[F, D]``: a latent's encoder column and decod
 owns latents ``e * M`` to ``(e + 1) * M``, after the shared ones if there are any.
 """
 
+from sae_lens_switch_kernels.autoencode_tensors import Reconstruction
 from sae_lens_switch_kernels.backend import triton_kernel
 from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.clipping import clip
 from sae_lens_switch_kernels.counting import count_codes
 from sae_lens_switch_kernels.functions import (
-    Reconstruction,
+    batch_topk_encode,
     latent_weight_grad,
     matmul_at_indices,
     sparse_autoencode,
@@ -43,6 +44,7 @@ __all__ = [
     "Reconstruction",
     "RowGrads",
     "WorkingCopies",
+    "batch_topk_encode",
     "biased_probs",
     "clip",
     "code_gates",

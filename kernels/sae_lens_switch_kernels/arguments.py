@@ -3,11 +3,13 @@
 Values of indices are checked by the operators, where they are read.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.candidates import EncoderPrecision, with_candidates
-from sae_lens_switch_kernels.inputs import EncoderInputs
+from sae_lens_switch_kernels.inputs import EncoderInputs, check_ends
 
 
 def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> EncoderInputs:
@@ -34,7 +36,9 @@ def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Encod
     elif n_experts != 1 or n_shared:
         raise ValueError(f"expert_B must be given for n_experts={n_experts}, n_shared={n_shared}")
     most = n_active * inputs.blocks.width + n_shared
-    if not 1 <= k <= most:
+    if inputs.over_batch:
+        check_over_batch(inputs)
+    elif not 1 <= k <= most:
         F_E = "F / n_experts" if n_shared == 0 else "(F - n_shared) / n_experts + n_shared"
         raise ValueError(f"k must be between 1 and {'' if n_active == 1 else f'{n_active} '}{F_E} = {most}; got k={k}")
     if inputs.gates_B is not None:
@@ -60,6 +64,32 @@ def check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:
     check_integers("expert_B", expert_B)
     check_device("expert_B", expert_B, "x_BD", x_BD)
     return n_active
+
+
+def check_over_batch(inputs: EncoderInputs) -> None:
+    n = len(inputs.x_BD) * len(inputs.W_enc_FD)
+    if not 0 <= inputs.k <= n:
+        raise ValueError(f"k must be between 0 and B F = {n}; got k={inputs.k}")
+    if inputs.expert_B is not None or inputs.gates_B is not None:
+        raise ValueError("over_batch must be False with expert_B or gates_B; got True")
+
+
+def check_levels(ends_L: Tensor, n_latents: int, x_BD: Tensor, over_batch: bool) -> None:
+    if not over_batch:
+        raise ValueError("over_batch must be True with ends_L; got False")
+    if ends_L.ndim != 1 or len(ends_L) == 0:
+        raise ValueError(f"ends_L must have shape (at least 1,); got {tuple(ends_L.shape)}")
+    check_integers("ends_L", ends_L)
+    check_device("ends_L", ends_L, "x_BD", x_BD)
+    check_ends(ends_L, n_latents)
+
+
+def check_dead_counts(counts: Sequence[int], dead_N: Tensor | None, expert_B: Tensor | None) -> None:
+    n_dead = 0 if dead_N is None else len(dead_N)
+    if counts and (expert_B is not None or min(counts) < 1 or sum(counts) != n_dead):
+        raise ValueError(
+            f"dead_counts must be positive and sum to the {n_dead} dead latents, without expert_B; got {list(counts)}"
+        )
 
 
 def check_vector(name: str, t: Tensor | None, length: int, W_FD: Tensor) -> None:
@@ -90,21 +120,35 @@ def check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} and {other_name} must share a device; got {t.device} and {other.device}")
 
 
-def check_codes(values_BK: Tensor, indices_BK: Tensor) -> None:
-    check_matrix("values_BK", values_BK)
+def check_codes(values_BK: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None) -> None:
+    if offsets_B1 is None:
+        check_matrix("values_BK", values_BK)
     if values_BK.shape != indices_BK.shape:
         raise ValueError(
             f"values_BK and indices_BK must share a shape; got {tuple(values_BK.shape)} and {tuple(indices_BK.shape)}"
         )
-    check_indices(indices_BK)
+    check_indices(indices_BK, offsets_B1)
     check_device("indices_BK", indices_BK, "values_BK", values_BK)
 
 
-def check_indices(indices_BK: Tensor, rows: int | None = None) -> None:
-    if indices_BK.ndim != 2 or rows not in (None, len(indices_BK)):
+def check_indices(indices_BK: Tensor, offsets_B1: Tensor | None, rows: int | None = None) -> None:
+    if offsets_B1 is not None:
+        check_offsets(offsets_B1, indices_BK, rows)
+    elif indices_BK.ndim != 2 or rows not in (None, len(indices_BK)):
         expected = f"({'any' if rows is None else rows}, any)"
         raise ValueError(f"indices_BK must have shape {expected}; got {tuple(indices_BK.shape)}")
     check_integers("indices_BK", indices_BK)
+
+
+def check_offsets(offsets_B1: Tensor, indices_S: Tensor, rows: int | None) -> None:
+    """Codes of a number that varies by token: one dimension, and where each token's begin."""
+    if indices_S.ndim != 1:
+        raise ValueError(f"indices_BK must have shape (any,) with offsets_B1; got {tuple(indices_S.shape)}")
+    if offsets_B1.ndim != 1 or len(offsets_B1) == 0 or rows not in (None, len(offsets_B1) - 1):
+        expected = "(B + 1,)" if rows is None else f"({rows + 1},)"
+        raise ValueError(f"offsets_B1 must have shape {expected}; got {tuple(offsets_B1.shape)}")
+    check_integers("offsets_B1", offsets_B1)
+    check_device("offsets_B1", offsets_B1, "indices_BK", indices_S)
 
 
 def check_integers(name: str, t: Tensor) -> None:

@@ -11,25 +11,18 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from sae_lens_switch_kernels.autoencode_tensors import BackwardInputs, DecoderInputs, InputGrads, Outputs
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
-from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents
-from sae_lens_switch_kernels.indexing import ExpertGroups
-from sae_lens_switch_kernels.inputs import (
-    BackwardInputs,
-    DecoderInputs,
-    EncoderInputs,
-    InputGrads,
-    Outputs,
-    check_range,
-    flat_schema,
-)
+from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents, encode_groups
+from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, code_rows, level_offsets
+from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
 from sae_lens_switch_kernels.products import CodeProducts, is_dense
 from sae_lens_switch_kernels.row_grads import RowGrads, merge_rows, minus_weighted_sum
 from sae_lens_switch_kernels.several_experts import are_several, gating, own_gates
 
 _ARGUMENTS = EncoderInputs._fields + DecoderInputs._fields
-_SAVED = BackwardInputs._fields[3:17]  # tensors, from x_BD to aux_slots_BA
+_SAVED = BackwardInputs._fields[3:19]  # tensors, from x_BD to aux_offsets_Q1
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
@@ -38,7 +31,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
 
 
 @custom_op(
-    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=11)
+    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=13)
 )
 def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of Outputs; takes those of EncoderInputs and DecoderInputs one by one."""
@@ -46,22 +39,32 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
-    x_BD, (W_dec_FD, dead_N, aux_k) = inputs.x_BD, decoder
+    x_BD, (W_dec_FD, dead_N, aux_k, dead_counts, ends_L) = inputs.x_BD, decoder
     p, groups = primitives(x_BD), inputs.groups()
     dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device, inputs.dtype)
     # Candidates are recomputed from x in its own dtype.
     centered_BD = inputs.centered(groups, inputs.dtype if dense and inputs.candidate_dtype is None else None)
     with torch.autocast(x_BD.device.type, enabled=False):
-        sorted_values_BK, sorted_indices_BK, doubtful_B = encode_sorted(inputs, centered_BD, groups)
+        sorted_values_BK, sorted_indices_BK, doubtful_B, offsets_Q1 = encode_sorted(inputs, centered_BD, groups)
+        if ends_L is not None:
+            offsets_Q1 = level_offsets(offsets_Q1, sorted_indices_BK, ends_L, len(W_dec_FD))
+        rows = _code_rows(offsets_Q1, len(sorted_indices_BK), len(x_BD))
         gates = gating(p, inputs.expert_B, sorted_indices_BK, inputs.gates_B, inputs.blocks)
-        codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype)
+        codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype, rows=rows)
         out_BD, acts_BK, values_BK, indices_BK = codes.decode_gated(gates, sorted_values_BK, inputs.gates_B, W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
+        aux_offsets_Q1 = x_BD.new_empty(0, dtype=torch.long)
         if dead_N is not None:
             check_range("dead_N", dead_N, len(inputs.W_enc_FD))
             dead = dead_latents(dead_N, inputs.blocks, aux_k)
-            aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
-            aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype)
+            if dead_counts:
+                aux_values_BA, aux_slots_BA, aux_offsets_Q1 = encode_groups(
+                    p, inputs, centered_BD, dead_N, aux_k, dead_counts
+                )
+            else:
+                aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
+            aux_rows = _code_rows(aux_offsets_Q1, len(aux_slots_BA), len(x_BD))
+            aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype, rows=aux_rows)
             gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.slots, groups)
             aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z])
     none, is_given = x_BD.new_empty, inputs.given_groups is not None
@@ -76,6 +79,8 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         none(0, dtype=torch.long) if groups.order_B is None or is_given else groups.order_B,
         none(0, dtype=torch.long) if is_given else groups.offsets_E1,
         doubtful_B if inputs.candidate_dtype is None else groups.unsorted(doubtful_B),
+        offsets_Q1,
+        aux_offsets_Q1,
         none(0) if inputs.gates_B is None else acts_BK,
     )
 
@@ -88,17 +93,25 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     is_sorted = inputs.expert_B is not None and not are_several(inputs.expert_B)
     has_centered, is_given = inputs.pre_bias_D is not None or is_sorted, inputs.given_groups is not None
     has_centered = has_centered and not isinstance(primitives(x_BD), SelfChecked)
+    shape, Q = (inputs.k,) if inputs.over_batch else (B, inputs.k), B
+    if decoder.ends_L is not None:
+        Q = B * decoder.ends_L.shape[0]
+    aux_shape, n_aux = (B, decoder.aux_k) if has_aux else (0,), len(decoder.dead_counts)
+    if n_aux:
+        aux_shape = (B * sum(min(decoder.aux_k, n) for n in decoder.dead_counts),)
     return (
-        W_dec_FD.new_empty(x_BD.shape),
-        W_enc_FD.new_empty(B, inputs.k),
-        x_BD.new_empty(B, inputs.k, dtype=long),
-        W_dec_FD.new_empty(x_BD.shape if has_aux else 0),
-        W_enc_FD.new_empty((B, decoder.aux_k) if has_aux else 0),
-        x_BD.new_empty(B, decoder.aux_k, dtype=long) if has_aux else W_dec_FD.new_empty(0),
+        W_dec_FD.new_empty(Q, x_BD.shape[1]),
+        W_enc_FD.new_empty(shape),
+        x_BD.new_empty(shape, dtype=long),
+        W_dec_FD.new_empty((B * max(1, n_aux), x_BD.shape[1]) if has_aux else 0),
+        W_enc_FD.new_empty(aux_shape),
+        x_BD.new_empty(aux_shape, dtype=long) if has_aux else W_dec_FD.new_empty(0),
         x_BD.new_empty(x_BD.shape if has_centered else 0),
         x_BD.new_empty(B if is_sorted and not is_given else 0, dtype=long),
         x_BD.new_empty(0 if is_given else inputs.n_experts + 1 if is_sorted else 2, dtype=long),
         x_BD.new_empty(0 if inputs.candidate_dtype is None else B, dtype=torch.bool),
+        x_BD.new_empty(Q + 1 if inputs.over_batch else 0, dtype=long),
+        x_BD.new_empty(B * n_aux + 1 if n_aux else 0, dtype=long),
         x_BD.new_empty(0) if inputs.gates_B is None else W_enc_FD.new_empty(B, inputs.k),
     )
 
@@ -139,7 +152,9 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     p, groups = primitives(b.x_BD), b.groups()
     active_only = row_grads is not None and row_grads.active_only
     gates = gating(p, b.expert_B, b.indices_BK, b.gates_B, b.blocks)
-    dense = not active_only and is_dense(len(b.W_dec_FD), b.indices_BK.shape[1], groups, b.x_BD.device, b.dtype)
+    rows = _code_rows(b.offsets_Q1, len(b.indices_BK), len(b.x_BD))
+    is_sparse = active_only or rows is not None
+    dense = not is_sparse and is_dense(len(b.W_dec_FD), b.indices_BK.shape[1], groups, b.x_BD.device, b.dtype)
 
     def none() -> Tensor:
         return b.x_BD.new_empty(0)  # one per output: those of an operator may not share memory
@@ -148,24 +163,26 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     # On a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
     has_radial = has_radial and not isinstance(p, SelfChecked)
     rows_dtype = b.dtype if dense else b.x_BD.dtype
-    grad_out_BD = b.x_BD.new_zeros(b.x_BD.shape) if b.grad_out_BD is None else b.grad_out_BD
+    n_out = len(b.x_BD) if rows is None else len(rows.offsets_Q1) - 1
+    grad_out_BD = b.x_BD.new_zeros(n_out, b.x_BD.shape[1]) if b.grad_out_BD is None else b.grad_out_BD
     if dense and isinstance(p, SelfChecked) and gates is p and not b.needs_x:
         gated = b.values_BK, b.indices_BK, b.gates_B, b.grad_values_BK
         found = p.gated_grads(*gated, grad_out_BD, b.x_BD, b.pre_bias_D, b.W_dec_FD, groups, b.dtype)
         rows_R, grads, (d_gates_B, centered_BD), d_x_BD = None, found[:3], found[3:], none()
     else:
         acts_BK, values_BK, indices_BK = gates.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
-        codes = CodeProducts(p, indices_BK, len(b.W_dec_FD), groups, b.dtype, active_only)
+        codes = CodeProducts(p, indices_BK, len(b.W_dec_FD), groups, b.dtype, active_only, rows)
         g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
         d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
         d_pre_BK, d_gates_B = gates.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
         # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
         radial_BK = acts_BK * d_acts_BK if has_radial else None
         rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
-        d_x_BD = codes.decode(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
+        d_x_BD = codes.decode_tokens(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
-        dead = dead_latents(b.dead_N, b.blocks, b.aux_slots_BA.shape[1])
-        aux = CodeProducts(p, b.aux_slots_BA, len(dead.latents_Z), groups, b.dtype, active_only)
+        dead = dead_latents(b.dead_N, b.blocks, b.aux_slots_BA.shape[-1])
+        aux_rows = _code_rows(b.aux_offsets_Q1, len(b.aux_slots_BA), len(b.x_BD))
+        aux = CodeProducts(p, b.aux_slots_BA, len(dead.latents_Z), groups, b.dtype, active_only, aux_rows)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
         rows_R, grads = merge_rows(rows_R, grads, dead_R, dead_grads)
         d_x_BD = d_x_BD + d_dead_x_BD if b.needs_x else d_x_BD
@@ -199,8 +216,15 @@ def _aux_backward(
     acts_BA = _gated(b.aux_values_BA, gates_BA)
     radial_BA = acts_BA * d_acts_BA if radial else None
     rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, centered_BD, radial_BA)
-    d_x_BD = codes.decode(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
+    d_x_BD = codes.decode_tokens(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
     return dead.latents_Z if rows_R is None else dead.latents_Z[rows_R], grads, d_x_BD
+
+
+def _code_rows(offsets_Q1: Tensor, n_codes: int, n_tokens: int) -> CodeRows | None:
+    """Of codes over the batch; None: each token has equally many."""
+    if offsets_Q1.numel() == 0:
+        return None
+    return code_rows(offsets_Q1, n_codes, (len(offsets_Q1) - 1) // max(1, n_tokens) or 1)
 
 
 def _gated(values_BK: Tensor, gates_BK: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.backend import SelfChecked
 from sae_lens_switch_kernels.indexing import ExpertGroups
 from sae_lens_switch_kernels.inputs import EncoderInputs
@@ -42,11 +43,26 @@ class Selected(NamedTuple):
         values_BK: Pre-activations, without the scale.
         indices_BK: The latents.
         doubtful_B: Whether low precision may have missed a latent; empty where there was none.
+        offsets_B1: Where each token's codes begin, if they vary in number, values and indices being [S]; else empty.
     """
 
     values_BK: Tensor
     indices_BK: Tensor
     doubtful_B: Tensor
+    offsets_B1: Tensor
+
+
+def selected_of(
+    values_BK: Tensor, indices_BK: Tensor, doubtful_B: Tensor | None = None, offsets_B1: Tensor | None = None
+) -> Selected:
+    """With empty tensors for what there is not."""
+    none = indices_BK.new_empty(0)
+    return Selected(
+        values_BK,
+        indices_BK,
+        none.bool() if doubtful_B is None else doubtful_B,
+        none if offsets_B1 is None else offsets_B1,
+    )
 
 
 def with_candidates(inputs: EncoderInputs, precision: EncoderPrecision) -> EncoderInputs:
@@ -58,27 +74,52 @@ def with_candidates(inputs: EncoderInputs, precision: EncoderPrecision) -> Encod
     if precision not in _DTYPES:
         raise ValueError(f"encoder_precision must be one of {', '.join(map(repr, _DTYPES))}; got {precision!r}")
     dtype, width = _DTYPES[precision], max(inputs.blocks.width, inputs.n_shared)
-    if dtype is None or dtype.itemsize >= inputs.W_enc_FD.dtype.itemsize:
+    if inputs.over_batch:
+        width *= len(inputs.x_BD)
+    if inputs.k == 0 or dtype is None or dtype.itemsize >= inputs.W_enc_FD.dtype.itemsize:
         return inputs
     n_candidates = inputs.k + max(_AT_LEAST[dtype], -(-inputs.k // _ONE_IN[dtype]))
     return inputs._replace(candidate_dtype=dtype, n_candidates=n_candidates) if n_candidates < width else inputs
+
+
+def select(
+    p: ModuleType | SelfChecked,
+    inputs: EncoderInputs,
+    centered_BD: Tensor,
+    groups: ExpertGroups,
+    k: int,
+    dtype: torch.dtype,
+    relu: bool = False,
+) -> Selected:
+    """The k largest per row, or of the batch, of a product in ``dtype``; rows are sorted by expert."""
+    W_FD, bias_F, scale_F = inputs.W_enc_FD, inputs.bias_F, inputs.scale_F
+    if not inputs.over_batch:
+        return selected_of(*p.topk_encode(centered_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu))
+    values_S, indices_S, offsets_B1 = torch_backend.batch_topk_encode(centered_BD, W_FD, k, bias_F, scale_F, dtype)
+    return selected_of(values_S.relu_() if relu else values_S, indices_S, offsets_B1=offsets_B1)
 
 
 def select_from_candidates(
     p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups
 ) -> Selected:
     """The k largest of the candidates by their exact pre-activations; rows are sorted by expert."""
-    W_FD, bias_F, scale_F, dtype = inputs.W_enc_FD, inputs.bias_F, inputs.scale_F, inputs.candidate_dtype
+    bias_F, scale_F, dtype = inputs.bias_F, inputs.scale_F, inputs.candidate_dtype
     assert dtype is not None
-    guesses_BC, candidates_BC = p.topk_encode(centered_BD, W_FD, inputs.n_candidates, groups, bias_F, scale_F, dtype)
-    exact_BC = p.matmul_at_indices(centered_BD, W_FD, candidates_BC)
+    found = select(p, inputs, centered_BD, groups, inputs.n_candidates, dtype)
+    guesses_BC, candidates_BC, _, offsets_B1 = found
+    exact_BC = p.matmul_at_indices(
+        centered_BD, inputs.W_enc_FD, candidates_BC, offsets_B1 if inputs.over_batch else None
+    )
     if bias_F is not None:
         exact_BC += bias_F[candidates_BC]
     scale_BC = None if scale_F is None else scale_F[candidates_BC]
     ranked_BC = exact_BC if scale_BC is None else exact_BC * scale_BC
-    best_BK, place_BK = ranked_BC.topk(inputs.k, dim=1, sorted=False)
+    best_BK, place_BK = ranked_BC.topk(inputs.k, dim=-1, sorted=False)
     doubtful_B = _is_doubtful(guesses_BC if scale_BC is None else guesses_BC * scale_BC, ranked_BC, best_BK)
-    return Selected(exact_BC.gather(1, place_BK), candidates_BC.gather(1, place_BK), doubtful_B)
+    if inputs.over_batch:  # they stay in order, and one border is that of all tokens
+        place_BK, doubtful_B = place_BK.sort().values, doubtful_B.expand(len(centered_BD)).clone()
+        offsets_B1 = torch.searchsorted(place_BK, offsets_B1)
+    return Selected(exact_BC.gather(-1, place_BK), candidates_BC.gather(-1, place_BK), doubtful_B, offsets_B1)
 
 
 def _is_doubtful(guesses_BC: Tensor, exact_BC: Tensor, best_BK: Tensor) -> Tensor:
@@ -86,5 +127,5 @@ def _is_doubtful(guesses_BC: Tensor, exact_BC: Tensor, best_BK: Tensor) -> Tenso
 
     Below zero nothing is at stake: ReLU removes it.
     """
-    error_B = (guesses_BC - exact_BC).square().mean(1).sqrt()
-    return guesses_BC.amin(1) + _STANDARD_DEVIATIONS * error_B > best_BK.amin(1).clamp_min(0)
+    error_B = (guesses_BC - exact_BC).square().mean(-1).sqrt()
+    return guesses_BC.amin(-1) + _STANDARD_DEVIATIONS * error_B > best_BK.amin(-1).clamp_min(0)

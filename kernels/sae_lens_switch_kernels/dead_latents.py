@@ -77,6 +77,23 @@ class DeadLatents(NamedTuple):
         return values_BA if self.real_Z is None else values_BA.masked_fill(~self.real_Z[slots_BA], 0)
 
 
+def encode_groups(
+    p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, dead_N: Tensor, aux_k: int, n: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``encode`` of each group of n[i] consecutive dead latents apart: values, slots, and where each row's begin."""
+    groups, found, first = inputs.groups(), [], 0
+    for size in n:
+        dead = DeadLatents(dead_N[first : first + size], None, ExpertBlocks(size, 1))
+        values_BA, slots_BA = dead.encode(p, inputs, centered_BD, groups, min(aux_k, size))
+        found.append((values_BA, slots_BA + first))
+        first += size
+    values_BA, slots_BA = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
+    ends_L = torch.tensor([t.shape[1] for t, _ in found], device=dead_N.device).cumsum(0)
+    first_B = torch.arange(len(values_BA), device=dead_N.device) * values_BA.shape[1]
+    offsets_Q1 = torch.nn.functional.pad((first_B.unsqueeze(1) + ends_L).flatten(), (1, 0))
+    return values_BA.flatten(), slots_BA.flatten(), offsets_Q1
+
+
 def dead_latents(dead_N: Tensor, blocks: ExpertBlocks, aux_k: int) -> DeadLatents:
     E = blocks.n_experts
     if E == 1 and not blocks.n_shared:

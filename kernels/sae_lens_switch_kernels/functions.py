@@ -1,6 +1,6 @@
 """The public functions: they check their arguments and call the registered operators."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,48 +8,32 @@ from torch import Tensor
 from sae_lens_switch_kernels import autoencode, operators
 from sae_lens_switch_kernels.arguments import (
     check_codes,
+    check_dead_counts,
     check_device,
     check_indices,
     check_integers,
+    check_levels,
     check_like,
     check_matrix,
     checked,
 )
+from sae_lens_switch_kernels.autoencode_tensors import Outputs, Reconstruction
 from sae_lens_switch_kernels.candidates import EncoderPrecision
-from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.indexing import ExpertGroups, n_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.row_grads import RowGrads
 
 
-class Reconstruction(NamedTuple):
-    """The result of ``sparse_autoencode``.
-
-    Attributes:
-        out_BD: sum_j gate z_j W_dec[i_j], without any bias.
-        values_BK: z, after ReLU and before the gate; zero where fewer than k latents are positive.
-        indices_BK: i, int64, distinct within a row.
-        aux_out_BD: The same sum over the aux_k chosen dead latents, without ReLU; None without ``dead_N``.
-        doubtful_B: Whether the encoder's low precision may have missed a latent of the token; None in full precision.
-        acts_BK: gate z, without a gradient.
-    """
-
-    out_BD: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_out_BD: Tensor | None
-    doubtful_B: Tensor | None = None
-    acts_BK: Tensor | None = None
-
-
-def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
+def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
     """x[b] = sum_j values[b, j] W_dec[indices[b, j]]: DenseSparseMatmul (Gao et al. 2024, D.2).
 
     Equals ``f @ W_dec`` for the dense [B, F] ``f`` that is zero elsewhere. Differentiable in values and W_dec.
 
     Args:
-        values_BK: Values of the active latents.
+        values_BK: Values of the active latents; with offsets [S], those of one token after those of another.
         indices_BK: The active latents, int32 or int64; an index that occurs twice in a row counts twice.
         W_dec_FD: Decoder weights.
+        offsets_B1: For tokens with differing numbers of codes: token b's are offsets[b] to offsets[b + 1].
 
     Returns:
         x, [B, D].
@@ -58,12 +42,12 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Te
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
     check_matrix("W_dec_FD", W_dec_FD)
-    check_codes(values_BK, indices_BK)
+    check_codes(values_BK, indices_BK, offsets_B1)
     check_like("values_BK", values_BK, "W_dec_FD", W_dec_FD)
-    return operators.sparse_decode(values_BK, indices_BK, W_dec_FD)
+    return operators.sparse_decode(values_BK, indices_BK, W_dec_FD, offsets_B1)
 
 
-def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
+def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
     """<g[b], W[indices[b, j]]>: MatmulAtSparseIndices (Gao et al. 2024, D.2).
 
     Differentiable in g and W.
@@ -72,22 +56,25 @@ def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
         g_BD: One vector per token.
         W_FD: One vector per latent.
         indices_BK: Where to evaluate ``g @ W.T``, int32 or int64.
+        offsets_B1: As in ``sparse_decode``.
 
     Returns:
-        The dot products, [B, K].
+        The dot products, in the shape of the indices.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
     check_matrix("g_BD", g_BD)
     check_matrix("W_FD", W_FD, columns=g_BD.shape[1])
-    check_indices(indices_BK, rows=len(g_BD))
+    check_indices(indices_BK, offsets_B1, rows=len(g_BD))
     check_like("g_BD", g_BD, "W_FD", W_FD)
     check_device("indices_BK", indices_BK, "W_FD", W_FD)
-    return operators.matmul_at_indices(g_BD, W_FD, indices_BK)
+    return operators.matmul_at_indices(g_BD, W_FD, indices_BK, offsets_B1)
 
 
-def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int) -> Tensor:
+def latent_weight_grad(
+    values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, offsets_B1: Tensor | None = None
+) -> Tensor:
     """f^T g for the [B, F] ``f`` that (values, indices) stands for: DenseSparseMatmul, transposed.
 
     Row f is the sum of values[b, j] g[b] over all (b, j) with indices[b, j] = f, in the order of the tokens.
@@ -98,6 +85,7 @@ def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_la
         indices_BK: The active latents, int32 or int64.
         g_BD: One vector per token.
         n_latents: F.
+        offsets_B1: As in ``sparse_decode``.
 
     Returns:
         The sums, [F, D].
@@ -105,10 +93,10 @@ def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_la
     Raises:
         ValueError: If shapes, dtypes or devices do not match, or an index is outside [0, F).
     """
-    check_codes(values_BK, indices_BK)
-    check_matrix("g_BD", g_BD, rows=len(values_BK))
+    check_codes(values_BK, indices_BK, offsets_B1)
+    check_matrix("g_BD", g_BD, rows=n_rows(values_BK, offsets_B1))
     check_like("values_BK", values_BK, "g_BD", g_BD)
-    return operators.latent_weight_grad(values_BK, indices_BK, g_BD, n_latents)
+    return operators.latent_weight_grad(values_BK, indices_BK, g_BD, n_latents, offsets_B1)
 
 
 def topk_encode(
@@ -144,7 +132,41 @@ def topk_encode(
         ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*checked(inputs, encoder_precision))
+    return operators.encode(*checked(inputs, encoder_precision))[:2]
+
+
+def batch_topk_encode(
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    k: int,
+    *,
+    pre_bias_D: Tensor | None = None,
+    bias_F: Tensor | None = None,
+    scale_F: Tensor | None = None,
+    encoder_precision: EncoderPrecision = "full",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relu of the k pre-activations of the whole batch that are largest when scaled: BatchTopK (Bussmann et al. 2024).
+
+    Exact, whatever the batch, and otherwise as ``topk_encode``.
+
+    Args:
+        x_BD: Tokens.
+        W_enc_FD: Encoder weights.
+        k: Active latents of all tokens together, from 0 to B F.
+        pre_bias_D: Subtracted from x.
+        bias_F: Added to the pre-activations.
+        scale_F: Multiplies the pre-activations during selection only, and takes no gradient.
+        encoder_precision: As in ``topk_encode``.
+
+    Returns:
+        values [k], without the scale; indices [k], ascending within a token; and offsets [B + 1], as in
+        ``sparse_decode``.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or unless 0 <= k <= B F.
+    """
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
+    return operators.encode(*checked(inputs._replace(over_batch=True), encoder_precision))
 
 
 def switch_encode(
@@ -186,7 +208,7 @@ def switch_encode(
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
     inputs = inputs._replace(n_shared=n_shared)
-    return operators.encode(*checked(inputs, encoder_precision))
+    return operators.encode(*checked(inputs, encoder_precision))[:2]
 
 
 def sparse_autoencode(
@@ -205,8 +227,11 @@ def sparse_autoencode(
     scale_F: Tensor | None = None,
     dead_N: Tensor | None = None,
     aux_k: int = 0,
+    dead_counts: Sequence[int] = (),
     row_grads: RowGrads | None = None,
     encoder_precision: EncoderPrecision = "full",
+    over_batch: bool = False,
+    ends_L: Tensor | None = None,
 ) -> Reconstruction:
     """Encode (top-k, or routed if ``expert_B`` is given), scale by the per-token gate, decode: one fused operator.
 
@@ -232,9 +257,14 @@ def sparse_autoencode(
             token's own experts and the shared ones, all of them if there are fewer than aux_k, weighted by the gate,
             which gets no gradient from them.
         aux_k: Dead latents per token.
+        dead_counts: Without experts, numbers of consecutive dead latents that reconstruct apart from the others, each
+            with the best aux_k of its own or all if there are fewer: aux_out is then [B, len(dead_counts), D].
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
         encoder_precision: As in ``topk_encode``; dead latents are chosen in full precision.
+        over_batch: Whether k is of the whole batch, as in ``batch_topk_encode``; without experts and gates.
+        ends_L: With ``over_batch``, the latents at which levels end, ascending to F (Matryoshka SAEs). The
+            reconstruction is then [B, L, D], each level's own part: their running sum reconstructs at every width.
 
     Returns:
         Reconstruction, values, indices, the reconstruction from dead latents, and which tokens are in doubt.
@@ -245,7 +275,9 @@ def sparse_autoencode(
     check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    inputs = checked(inputs._replace(n_shared=n_shared), encoder_precision)
+    inputs = checked(inputs._replace(n_shared=n_shared, over_batch=over_batch), encoder_precision)
+    if ends_L is not None:
+        check_levels(ends_L, len(W_enc_FD), x_BD, over_batch)
     if groups is not None:
         if inputs.expert_B is None or inputs.expert_B.numel() != len(x_BD):
             raise ValueError("groups must be of tokens with one expert each, as route gives them, or None")
@@ -255,18 +287,20 @@ def sparse_autoencode(
         check_device("dead_N", dead_N, "x_BD", x_BD)
         if not 1 <= aux_k <= len(dead_N):
             raise ValueError(f"aux_k must be between 1 and the {len(dead_N)} dead latents; got aux_k={aux_k}")
-    arguments = *inputs, W_dec_FD, dead_N, aux_k
+    check_dead_counts(dead_counts, dead_N, expert_B)
+    arguments = *inputs, W_dec_FD, dead_N, aux_k, list(dead_counts), ends_L
     # While compiling, radial_R, a saving that an optimiser can do without, is not worth a graph break.
     if row_grads is None or (torch.compiler.is_compiling() and not row_grads.active_only):
         outputs = autoencode.autoencode(*arguments)
     else:
         outputs = autoencode.AutoencodeRows.apply(row_grads, *arguments)
-    out_BD, values_BK, indices_BK, aux_out_BD, *_, doubtful_B, acts_BK = outputs
+    found, (B, D), L = Outputs(*outputs), x_BD.shape, 1 if ends_L is None else len(ends_L)
     return Reconstruction(
-        out_BD,
-        values_BK,
-        indices_BK,
-        None if dead_N is None else aux_out_BD,
-        None if inputs.candidate_dtype is None else doubtful_B,
-        values_BK if gates_B is None else acts_BK,
+        found.out_BD if ends_L is None else found.out_BD.view(B, L, D),
+        found.values_BK,
+        found.indices_BK,
+        (found.aux_out_BD.view(B, -1, D) if dead_counts else found.aux_out_BD) if dead_N is not None else None,
+        None if inputs.candidate_dtype is None else found.doubtful_B,
+        found.offsets_Q1[::L] if over_batch else None,
+        found.values_BK if gates_B is None else found.acts_BK,
     )

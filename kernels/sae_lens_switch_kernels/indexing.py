@@ -40,6 +40,55 @@ def active_latent_index(indices_BK: Tensor) -> tuple[Tensor, LatentIndex]:
     return rows_R, LatentIndex(order_S, torch.nn.functional.pad(counts_R.cumsum(0), (1, 0)))
 
 
+class CodeRows(NamedTuple):
+    """The rows of codes whose number varies by row, as in a CSR matrix. Values and indices are then [S].
+
+    A token has one row, or one per level (Matryoshka): L rows, one after the other. Q counts all rows.
+
+    Attributes:
+        offsets_Q1: [Q + 1]; row q owns codes offsets_Q1[q] to offsets_Q1[q + 1].
+        row_S: The row of each code.
+        n_levels: L.
+    """
+
+    offsets_Q1: Tensor
+    row_S: Tensor
+    n_levels: int
+
+    @property
+    def offsets_B1(self) -> Tensor:
+        """Where each token's codes begin."""
+        return self.offsets_Q1[:: self.n_levels]
+
+
+def n_rows(indices_BK: Tensor, offsets_B1: Tensor | None) -> int:
+    """Of codes [B, K], or [S] with offsets."""
+    return indices_BK.shape[0] if offsets_B1 is None else offsets_B1.shape[0] - 1
+
+
+def code_rows(offsets_Q1: Tensor, n_codes: int, n_levels: int = 1) -> CodeRows:
+    """Waits for nothing: the number of codes is known."""
+    rows_Q = torch.arange(len(offsets_Q1) - 1, device=offsets_Q1.device)
+    row_S = torch.repeat_interleave(rows_Q, offsets_Q1.diff(), output_size=n_codes)
+    return CodeRows(offsets_Q1, row_S, n_levels)
+
+
+def level_offsets(offsets_B1: Tensor, indices_S: Tensor, ends_L: Tensor, n_latents: int) -> Tensor:
+    """Where the codes of each token and level begin, [B * L + 1].
+
+    Args:
+        offsets_B1: Where each token's codes begin; within a token, latents ascend.
+        indices_S: The latents.
+        ends_L: The latent at which each level ends, ascending to F.
+        n_latents: F.
+    """
+    row_S = code_rows(offsets_B1, len(indices_S)).row_S
+    first_B = torch.arange(len(offsets_B1) - 1, device=offsets_B1.device) * n_latents
+    ends_Q = (first_B.unsqueeze(1) + ends_L).flatten()
+    ends_Q = torch.searchsorted(row_S * n_latents + indices_S, ends_Q)
+    return torch.nn.functional.pad(ends_Q, (1, 0))
+
+
 class LatentGrads(NamedTuple):
     """Sums over the entries (b, j) of each latent, from one walk of a LatentIndex.
 

@@ -30,6 +30,7 @@ class EncoderInputs(NamedTuple):
         n_candidates: How many per token.
         n_shared: The first so many latents belong to no expert: every token may choose them, with a gate of 1. Experts
             are then given as [B, A], also one.
+        over_batch: Whether ``k``, and ``n_candidates``, count over the whole batch, so that tokens differ in number.
         sorted_B: The token in each row of the batch sorted by expert, where that is known.
         ends_E1: Where the rows of each expert begin, and all end, likewise.
     """
@@ -47,6 +48,7 @@ class EncoderInputs(NamedTuple):
     candidate_dtype: torch.dtype | None = None
     n_candidates: int = 0
     n_shared: int = 0
+    over_batch: bool = False
     sorted_B: Tensor | None = None
     ends_E1: Tensor | None = None
 
@@ -213,6 +215,26 @@ def check_range(name: str, t: Tensor, end: int) -> None:
         raise ValueError(f"{name} must lie in [0, {end}); got values from {low} to {high}")
 
 
+def check_offsets(offsets_B1: Tensor | None, n_codes: int) -> None:
+    """Require that offsets ascend from 0 to the number of codes. Raises ValueError on a CPU, as ``check_range``."""
+    if offsets_B1 is None:
+        return
+    ascends = (offsets_B1[0] == 0) & (offsets_B1[-1] == n_codes) & (offsets_B1.diff() >= 0).all()
+    if not _is_readable(offsets_B1):
+        assert_on_device(ascends, f"offsets_B1 must ascend from 0 to {n_codes}")
+    elif not ascends:
+        raise ValueError(f"offsets_B1 must ascend from 0 to the number of codes, {n_codes}; got {offsets_B1.tolist()}")
+
+
+def check_ends(ends_L: Tensor, n_latents: int) -> None:
+    """Require that levels end at ascending latents, the last at F. Raises ValueError on a CPU, as ``check_range``."""
+    ascends = (ends_L[0] > 0) & (ends_L[-1] == n_latents) & (ends_L.diff() > 0).all()
+    if not _is_readable(ends_L):
+        assert_on_device(ascends, f"ends_L must ascend to {n_latents}")
+    elif not ascends:
+        raise ValueError(f"ends_L must ascend to the number of latents, {n_latents}; got {ends_L.tolist()}")
+
+
 def _check_distinct(expert_BA: Tensor) -> None:
     """Require that no token has an expert twice. Raises ValueError on a CPU, as ``check_range``."""
     if expert_BA.shape[1] == 1:
@@ -237,6 +259,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     bool: "bool",
     torch.dtype: "ScalarType",
     torch.dtype | None: "ScalarType?",
+    list[int]: "SymInt[]",
 }
 
 

@@ -11,36 +11,38 @@ from torch import Tensor
 from torch.library import custom_op
 
 from sae_lens_switch_kernels.backend import primitives
-from sae_lens_switch_kernels.candidates import Selected, select_from_candidates
-from sae_lens_switch_kernels.indexing import ExpertGroups
-from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
+from sae_lens_switch_kernels.candidates import Selected, select, select_from_candidates, selected_of
+from sae_lens_switch_kernels.indexing import ExpertGroups, code_rows, n_rows
+from sae_lens_switch_kernels.inputs import EncoderInputs, check_offsets, check_range, flat_schema
 from sae_lens_switch_kernels.several_experts import times_gates
 
 Gradients = tuple[Tensor | None, ...]
 
 
 def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    ctx.save_for_backward(*inputs[:3], inputs[-1])
 
 
 @custom_op("sae_lens_switch::sparse_decode", mutates_args=())
-def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, offsets_B1: Tensor | None) -> Tensor:
     check_range("indices_BK", indices_BK, len(W_FD))
-    return primitives(W_FD).sparse_decode(values_BK, indices_BK, W_FD)
+    check_offsets(offsets_B1, len(indices_BK))
+    return primitives(W_FD).sparse_decode(values_BK, indices_BK, W_FD, offsets_B1)
 
 
 @sparse_decode.register_fake
-def _(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
-    return W_FD.new_empty(values_BK.shape[0], W_FD.shape[1])
+def _(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, offsets_B1: Tensor | None) -> Tensor:
+    return W_FD.new_empty(n_rows(indices_BK, offsets_B1), W_FD.shape[1])
 
 
 def _sparse_decode_backward(ctx: Any, grad_BD: Tensor) -> Gradients:
-    values_BK, indices_BK, W_FD = ctx.saved_tensors
-    needs_values, _, needs_W = ctx.needs_input_grad
+    values_BK, indices_BK, W_FD, offsets_B1 = ctx.saved_tensors
+    needs_values, _, needs_W, _ = ctx.needs_input_grad
     return (
-        matmul_at_indices(grad_BD, W_FD, indices_BK) if needs_values else None,
+        matmul_at_indices(grad_BD, W_FD, indices_BK, offsets_B1) if needs_values else None,
         None,
-        latent_weight_grad(values_BK, indices_BK, grad_BD, len(W_FD)) if needs_W else None,
+        latent_weight_grad(values_BK, indices_BK, grad_BD, len(W_FD), offsets_B1) if needs_W else None,
+        None,
     )
 
 
@@ -48,22 +50,24 @@ sparse_decode.register_autograd(_sparse_decode_backward, setup_context=_save_ten
 
 
 @custom_op("sae_lens_switch::matmul_at_indices", mutates_args=())
-def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
+def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None) -> Tensor:
     check_range("indices_BK", indices_BK, len(W_FD))
-    return primitives(W_FD).matmul_at_indices(g_BD, W_FD, indices_BK)
+    check_offsets(offsets_B1, len(indices_BK))
+    return primitives(W_FD).matmul_at_indices(g_BD, W_FD, indices_BK, offsets_B1)
 
 
 @matmul_at_indices.register_fake
-def _(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
+def _(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None) -> Tensor:
     return g_BD.new_empty(indices_BK.shape)
 
 
 def _matmul_at_indices_backward(ctx: Any, grad_BK: Tensor) -> Gradients:
-    g_BD, W_FD, indices_BK = ctx.saved_tensors
-    needs_g, needs_W, _ = ctx.needs_input_grad
+    g_BD, W_FD, indices_BK, offsets_B1 = ctx.saved_tensors
+    needs_g, needs_W, *_ = ctx.needs_input_grad
     return (
-        sparse_decode(grad_BK, indices_BK, W_FD) if needs_g else None,
-        latent_weight_grad(grad_BK, indices_BK, g_BD, len(W_FD)) if needs_W else None,
+        sparse_decode(grad_BK, indices_BK, W_FD, offsets_B1) if needs_g else None,
+        latent_weight_grad(grad_BK, indices_BK, g_BD, len(W_FD), offsets_B1) if needs_W else None,
+        None,
         None,
     )
 
@@ -72,24 +76,29 @@ matmul_at_indices.register_autograd(_matmul_at_indices_backward, setup_context=_
 
 
 @custom_op("sae_lens_switch::latent_weight_grad", mutates_args=())
-def latent_weight_grad(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int) -> Tensor:
+def latent_weight_grad(
+    values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, offsets_B1: Tensor | None
+) -> Tensor:
     check_range("indices_BK", indices_BK, n_latents)
+    check_offsets(offsets_B1, len(indices_BK))
     p = primitives(g_BD)
-    return p.latent_weight_grads(p.latent_index(indices_BK, n_latents), values_BK, g_BD).dW_dec_FD
+    rows = None if offsets_B1 is None else code_rows(offsets_B1, len(indices_BK))
+    return p.latent_weight_grads(p.latent_index(indices_BK, n_latents), values_BK, g_BD, rows=rows).dW_dec_FD
 
 
 @latent_weight_grad.register_fake
-def _(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int) -> Tensor:
+def _(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, offsets_B1: Tensor | None) -> Tensor:
     return g_BD.new_empty(n_latents, g_BD.shape[1])
 
 
 def _latent_weight_grad_backward(ctx: Any, grad_FD: Tensor) -> Gradients:
-    values_BK, indices_BK, g_BD = ctx.saved_tensors
-    needs_values, _, needs_g, _ = ctx.needs_input_grad
+    values_BK, indices_BK, g_BD, offsets_B1 = ctx.saved_tensors
+    needs_values, _, needs_g, *_ = ctx.needs_input_grad
     return (
-        matmul_at_indices(g_BD, grad_FD, indices_BK) if needs_values else None,
+        matmul_at_indices(g_BD, grad_FD, indices_BK, offsets_B1) if needs_values else None,
         None,
-        sparse_decode(values_BK, indices_BK, grad_FD) if needs_g else None,
+        sparse_decode(values_BK, indices_BK, grad_FD, offsets_B1) if needs_g else None,
+        None,
         None,
     )
 
@@ -97,19 +106,19 @@ def _latent_weight_grad_backward(ctx: Any, grad_FD: Tensor) -> Gradients:
 latent_weight_grad.register_autograd(_latent_weight_grad_backward, setup_context=_save_tensors)
 
 
-@custom_op("sae_lens_switch::encode", mutates_args=(), schema=flat_schema(EncoderInputs, n_outputs=2))
-def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """values and indices, [B, K]; takes the fields of EncoderInputs one by one."""
+@custom_op("sae_lens_switch::encode", mutates_args=(), schema=flat_schema(EncoderInputs, n_outputs=3))
+def encode(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """values, indices, and offsets, empty unless over the batch; takes the fields of EncoderInputs one by one."""
     inputs = EncoderInputs(*arguments)
     groups = inputs.groups()
-    values_BK, indices_BK, _ = encode_sorted(inputs, inputs.centered(groups), groups)
-    return groups.unsorted(values_BK), groups.unsorted(indices_BK)
+    selected = encode_sorted(inputs, inputs.centered(groups), groups)
+    return groups.unsorted(selected.values_BK), groups.unsorted(selected.indices_BK), selected.offsets_B1
 
 
 def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> Selected:
     """relu of the k largest pre-activations per token, in the order of ``groups``."""
     pairs = inputs.pairs()
-    if pairs is None:
+    if pairs is None:  # one expert per token, or the whole batch at once
         return _encode_rows(inputs, centered_BD, groups)
     found = _encode_rows(inputs.of_experts(), pairs.rows(centered_BD), pairs.groups)
     values_BN, indices_BN = pairs.by_token(found.values_BK), pairs.by_token(found.indices_BK)
@@ -120,7 +129,7 @@ def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGrou
         indices_BN = torch.cat([shared.indices_BK, indices_BN + inputs.n_shared], dim=1)
         doubtful_B = _either(doubtful_B, shared.doubtful_B)
     place_BK = ranked_BN.topk(inputs.k, dim=1, sorted=False).indices
-    return Selected(values_BN.gather(1, place_BK), indices_BN.gather(1, place_BK), doubtful_B)
+    return selected_of(values_BN.gather(1, place_BK), indices_BN.gather(1, place_BK), doubtful_B)
 
 
 def _either(a_B: Tensor, b_B: Tensor) -> Tensor:
@@ -129,41 +138,43 @@ def _either(a_B: Tensor, b_B: Tensor) -> Tensor:
 
 
 def _encode_rows(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> Selected:
-    """relu of the k largest pre-activations per row of one expert each, rows sorted by expert."""
+    """relu of the k largest pre-activations per row of one expert each, rows sorted by expert; or of the batch."""
     p = primitives(centered_BD)
     with torch.autocast(centered_BD.device.type, enabled=False):
         if inputs.candidate_dtype is None:
-            values_BK, indices_BK = p.topk_encode(
-                centered_BD, inputs.W_enc_FD, inputs.k, groups, inputs.bias_F, inputs.scale_F, inputs.dtype, True
-            )
-            return Selected(values_BK, indices_BK, centered_BD.new_empty(0, dtype=torch.bool))
+            return select(p, inputs, centered_BD, groups, inputs.k, inputs.dtype, relu=True)
         selected = select_from_candidates(p, inputs, centered_BD, groups)
     selected.values_BK.relu_()
     return selected
 
 
 @encode.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = EncoderInputs(*arguments)
-    shape = inputs.x_BD.shape[0], inputs.k
-    return inputs.W_enc_FD.new_empty(shape), inputs.x_BD.new_empty(shape, dtype=torch.long)
+    B, long = inputs.x_BD.shape[0], torch.long
+    shape = (inputs.k,) if inputs.over_batch else (B, inputs.k)
+    offsets_B1 = inputs.x_BD.new_empty(B + 1 if inputs.over_batch else 0, dtype=long)
+    return inputs.W_enc_FD.new_empty(shape), inputs.x_BD.new_empty(shape, dtype=long), offsets_B1
 
 
-def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _encode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x_BD, W_FD, pre_bias_D, *_ = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x_BD, W_FD, pre_bias_D, *output)
 
 
-def _encode_backward(ctx: Any, grad_BK: Tensor, grad_indices: None) -> Gradients:
-    x_BD, W_FD, pre_bias_D, values_BK, indices_BK = ctx.saved_tensors
+def _encode_backward(ctx: Any, grad_BK: Tensor, *grads_of_indices: None) -> Gradients:
+    x_BD, W_FD, pre_bias_D, values_BK, indices_BK, offsets_B1 = ctx.saved_tensors
+    offsets_B1 = offsets_B1 if offsets_B1.numel() else None
     needs_x, needs_W, needs_pre_bias, needs_bias = ctx.needs_input_grad[:4]
     # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
     d_pre_BK = grad_BK * (values_BK > 0)
     d_bias_F = d_pre_BK.new_zeros(len(W_FD)).index_add(0, indices_BK.flatten(), d_pre_BK.flatten())
     return (
-        sparse_decode(d_pre_BK, indices_BK, W_FD) if needs_x else None,
-        latent_weight_grad(d_pre_BK, indices_BK, x_BD if pre_bias_D is None else x_BD - pre_bias_D, len(W_FD))
+        sparse_decode(d_pre_BK, indices_BK, W_FD, offsets_B1) if needs_x else None,
+        latent_weight_grad(
+            d_pre_BK, indices_BK, x_BD if pre_bias_D is None else x_BD - pre_bias_D, len(W_FD), offsets_B1
+        )
         if needs_W
         else None,
         # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.

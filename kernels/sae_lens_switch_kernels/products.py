@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.backend import SelfChecked
-from sae_lens_switch_kernels.indexing import ExpertGroups, active_latent_index
+from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, active_latent_index
 from sae_lens_switch_kernels.several_experts import OwnGates
 from sae_lens_switch_kernels.torch_codes import latent_sums
 
@@ -37,6 +37,7 @@ class CodeProducts:
         groups: The tokens of each expert.
         dtype: Dtype of dense products.
         active_only: Whether ``weight_grads`` returns the rows of active latents alone, which is always sparse.
+        rows: Of codes [S] whose number varies by row: always sparse.
     """
 
     def __init__(
@@ -47,10 +48,13 @@ class CodeProducts:
         groups: ExpertGroups,
         dtype: torch.dtype,
         active_only: bool = False,
+        rows: CodeRows | None = None,
     ) -> None:
         self.p, self.indices_BK, self.n_latents, self.groups = p, indices_BK, n_latents, groups
         self.active_only, self.dense_options = active_only, (groups, dtype)
-        self.dense = not active_only and is_dense(n_latents, indices_BK.shape[1], groups, indices_BK.device, dtype)
+        self.rows = rows
+        is_sparse = active_only or rows is not None
+        self.dense = not is_sparse and is_dense(n_latents, indices_BK.shape[1], groups, indices_BK.device, dtype)
 
     def decode_gated(
         self, gating: ModuleType | SelfChecked | OwnGates, values_BK: Tensor, gates_B: Tensor | None, W_FD: Tensor
@@ -63,15 +67,24 @@ class CodeProducts:
         return self.decode(sorted_acts_BK, W_FD), acts_BK, values_BK, indices_BK
 
     def decode(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
-        """In the order of the tokens."""
+        """In the order of the tokens, a vector per level of each."""
         if self.dense:
             return self.p.grouped_decode(values_BK, self.indices_BK, W_FD, *self.dense_options)
-        return self.groups.unsorted(self.p.sparse_decode(values_BK, self.indices_BK, W_FD))
+        offsets_Q1 = None if self.rows is None else self.rows.offsets_Q1
+        return self.groups.unsorted(self.p.sparse_decode(values_BK, self.indices_BK, W_FD, offsets_Q1))
+
+    def decode_tokens(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
+        """As ``decode``, a vector per token."""
+        if self.rows is None:
+            return self.decode(values_BK, W_FD)
+        return self.p.sparse_decode(values_BK, self.indices_BK, W_FD, self.rows.offsets_B1.contiguous())
 
     def matmul_at_indices(self, g_BD: Tensor, W_FD: Tensor) -> Tensor:
         if self.dense:
             return self.p.grouped_matmul_at_indices(g_BD, W_FD, self.indices_BK, *self.dense_options)
-        return self.p.matmul_at_indices(g_BD, W_FD, self.indices_BK)
+        return self.p.matmul_at_indices(
+            g_BD, W_FD, self.indices_BK, None if self.rows is None else self.rows.offsets_Q1
+        )
 
     def weight_grads(
         self, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor, x_BD: Tensor, radial_BK: Tensor | None
@@ -94,5 +107,5 @@ class CodeProducts:
             rows_R, index = active_latent_index(self.indices_BK)
         else:
             rows_R, index = None, self.p.latent_index(self.indices_BK, self.n_latents)
-        grads = self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD)
+        grads = self.p.latent_weight_grads(index, values_BK, g_BD, d_pre_BK, x_BD, self.rows)
         return rows_R, grads if radial_BK is None else (*grads, index.sums(radial_BK.flatten()[index.order_S]))

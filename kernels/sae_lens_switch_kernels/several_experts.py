@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from sae_lens_switch_kernels import torch_codes
 from sae_lens_switch_kernels.backend import SelfChecked
 from sae_lens_switch_kernels.indexing import ExpertBlocks, ExpertGroups
 
@@ -135,9 +136,9 @@ def gating(
     gates_B: Tensor | None,
     blocks: ExpertBlocks,
 ) -> ModuleType | SelfChecked | OwnGates:
-    """What multiplies codes by gates."""
+    """What multiplies codes by gates. Codes over the batch, [S], have none: nothing for a kernel to do."""
     if not are_several(expert_B):
-        return p
+        return torch_codes if indices_BK.ndim == 1 else p
     expert_BK = blocks.expert_of(indices_BK)
     return OwnGates(expert_B, expert_BK, None if gates_B is None else code_gates(gates_B, expert_B, expert_BK))
 

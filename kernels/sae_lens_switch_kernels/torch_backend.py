@@ -4,7 +4,7 @@ None of them makes a [B, F] tensor. They know nothing of autograd; operators.py 
 gradients. Where torch offers several routes to a result, the one taken is the fastest measured on a CPU
 (benchmarks/primitives.py).
 
-Letters beside the package's: R here counts the rows of a tile, P the latents of a tile or of a part of one.
+Letters beside the package's: R here counts the rows of a tile, P the latents of a part of one.
 """
 
 import warnings
@@ -14,10 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
 from sae_lens_switch_kernels.huge_pages import empty_huge
-from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads, LatentIndex, expert_groups, latent_index
+from sae_lens_switch_kernels.indexing import (
+    CodeRows,
+    ExpertGroups,
+    LatentGrads,
+    LatentIndex,
+    code_rows,
+    expert_groups,
+    latent_index,
+    n_rows,
+    one_group,
+)
 from sae_lens_switch_kernels.torch_adam import adam_rows, adam_tensors, lazy_adam_rows
+from sae_lens_switch_kernels.torch_batch_topk import BatchTopK
 from sae_lens_switch_kernels.torch_clipping import clip
 from sae_lens_switch_kernels.torch_codes import (
     code_grads,
@@ -33,18 +43,16 @@ from sae_lens_switch_kernels.torch_grouped import (
     grouped_matmul_at_indices,
     grouped_weight_grad,
     grouped_weight_grads,
-    offsets_of,
-    row_tiles,
-    tile_rows,
 )
 from sae_lens_switch_kernels.torch_loss import loss, loss_backward
-from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
 from sae_lens_switch_kernels.torch_routing import route, route_backward, update_expert_bias, update_loads
+from sae_lens_switch_kernels.torch_tiles import pre_activation_tiles
 from sae_lens_switch_kernels.torch_topk import select_topk
 
 __all__ = [
     "adam_rows",
     "adam_tensors",
+    "batch_topk_encode",
     "clip",
     "code_grads",
     "count_codes",
@@ -73,44 +81,63 @@ __all__ = [
     "update_loads",
 ]
 
-# Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
-# that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
-# cache with their weights, for the same reason.
-_TILE_LATENTS = 1 << 15
-_PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
-_MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
 # Gathered rows [rows, K, D] of the generic route also stay in cache.
 _CHUNK_ELEMENTS = 1 << 18
 
 
-def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
-    """out[b] = sum_j v[b, j] W[i[b, j]] (DenseSparseMatmul): 2BKD flops, K rows of W read per token."""
+def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
+    """out[b] = sum_j v[b, j] W[i[b, j]] (DenseSparseMatmul): 2SD flops, a row of W read per code.
+
+    With offsets, codes are [S]: token b's begin at offsets[b] and end at offsets[b + 1].
+    """
     if indices_BK.numel() == 0:
-        return W_FD.new_zeros(len(indices_BK), W_FD.shape[1])
-    return functional.embedding_bag(indices_BK, W_FD, mode="sum", per_sample_weights=values_BK)
+        return W_FD.new_zeros(n_rows(indices_BK, offsets_B1), W_FD.shape[1])
+    varies = offsets_B1 is not None
+    return functional.embedding_bag(
+        indices_BK,
+        W_FD,
+        offsets_B1.to(indices_BK.dtype) if varies else None,
+        mode="sum",
+        per_sample_weights=values_BK,
+        include_last_offset=varies,
+    )
 
 
-def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
-    """out[b, j] = <g[b], W[i[b, j]]> (MatmulAtSparseIndices): 2BKD flops instead of 2BFD."""
-    B, K = indices_BK.shape
+def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
+    """out[b, j] = <g[b], W[i[b, j]]> (MatmulAtSparseIndices): 2SD flops instead of 2BFD; offsets as above."""
     if _has_csr(g_BD):
-        starts_B1 = torch.arange(B + 1) * K
-        pattern = _csr(starts_B1, indices_BK.flatten(), g_BD.new_zeros(B * K), (B, len(W_FD)))
-        return torch.sparse.sampled_addmm(pattern, g_BD, W_FD.T, beta=0).values().view(B, K)
-    out_BK = g_BD.new_empty(B, K)
-    rows = max(1, _CHUNK_ELEMENTS // max(1, K * g_BD.shape[1]))
-    for start in range(0, B, rows):
+        starts_B1 = torch.arange(len(g_BD) + 1) * indices_BK.shape[1] if offsets_B1 is None else offsets_B1
+        indices_S = indices_BK.flatten().to(starts_B1.dtype)
+        pattern = _csr(starts_B1, indices_S, g_BD.new_zeros(len(indices_S)), (len(g_BD), len(W_FD)))
+        return torch.sparse.sampled_addmm(pattern, g_BD, W_FD.T, beta=0).values().view(indices_BK.shape)
+    if offsets_B1 is not None:  # the same with one code per row
+        g_BD, indices_BK = g_BD[code_rows(offsets_B1, len(indices_BK)).row_S], indices_BK.unsqueeze(1)
+    out_BK = g_BD.new_empty(indices_BK.shape)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, indices_BK.shape[1] * g_BD.shape[1]))
+    for start in range(0, len(g_BD), rows):
         chunk = slice(start, start + rows)
         out_BK[chunk] = torch.bmm(W_FD[indices_BK[chunk]], g_BD[chunk].unsqueeze(2)).squeeze(2)
-    return out_BK
+    return out_BK if offsets_B1 is None else out_BK.squeeze(1)
 
 
 def latent_weight_grads(
-    index: LatentIndex, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor | None = None, x_BD: Tensor | None = None
+    index: LatentIndex,
+    values_BK: Tensor,
+    g_BD: Tensor,
+    d_pre_BK: Tensor | None = None,
+    x_BD: Tensor | None = None,
+    rows: CodeRows | None = None,
 ) -> LatentGrads:
-    """Both weight gradients over one index: 2BKD flops each instead of 2BFD, sums in the order of the index."""
-    tokens_S = torch.div(index.order_S, max(1, values_BK.shape[1]), rounding_mode="floor")
-    dW_dec_FD = _segment_sums(values_BK.flatten()[index.order_S], tokens_S, index.starts_F1, g_BD)
+    """Both weight gradients over one index: 2SD flops each instead of 2BFD, sums in the order of the index.
+
+    With rows, codes are [S] and g has a vector per row: per token, or per level of each token.
+    """
+    if rows is None:
+        tokens_S = rows_S = torch.div(index.order_S, max(1, values_BK.shape[1]), rounding_mode="floor")
+    else:
+        rows_S = rows.row_S[index.order_S]
+        tokens_S = rows_S if rows.n_levels == 1 else torch.div(rows_S, rows.n_levels, rounding_mode="floor")
+    dW_dec_FD = _segment_sums(values_BK.flatten()[index.order_S], rows_S, index.starts_F1, g_BD)
     if d_pre_BK is None or x_BD is None:
         return LatentGrads(dW_dec_FD, None, None)
     d_pre_S = d_pre_BK.flatten()[index.order_S]
@@ -157,57 +184,38 @@ def topk_encode(
     2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. With ``relu``
     pre-activations that are chosen, and negative, are 0. ``select`` searches a tile; default: ``select_topk``.
     """
-    E, device = len(groups.offsets_E1) - 1, x_BD.device
-    M = len(W_FD) // E
+    M = len(W_FD) // (len(groups.offsets_E1) - 1)
     values_BK = W_FD.new_empty(len(x_BD), k)
-    indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=device)
-    # Several experts share a tile, and one search, where they differ in nothing but their weights.
-    alone = E == 1 or M > _TILE_LATENTS or bias_F is not None or scale_F is not None
-    rows = tile_rows(device)
-    offsets = offsets_of(groups, len(x_BD))
-    # In low precision, the whole of W is converted once: less than half of it is then read once per tile.
-    float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
-    x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
-    product_dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
-    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=product_dtype, device=device)
-    for tile in row_tiles(offsets, rows, alone):
-        low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
-        found = []
-        for part in range(0, M, _TILE_LATENTS):
-            width = min(M - part, _TILE_LATENTS)
-            pre_RP = buffer[: high - low, :width]
-            for e, start, end in tile:
-                block = slice(e * M + part, e * M + part + width)
-                _product(x[start:end], W[block], pre_RP[start - low : end - low])
-            block = slice(expert * M + part, expert * M + part + width)
-            bias, scale = (None if t is None else t[block] for t in (bias_F, scale_F))
-            values, indices = (select or select_topk)(pre_RP, min(k, width), bias, scale)
-            found.append((values.to(W_FD.dtype), indices.add_(part)))
-        scale = None if scale_F is None else scale_F[expert * M : (expert + 1) * M]
-        values_BK[low:high], indices_BK[low:high] = found[0] if len(found) == 1 else _best(found, k, scale)
-    values_BK = values_BK.relu_() if relu else values_BK
-    return values_BK, indices_BK if E == 1 else indices_BK.add_(groups.first_latents(len(x_BD), len(W_FD)))
+    indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
+    alone = bias_F is not None or scale_F is not None
+    found = []
+    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone):
+        bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
+        values, indices = (select or select_topk)(tile.pre_RP, min(k, tile.pre_RP.shape[1]), bias, scale)
+        first = tile.expert * M
+        found.append((values.to(W_FD.dtype), indices.add_(tile.latents.start - first)))
+        if tile.latents.stop == first + M:
+            scale = None if scale_F is None else scale_F[first : first + M]
+            values_BK[tile.rows], indices_BK[tile.rows] = found[0] if len(found) == 1 else _best(found, k, scale)
+            found = []
+    if len(groups.offsets_E1) > 2:
+        indices_BK += groups.first_latents(len(x_BD), len(W_FD))
+    return values_BK.relu_() if relu else values_BK, indices_BK
 
 
-def _product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor) -> None:
-    if isinstance(x_RD, Float8Rows) or isinstance(W_PD, Float8Rows):
-        assert isinstance(x_RD, Float8Rows)
-        assert isinstance(W_PD, Float8Rows)
-        out_RP.copy_(x_RD.times(W_PD))
-        return
-    if len(W_PD) >= _MANY_LATENTS and x_RD.dtype == torch.float32 and has_onednn_linear(x_RD.device):
-        # MKL, behind torch.mm, copies the weights first, which does not pay for the few rows of a tile. oneDNN compiles
-        # one kernel per number of rows, so that number is rounded up.
-        padded_RD = functional.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_PER_KERNEL))
-        block = max(_PRODUCT_LATENTS, _PRODUCT_ELEMENTS // max(len(padded_RD), 1))
-        for low in range(0, len(W_PD), block):
-            part_RP = onednn_linear(padded_RD, W_PD[low : low + block])
-            out_RP[:, low : low + block].copy_(part_RP[: len(x_RD)])
-        return
-    # oneDNN's products in 16 bits find their own blocks.
-    block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" and x_RD.dtype.itemsize > 2 else len(W_PD)
-    for low in range(0, len(W_PD), block):
-        torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])
+def batch_topk_encode(
+    x_BD: Tensor, W_FD: Tensor, k: int, bias_F: Tensor | None, scale_F: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of (x W^T + bias) * scale in the whole batch: values and indices [k], and offsets [B + 1].
+
+    Pre-activations without the scale; sorted by token, and by latent within a token.
+    """
+    best = BatchTopK(k, len(W_FD))
+    for tile in pre_activation_tiles(x_BD, W_FD, one_group(len(x_BD), x_BD.device), dtype, alone=True):
+        bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
+        best.add(tile.pre_RP, bias, scale, tile.rows.start, tile.latents.start)
+    values_S, indices_S, offsets_B1 = best.codes(len(x_BD), x_BD.device)
+    return values_S.to(W_FD.dtype), indices_S, offsets_B1
 
 
 def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,6 @@ Letters beside the package's: R here counts the rows of a tile.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,42 +11,8 @@ from torch import Tensor
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads
 from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
+from sae_lens_switch_kernels.torch_tiles import group_offsets, row_tiles, tile_rows
 from sae_lens_switch_kernels.working_copy import working_copy
-
-# Enough rows for a matrix product to run at full speed, few enough that its result stays small.
-_TILE_ROWS = {"cpu": 512}
-_TILE_ROWS_ON_GPU = 4096
-
-
-def tile_rows(device: torch.device) -> int:
-    return _TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
-
-
-class Rows(NamedTuple):
-    expert: int
-    start: int
-    end: int
-
-
-def row_tiles(offsets: list[int], rows: int, alone: bool) -> Iterator[list[Rows]]:
-    """Tiles of at most ``rows`` sorted rows, each as a list of runs of one expert; with ``alone``, of a single run."""
-    tile, room = [], rows
-    for expert, (start, end) in enumerate(pairwise(offsets)):
-        while start < end:
-            stop = min(end, start + room)
-            tile.append(Rows(expert, start, stop))
-            room -= stop - start
-            start = stop
-            if alone or room == 0:
-                yield tile
-                tile, room = [], rows
-    if tile:
-        yield tile
-
-
-def offsets_of(groups: ExpertGroups, n_tokens: int) -> list[int]:
-    # With one group they are known, and nothing needs to be read back from a GPU.
-    return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
 
 
 def grouped_decode(
@@ -164,7 +128,7 @@ def _tiles(
     M = n_latents // (len(groups.offsets_E1) - 1)
     rows = tile_rows(device)
     buffer = empty_huge(min(rows, n_tokens), M, dtype=dtype, device=device)
-    for (tile,) in row_tiles(offsets_of(groups, n_tokens), rows, alone=True):
+    for (tile,) in row_tiles(group_offsets(groups, n_tokens), rows, alone=True):
         block, own_rows = slice(tile.expert * M, (tile.expert + 1) * M), slice(tile.start, tile.end)
         yield block, own_rows, buffer[: tile.end - tile.start]
 

@@ -229,8 +229,7 @@ def encoded_pieces(sae: SAE, x_BD: Tensor) -> Iterator[Piece]:
         else:
             acts = encode(sae, x)
         if isinstance(acts, SparseCodes):
-            token, slot = (acts.values > 0).nonzero(as_tuple=True)
-            latent, value = acts.indices[token, slot], acts.values[token, slot]
+            token, latent, value = acts.active()
         else:
             token, latent = (acts > 0).nonzero(as_tuple=True)
             value = acts[token, latent]

@@ -102,7 +102,8 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:  # pyright: ignore
 def overview(architectures: Mapping[str, str]) -> str:
     """The help without an architecture: what the command does, and the architectures with a line on each."""
     lines = [f"usage: {PROGRAM} --architecture NAME [--config FILE] [flags]", "", DESCRIPTION, "", "architectures:"]
-    lines += [f"  {name:22}{doc}" for name, doc in architectures.items()]
+    width = max(map(len, architectures)) + 2
+    lines += [f"  {name:{width}}{doc}" for name, doc in architectures.items()]
     lines += ["", "The flags of one architecture, with meanings and defaults:"]
     return "\n".join([*lines, f"  {PROGRAM} --architecture switch --help"])
 

@@ -16,6 +16,7 @@ from sae_lens_switch.cli.flags import HIDDEN, Flag
 from sae_lens_switch.cli.values import alternatives, convert, is_list, metavar, short
 from sae_lens_switch.common.rules import reject_unknown
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
+from sae_lens_switch.saes.registration import OVERRIDABLE
 from sae_lens_switch.training.config import TrainerOptions
 from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig, training_config_class
 
@@ -56,7 +57,7 @@ def architectures() -> dict[str, str]:
     for name, (sae, _) in sorted(SAE_TRAINING_CLASS_REGISTRY.items()):
         ours = sae.__module__.startswith("sae_lens_switch")
         doc = (sae.__doc__ or "").strip().split("\n")[0] if ours else f"SAELens's {sae.__name__}"
-        found[name] = "the same as sparse_topk" if name == "topk" else doc
+        found[name] = f"the same as sparse_{name}" if name in OVERRIDABLE else doc
     return found
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens_switch_kernels import Reconstruction
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -14,7 +15,7 @@ from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics, router_dtype
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput
+from sae_lens_switch.saes.step import DeadLatents, SparseStepInput, SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
 # On every process alike; all other parameters have a row or column per latent.
@@ -200,8 +201,10 @@ class ExpertShard(SwitchTrainingSAE):
         return self.received.variance if scale is None else scale
 
     @override
-    def _aux_loss(self, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_dead: Tensor | int) -> Tensor:
-        return super()._aux_loss(x_BD, sae_out_BD, aux_out_BD, n_dead) * self._batch_share(x_BD)
+    def _aux_loss(
+        self, x_BD: Tensor, sae_out_BD: Tensor, result: Reconstruction, dead: DeadLatents, n_dead: Tensor | int
+    ) -> Tensor:
+        return super()._aux_loss(x_BD, sae_out_BD, result, dead, n_dead) * self._batch_share(x_BD)
 
     @override
     def _batch_share(self, x_BD: Tensor) -> float:

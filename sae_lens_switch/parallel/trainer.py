@@ -54,6 +54,11 @@ class ParallelSparseSAETrainer(ShardedTrainer):
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
+        if not isinstance(sae, SwitchTrainingSAE):
+            raise ValueError(
+                "sae must be of architecture switch, since DataParallelSAETrainer trains all others; "
+                f"got {sae.cfg.architecture()}"
+            )
         whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
         cfg = cfg.resolved(whole.d_sae)
         _refuse_what_is_for_one_process(cfg)

@@ -2,8 +2,8 @@
 
 Every rank has its own tokens, all of the router, and E / N of the experts. A token travels once to the rank of its
 expert, which computes reconstruction, loss and all gradients of that expert; with several active experts, it travels
-to each, their reconstructions come back, and the gradient goes out again. What all ranks share, router and biases, is
-summed over them. So traffic depends on the number of experts, and not otherwise on the number of latents.
+to each, their reconstructions come back, and the gradient goes out again (planned, not built). What all ranks share,
+router and biases, is summed over them. So traffic depends on the number of experts, not on that of latents.
 
 Letters beside the package's: N ranks.
 """
@@ -16,7 +16,6 @@ from sae_lens_switch.planning.hardware import Hardware, Precision
 from sae_lens_switch.planning.step_cost import Cost, OptimizerName
 from sae_lens_switch.planning.traffic import skew
 
-_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}  # of an activation that travels
 _COLLECTIVES = 5  # per step: counts and tokens, router, biases and loads, the gradient's norm
 
 
@@ -98,6 +97,7 @@ class Plan:
             **self.local.memory,
             "working copies": copies,
             "router": 4 * 4 * D * E + 3 * 4 * b * E,  # weights, gradients and moments; logits and probabilities
+            "statistics of the batch": 8 * self.n_ranks * (E + D + 1),
             "language model": self.reserved,
         }
 
@@ -107,16 +107,16 @@ class Plan:
 
     @property
     def traffic(self) -> dict[str, float]:
-        """Bytes that a rank sends in a step, by part; within its node and beyond."""
-        if self.n_ranks == 1:
-            return {"tokens": 0.0, "router": 0.0, "biases and loads": 0.0}
-        N, D, A = self.n_ranks, self.d_in, self.n_active_experts
+        """Bytes that a rank sends in a step, by message of ``parallel``; activations are float32."""
+        N, D, E, A = self.n_ranks, self.d_in, self.n_experts, self.n_active_experts
         journeys = 1 if A == 1 else 3 * A
-        reduced = 2 * (N - 1) / N  # a ring: every byte is sent once to be summed and once to be known
         return {
-            "tokens": journeys * self.tokens_per_rank * D * _BYTES[self.precision] * (N - 1) / N,
-            "router": reduced * 4 * D * self.n_experts,
-            "biases and loads": reduced * 4 * (2 * D + self.n_experts),
+            "tokens": journeys * 4 * D * self.tokens_per_rank * (N - 1) / N,
+            # Everybody's, as float64.
+            "statistics of the batch": 8.0 * (N - 1) * (E + D + 1),
+            # A ring: every byte is sent once to be summed and once to be known.
+            "gradients of the router and losses": 2 * (N - 1) / N * 4 * (2 * D + D * E + 3),
+            "the norm of the gradients": 4.0 * (N - 1),
         }
 
     def seconds(self) -> dict[str, float]:
@@ -131,7 +131,7 @@ class Plan:
         return own | {
             "router": router,
             "all-to-all": self._wire_seconds(tokens, self._share_beyond_node()),
-            "all-reduce": self._wire_seconds(sent["router"] + sent["biases and loads"], float(self._is_wide())),
+            "sums and statistics": self._wire_seconds(sum(sent.values()) - sent["tokens"], float(self._is_wide())),
             "latency": _COLLECTIVES * self.hardware.latency if self.n_ranks > 1 else 0.0,
         }
 

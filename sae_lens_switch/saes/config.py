@@ -1,7 +1,10 @@
-"""The configs of the SAEs: Switch for inference and training, and TopK trained on sparse kernels."""
+"""The configs of the SAEs: Switch for inference and training, and SAELens's own trained on sparse kernels."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 from sae_lens_switch_kernels import EncoderPrecision
@@ -12,6 +15,7 @@ from sae_lens_switch.saes import field_rules
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale, LoadBalancing
 
+_PER_TOKEN = ("constant_norm_rescale", "layer_norm")
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
 _DEFAULT_COEFFICIENT = {"d_in": 3.0, "variance": 0.3}
 
@@ -155,17 +159,93 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         super().__post_init__()
 
 
+@dataclass
+class SparseBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+    """
+    Config of a BatchTopK SAE trained on sparse kernels: SAELens's BatchTopKTrainingSAEConfig, field by field. use_sparse_activations changes nothing: latents are sparse.
+
+    The trained SAE is saved as a plain "jumprelu", which loads without this package.
+
+    Args:
+        encoder_precision (str): Precision of the encoder's product, which only selects latents: "full", that of the weights; "bfloat16" or "float8", with the values of what it selects computed again in full. Values and gradients are exact in either; the choice may differ among nearly equal latents.
+    """
+
+    encoder_precision: EncoderPrecision = "full"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_batchtopk"
+
+    @override
+    def __post_init__(self) -> None:
+        check_sae(self)
+        super().__post_init__()
+
+
+@dataclass
+class SparseMatryoshkaBatchTopKTrainingSAEConfig(MatryoshkaBatchTopKTrainingSAEConfig):
+    """
+    Config of a Matryoshka BatchTopK SAE trained on sparse kernels: SAELens's MatryoshkaBatchTopKTrainingSAEConfig, field by field. use_sparse_activations changes nothing: latents are sparse.
+
+    The trained SAE is saved as a plain "jumprelu", which loads without this package.
+
+    Args:
+        encoder_precision (str): Precision of the encoder's product, which only selects latents: "full", that of the weights; "bfloat16" or "float8", with the values of what it selects computed again in full. Values and gradients are exact in either; the choice may differ among nearly equal latents.
+    """
+
+    encoder_precision: EncoderPrecision = "full"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_matryoshka_batchtopk"
+
+    @override
+    def __post_init__(self) -> None:
+        check_sae(self)
+        super().__post_init__()
+
+
+# SAELens's architectures on sparse kernels.
+SPARSE_CONFIGS = (
+    SparseTopKTrainingSAEConfig,
+    SparseBatchTopKTrainingSAEConfig,
+    SparseMatryoshkaBatchTopKTrainingSAEConfig,
+)
+
+
 def check_sae(cfg: SAEConfig) -> None:
     """Every field of an SAE's config by its rule, and what they must be together. Raises ValueError."""
     if isinstance(cfg, SwitchSAEConfig | SwitchTrainingSAEConfig):
         rules.check(cfg, field_rules.SWITCH)
         _check_experts(cfg)
-    elif isinstance(cfg, SparseTopKTrainingSAEConfig):
-        rules.check(cfg, field_rules.SPARSE_TOPK)
+    elif isinstance(cfg, SPARSE_CONFIGS):
+        if isinstance(cfg, SparseTopKTrainingSAEConfig):
+            rules.check(cfg, field_rules.SPARSE_TOPK)
+        elif isinstance(cfg, SparseBatchTopKTrainingSAEConfig):
+            rules.check(cfg, field_rules.SPARSE_BATCHTOPK)
+        else:
+            rules.check(cfg, field_rules.SPARSE_MATRYOSHKA_BATCHTOPK)
         if cfg.k > cfg.d_sae:
             raise ValueError(f"k must be at most d_sae={cfg.d_sae}; got k={cfg.k}")
     else:
         rules.check(cfg, field_rules.SAE)
+    if isinstance(cfg, MatryoshkaBatchTopKTrainingSAEConfig):
+        _check_levels(cfg)
+
+
+def _check_levels(cfg: MatryoshkaBatchTopKTrainingSAEConfig) -> None:
+    widths = cfg.matryoshka_widths
+    if not widths or widths[-1] > cfg.d_sae or any(a >= b for a, b in pairwise([0, *widths])):
+        raise ValueError(
+            f"matryoshka_widths must be one or more widths, ascending, up to d_sae={cfg.d_sae}; got {widths}"
+        )
+    if cfg.normalize_activations in _PER_TOKEN:
+        raise ValueError(
+            "normalize_activations must not be per token with matryoshka_widths: SAELens undoes it for one "
+            f"reconstruction only; got {cfg.normalize_activations!r}"
+        )
 
 
 def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
@@ -230,8 +310,8 @@ def layout_of(cfg: SAEConfig) -> ExpertLayout:
 def check_trainable(cfg: SAEConfig) -> None:
     """As ``check_sae``, and what would only stop a run once a first latent is dead. Raises ValueError."""
     check_sae(cfg)
-    ours = isinstance(cfg, SwitchTrainingSAEConfig | SparseTopKTrainingSAEConfig)
-    if ours and cfg.aux_loss_coefficient != 0 and cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+    ours = isinstance(cfg, (SwitchTrainingSAEConfig, *SPARSE_CONFIGS))
+    if ours and cfg.aux_loss_coefficient != 0 and cfg.normalize_activations in _PER_TOKEN:
         raise ValueError(
             f"aux_loss_coefficient must be 0 with normalize_activations={cfg.normalize_activations!r}: dead latents "
             f"would reconstruct a normalised residual; got {cfg.aux_loss_coefficient}"

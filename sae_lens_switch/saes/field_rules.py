@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens_switch_kernels import EncoderPrecision
 
-from sae_lens_switch.common.rules import Choice, Device, Dtype, Flag, Kind, Number, Rule, Whole
+from sae_lens_switch.common.rules import Choice, Device, Dtype, Each, Flag, Kind, Number, Rule, Whole
 
 Gate = Literal["probability", "renormalized", "one"]
 LoadBalancing = Literal["loss", "bias"]
@@ -52,4 +52,14 @@ SPARSE_TOPK: dict[str, Rule] = {
     **dict.fromkeys(("use_sparse_activations", "rescale_acts_by_decoder_norm"), _flag),
     "aux_loss_coefficient": _coefficient,
     "encoder_precision": Choice(get_args(EncoderPrecision)),
+}
+SPARSE_BATCHTOPK: dict[str, Rule] = {
+    **SPARSE_TOPK,
+    "k": Number(above=0),
+    "topk_threshold_lr": Number(at_least=0, at_most=1),
+}
+SPARSE_MATRYOSHKA_BATCHTOPK: dict[str, Rule] = {
+    **SPARSE_BATCHTOPK,
+    "matryoshka_widths": Each(_size),
+    "use_matryoshka_aux_loss": _flag,
 }

@@ -57,18 +57,24 @@ def losses_of_product(out_BD: Tensor, b_dec: Tensor, x_BD: Tensor, balance: Bala
 def losses_of_output(
     sae: TrainingSAE, sae_out_BD: Tensor, x_BD: Tensor, balance: Balance | None, share: float | None = None
 ) -> Losses:
-    """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes; and the balance.
+    """The reconstruction error and the balance.
 
     ``share`` is what the mean of these tokens counts for in that of the batch, if they are not all of it.
-
-    So does torch, where it can: not all its versions differentiate a loss of two dtypes.
     """
-    dtype = torch.promote_types(sae_out_BD.dtype, x_BD.dtype)
-    error = sae.mse_loss_fn(sae_out_BD.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()
+    error = reconstruction_error(sae, sae_out_BD, x_BD)
     parts = {"mse_loss": error if share is None else error * share}
     if balance is not None:
         parts |= losses_of_router(balance, x_BD)
     return Losses(sae_out_BD, sum(list(parts.values())[1:], start=parts["mse_loss"]), parts)
+
+
+def reconstruction_error(sae: TrainingSAE, sae_out_BD: Tensor, x_BD: Tensor) -> Tensor:
+    """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes.
+
+    So does torch, where it can: not all its versions differentiate a loss of two dtypes.
+    """
+    dtype = torch.promote_types(sae_out_BD.dtype, x_BD.dtype)
+    return sae.mse_loss_fn(sae_out_BD.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()
 
 
 def losses_of_router(balance: Balance, x_BD: Tensor) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """SparseSAE, the base of our SAEs; and SparseTrainingSAE, all that SparseSAETrainer asks of one in training."""
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
-from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_decode
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -17,7 +17,9 @@ from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
 from sae_lens_switch.saes.expert_layout import ExpertLayout
+from sae_lens_switch.saes.folds import CountedFolds
 from sae_lens_switch.saes.losses import Balance, is_plain, losses_of_output, losses_of_product
+from sae_lens_switch.saes.pickling import PicklableSAE
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
 from sae_lens_switch.saes.serialization import latent_major
 from sae_lens_switch.saes.sparse_codes import SparseCodes
@@ -30,11 +32,8 @@ from sae_lens_switch.saes.step import (
     differentiable,
 )
 
-# SAELens keeps these as closures over the SAE, which cannot be pickled, and which a copy would share.
-_CLOSURES = ("reshape_fn_in", "reshape_fn_out", "run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
 
-
-class SparseSAE(SAE[Any], ABC):
+class SparseSAE(PicklableSAE, CountedFolds, ABC):
     """An SAE whose latents flow as ``SparseCodes``: encoded, decoded and differentiated only where they are non-zero.
 
     W_enc [D, F] is the transpose of [F, D] storage, so that a latent's weights are contiguous.
@@ -65,9 +64,8 @@ class SparseSAE(SAE[Any], ABC):
         scale_F = self._selection_scale()
         if scale_F is not None:
             values = values / scale_F[indices]
-        K = values.shape[-1]
-        out = sparse_decode(values.reshape(-1, K), indices.reshape(-1, K), self.W_dec)
-        return self._finish_decoding(out.view(*values.shape[:-1], self.W_dec.shape[-1]) + self.b_dec)
+        codes = replace(feature_acts, values=values, indices=indices)
+        return self._finish_decoding(codes.matmul(self.W_dec) + self.b_dec)
 
     def _decode_dense(self, feature_acts: Tensor) -> Tensor:
         return self._finish_decoding(feature_acts @ self.W_dec + self.b_dec)
@@ -103,39 +101,7 @@ class SparseSAE(SAE[Any], ABC):
         """Whether hooks observe the dense latents, which must then be materialised."""
         return has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post)
 
-    # Folds: SAELens writes through .data, unseen by whoever keeps something that follows from the weights
-
-    @override
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        super().fold_activation_norm_scaling_factor(scaling_factor)
-        self._count_writes()
-
-    @override
-    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
-        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
-        self._count_writes()
-
-    @override
-    def fold_and_get_W_dec_norm(self) -> Tensor:
-        norms_F = super().fold_and_get_W_dec_norm()
-        self._count_writes()
-        return norms_F
-
-    def _count_writes(self) -> None:
-        torch.autograd.graph.increment_version([p for p in self.parameters() if not p.is_inference()])
-
-    # Copies and files
-
-    def __getstate__(self) -> StateDict:
-        return {name: value for name, value in self.__dict__.items() if name not in _CLOSURES}
-
-    def __setstate__(self, state: StateDict) -> None:
-        super().__setstate__(state)
-        if self.hook_z_reshaping_mode:
-            self.turn_on_forward_pass_hook_z_reshaping()
-        else:
-            self.turn_off_forward_pass_hook_z_reshaping()
-        self._setup_activation_normalization()
+    # Files
 
     @override
     def process_state_dict_for_saving(self, state_dict: StateDict) -> None:
@@ -211,7 +177,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         options = step_input if isinstance(step_input, SparseStepInput) else None
         self._before_forward(x_BD)
         inputs_BD = self.normalized_input(x_BD)
-        acts, codes, aux_out_BD, dead = None, None, None, DeadLatents(None, 0)
+        acts, codes, result, dead = None, None, None, DeadLatents(None, 0)
         metrics: Metrics = {}
         share = self._batch_share(x_BD)
         if self.has_dense_hooks:
@@ -222,9 +188,10 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             dead = self._dead_latents(step_input.dead_neuron_mask)
             row_grads = None if options is None else options.row_grads
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
-            product, aux_out_BD = result.out_BD, result.aux_out_BD
+            product = self._product(result)
             sae_out = None if share is None and is_plain(self) else self._finish_decoding(product + self.b_dec)
-            codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae)
+            codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae, result.offsets_B1)
+            codes = codes.view(*given.shape[:-1])
             if result.doubtful_B is not None:
                 doubtful_B = result.doubtful_B
                 metrics["doubtful_tokens"] = lambda: doubtful_B.float().mean()
@@ -237,10 +204,14 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             _, loss, losses = losses_of_output(self, sae_out, x_BD, balance, share)
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
-        if dead.indices_N is not None and aux_out_BD is not None:
-            n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
-            losses["auxiliary_reconstruction_loss"] = self._aux_loss(x_BD, sae_out, aux_out_BD, n_dead)
-            loss = loss + losses["auxiliary_reconstruction_loss"]
+        if result is not None:
+            if dead.indices_N is not None:
+                n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
+                losses["auxiliary_reconstruction_loss"] = self._aux_loss(x_BD, sae_out, result, dead, n_dead)
+                loss = loss + losses["auxiliary_reconstruction_loss"]
+            inner = self._inner_losses(result, x_BD)
+            losses |= inner
+            loss = sum(inner.values(), start=loss)
         if options is None or options.refuse_non_finite:
             self._check_loss(loss, x_BD, step_input.n_training_steps)
 
@@ -248,13 +219,13 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         fields = {
             "sae_in": given,
             "sae_out": sae_out.view(given.shape),
-            "hidden_pre": hidden_pre.detach().view(*lead, hidden_pre.shape[-1]),
+            "hidden_pre": hidden_pre.detach().view(*lead, hidden_pre.shape[-1]) if codes is None else codes.values,
             "loss": loss,
             "losses": losses,
             "metrics": metrics,
         }
         if codes is not None:
-            return SparseStepOutput(codes=codes.view(*lead), routing=routing, **fields)
+            return SparseStepOutput(codes=codes, routing=routing, **fields)
         assert acts is not None
         return TrainStepOutput(feature_acts=acts.detach().view(*lead, self.cfg.d_sae), **fields)
 
@@ -277,6 +248,14 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         self, inputs_BD: Tensor, assignment: Assignment | None, dead: DeadLatents, row_grads: RowGrads | None
     ) -> tuple[Reconstruction, Tensor]:
         """The fused encoder and decoder, without b_dec; and the latents as seen from outside, [B, K], detached."""
+
+    def _product(self, result: Reconstruction) -> Tensor:
+        """Of codes and decoder, without b_dec."""
+        return result.out_BD
+
+    def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Losses of parts of the dictionary, added to that of the whole."""
+        return {}
 
     def _balance(
         self,
@@ -333,13 +312,22 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             )
         return DeadLatents(dead_N, aux_k)
 
-    def _aux_loss(self, x_BD: Tensor, sae_out_BD: Tensor, aux_out_BD: Tensor, n_dead: Tensor | int) -> Tensor:
+    def _aux_loss(
+        self,
+        x_BD: Tensor,
+        sae_out_BD: Tensor,
+        result: Reconstruction,
+        dead: DeadLatents,  # noqa: ARG002
+        n_dead: Tensor | int,
+    ) -> Tensor:
         """coefficient * min(1, n_dead / aux_k) * mean_B ||aux_out - (x - sae_out)||^2; n_dead in all, or per token."""
+        aux_out_BD = result.aux_out_BD
+        assert aux_out_BD is not None
         residual = (x_BD - sae_out_BD).detach()
         error_B = (self.reshape_fn_out(aux_out_BD, self.d_head) - residual).pow(2).sum(dim=-1)
         # The number is filled in on the device: a copy from the host would wait for it.
-        dead = n_dead.to(error_B.dtype) if isinstance(n_dead, Tensor) else error_B.new_full((), n_dead)
-        return self.cfg.aux_loss_coefficient * ((dead / self.aux_k).clamp(max=1) * error_B).mean()
+        count = n_dead.to(error_B.dtype) if isinstance(n_dead, Tensor) else error_B.new_full((), n_dead)
+        return self.cfg.aux_loss_coefficient * ((count / self.aux_k).clamp(max=1) * error_B).mean()
 
     # Files
 

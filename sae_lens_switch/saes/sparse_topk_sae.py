@@ -1,5 +1,7 @@
 """SAELens's TopK SAE on sparse kernels: the same mathematics, files and statistics, without any [B, F] tensor."""
 
+from typing import Any, NamedTuple
+
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
@@ -8,11 +10,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.torch_private import has_hooks
-from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig
+from sae_lens_switch.saes.config import SPARSE_CONFIGS
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents, LatentParameters, activation_rows, differentiable
+
+
+class Selection(NamedTuple):
+    """What ``sparse_autoencode`` is told of the selection."""
+
+    k: int
+    over_batch: bool = False
+    ends_L: Tensor | None = None
 
 
 class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
@@ -35,18 +45,23 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         x = self.normalized_input(x)
         scale_F = self._selection_scale()
-        values, indices = topk_encode(
+        values, indices, offsets = self._encode_rows(
             x.reshape(-1, x.shape[-1]),
-            self.W_enc.T,
-            self.cfg.k,
             pre_bias_D=self.pre_bias,
             bias_F=self.b_enc,
             scale_F=None if scale_F is None else scale_F.detach(),
             encoder_precision=self.encoder_precision,
         )
         values = values if scale_F is None else values * scale_F[indices]
-        shape = (*x.shape[:-1], self.cfg.k)
-        return SparseCodes(values.view(shape), indices.view(shape), self.cfg.d_sae)
+        return SparseCodes(values, indices, self.cfg.d_sae, offsets).view(*x.shape[:-1])
+
+    def _encode_rows(self, x_BD: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values and indices; and offsets, if tokens have differing numbers of latents."""
+        return *topk_encode(x_BD, self.W_enc.T, self.cfg.k, **options), None
+
+    def _selection(self, n_tokens: int) -> Selection:  # noqa: ARG002, each token has k
+        """How many latents a training step selects, and of what."""
+        return Selection(self.cfg.k)
 
     @override
     def _decode_dense(self, feature_acts: Tensor) -> Tensor:
@@ -60,8 +75,8 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
     @property
     @override
     def encoder_precision(self) -> EncoderPrecision:
-        # Under override_topk() the config is SAELens's own, which has no such field.
-        return self.cfg.encoder_precision if isinstance(self.cfg, SparseTopKTrainingSAEConfig) else "full"
+        # Under override() the config is SAELens's own, which has no such field.
+        return self.cfg.encoder_precision if isinstance(self.cfg, SPARSE_CONFIGS) else "full"
 
     @override
     def latent_parameters(self) -> LatentParameters:
@@ -80,18 +95,22 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
     ) -> tuple[Reconstruction, Tensor]:
         with torch.no_grad():
             scale_F = self._selection_scale()
+        selection = self._selection(len(inputs_BD))
         result = sparse_autoencode(
             inputs_BD,
             self.W_enc.T,
             self.W_dec,
-            self.cfg.k,
+            selection.k,
             pre_bias_D=self.pre_bias,
             bias_F=self.b_enc,
             scale_F=scale_F,
             dead_N=dead.indices_N,
             aux_k=dead.aux_k,
+            dead_counts=[n for n in dead.counts if n],
             row_grads=row_grads,
             encoder_precision=self.encoder_precision,
+            over_batch=selection.over_batch,
+            ends_L=selection.ends_L,
         )
         values = result.values_BK.detach()
         return result, values if scale_F is None else values * scale_F[result.indices_BK]

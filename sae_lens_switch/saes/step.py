@@ -21,10 +21,14 @@ class LatentParameters(NamedTuple):
 
 
 class DeadLatents(NamedTuple):
-    """Indices of the dead latents [N], and how many of them reconstruct each token's residual (AuxK)."""
+    """Indices of the dead latents [N], and how many of them reconstruct each token's residual (AuxK).
+
+    ``counts`` says how many each level of a Matryoshka SAE has, where each reconstructs a residual of its own.
+    """
 
     indices_N: Tensor | None
     aux_k: int
+    counts: tuple[int, ...] = ()
 
 
 @dataclass

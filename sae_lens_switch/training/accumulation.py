@@ -49,7 +49,6 @@ def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
     if len(sparse) < len(outputs):
         last.loss, last.losses = loss, losses
         return last
-    codes = [output.codes for output in sparse]
     routings = [output.routing for output in sparse if output.routing is not None]
     routing, metrics = None, last.metrics
     if routings:
@@ -62,7 +61,7 @@ def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
         balance = mean([output.metrics["load_balance"] for output in outputs])
         metrics = {"load_balance": balance, **routing.metrics()}
     return SparseStepOutput(
-        codes=SparseCodes(torch.cat([c.values for c in codes]), torch.cat([c.indices for c in codes]), codes[-1].d_sae),
+        codes=SparseCodes.cat([output.codes for output in sparse]),
         routing=routing,
         sae_in=torch.cat([output.sae_in for output in outputs]),
         sae_out=torch.cat([output.sae_out.detach() for output in outputs]),

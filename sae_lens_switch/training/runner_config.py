@@ -14,6 +14,7 @@ from typing_extensions import override
 from sae_lens_switch.common import rules
 from sae_lens_switch.common.rules import nearest_name, reject_unknown
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig, check_trainable
+from sae_lens_switch.saes.registration import OVERRIDABLE
 from sae_lens_switch.training import field_rules
 from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, default_decay, scaling_law_lr
 
@@ -35,7 +36,8 @@ class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunn
     Fields of that architecture's training config build ``sae``; the others go to the runner; ``dtype`` and
     ``device`` go to both. ``sae_kwargs`` names SAE fields explicitly and wins. ``sae=...`` works as in SAELens.
     Any architecture registered with SAELens can be named; ``"topk"`` means ``"sparse_topk"``, the same on sparse
-    kernels (for SAELens's own, give ``sae=TopKTrainingSAEConfig(...)``). The options of our trainer
+    kernels, and likewise ``"batchtopk"`` and ``"matryoshka_batchtopk"`` (for SAELens's own, give
+    ``sae=TopKTrainingSAEConfig(...)``). The options of our trainer
     (``TrainerOptions``: ``optimizer``, ``resume``, ...) are fields too, and left out of ``to_dict`` where they are
     the defaults, so that SAELens can read it.
 
@@ -177,4 +179,5 @@ def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
             f"architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}; "
             f"got {architecture!r}{nearest_name(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
         )
-    return get_sae_training_class("sparse_topk" if architecture == "topk" else architecture)[1]
+    on_sparse_kernels = f"sparse_{architecture}" if architecture in OVERRIDABLE else architecture
+    return get_sae_training_class(on_sparse_kernels)[1]

@@ -17,7 +17,7 @@ from sae_lens_switch.saes.step import activation_rows
 from sae_lens_switch.training.activations import ActivationSource, activation_batches
 
 ROWS_AT_ONCE = 4096
-ACCEPTED = ("topk", "sparse_topk", "batchtopk", "jumprelu")
+ACCEPTED = ("topk", "sparse_topk", "batchtopk", "sparse_batchtopk", "jumprelu")
 _NOT_FOLDED = ("expected_average_only_in", "covariance_whitening")
 _TOKENS_COUNTED = 8192
 

@@ -85,9 +85,9 @@ def split_topk(
     is not fresh. The error before and after is logged, and kept as ``cfg.metadata.split``.
 
     Args:
-        sae: "topk" (trained or in training), "sparse_topk", "batchtopk", or "jumprelu" with one non-negative threshold
-            for all latents, as saved from batchtopk. Activation normalisation must be none, per token
-            ("constant_norm_rescale", "layer_norm"), or folded. It is not changed.
+        sae: "topk" (trained or in training), "sparse_topk", "batchtopk", "sparse_batchtopk", or "jumprelu" with one
+            non-negative threshold for all latents, as saved from batchtopk. Activation normalisation must be none, per
+            token ("constant_norm_rescale", "layer_norm"), or folded. It is not changed.
         n_experts: E, which divides d_sae.
         activations: As for SparseSAETrainer: a tensor [..., d_in], a folder of cached activations, or batches.
         k: Active latents per token, at most d_sae / E. None: TopK's own; BatchTopK's average, rounded; for jumprelu,

@@ -78,10 +78,10 @@ def test_the_config_is_the_one_that_python_would_make(tmp_path):
 def test_what_a_dry_run_prints_is_a_file_that_gives_the_same_run(tmp_path, capsys, architecture, suffix):
     argv = ["--architecture", architecture, "--d-in", str(D), "--d-sae", str(F), "--sae.dtype", "float64"]
     argv += ["--seqpos-slice", "1", "-1", "--training-tokens", "1e6", "--optimizer", "row_sparse_adam"]
-    if architecture == "matryoshka_batchtopk":
+    if "matryoshka" in architecture:
         argv += ["--matryoshka-widths", "10", "20", str(F)]
-    own = {"switch": ["--n-experts", "4", "-k", "3"], "topk": ["-k", "3"], "sparse_topk": ["-k", "3"]}
-    argv += own.get(architecture, [])
+    argv += ["--n-experts", "4", "-k", "3"] if architecture == "switch" else []
+    argv += ["-k", "3"] if "topk" in architecture and architecture != "abstopk" else []
     table = shown(capsys, *argv)
     text = json.dumps(table) if suffix == "json" else yaml.safe_dump(table)
     file = file_of(tmp_path / f"run.{suffix}", text)

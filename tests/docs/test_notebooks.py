@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.hub_server import HubServer
-from helpers.notebooks import TRAIN, Reader, n_pictures, printed, read
+from helpers.notebooks import TRAIN, Reader, n_pictures, printed, read, stdout
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from sae_lens import SAE
@@ -230,6 +230,14 @@ def check_learned(reader: Reader) -> None:
     assert all(counts[0] > 0 for counts in seen["typical"])
     assert n_pictures(notebook) == 4
     assert all(f"expert {e}, " in printed(notebook) for e in range(E))
+
+
+def test_what_a_cell_prints_is_whole_however_it_comes():
+    cell = nbformat.v4.new_code_cell()
+    parts = ('{"a": 1}', "\n")
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=part) for part in parts]
+    cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text="a warning"))
+    assert stdout(cell.outputs) == '{"a": 1}\n'
 
 
 def test_what_the_experts_learned(reader):

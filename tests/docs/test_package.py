@@ -85,7 +85,10 @@ for name, entries in before.items():
 assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), rng)
 assert {n: id(v) for n, v in vars(sae_lens).items()} == attributes
 """
-    assert run_python(code, tmp_path).splitlines() == 2 * ["['sparse_topk', 'switch']"]
+    assert run_python(code, tmp_path).splitlines() == [
+        "['sparse_topk', 'switch']",
+        "['sparse_batchtopk', 'sparse_matryoshka_batchtopk', 'sparse_topk', 'switch']",
+    ]
 
 
 def test_layers_import_downwards_only():

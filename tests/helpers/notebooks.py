@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Reader:
         shown = nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{values}}}))")
         notebook.cells = [nbformat.v4.new_code_cell(BEFORE), *notebook.cells[:cells], shown]
         NotebookClient(notebook, km=self.kernel, timeout=3600).execute()
-        return notebook, json.loads(notebook.cells[-1].outputs[-1].text)
+        return notebook, json.loads(stdout(notebook.cells[-1].outputs))
 
     def trained(self) -> Path:
         """The SAE of the first notebook, which the others use."""
@@ -87,7 +87,12 @@ def outputs(notebook: Any) -> Iterator[Any]:
 
 
 def printed(notebook: Any) -> str:
-    return "".join(output.text for output in outputs(notebook) if output.get("name") == "stdout")
+    return stdout(outputs(notebook))
+
+
+def stdout(found: Iterable[Any]) -> str:
+    """Of a cell or several: on a busy machine, what one ``print`` writes may come in two outputs."""
+    return "".join(output.text for output in found if output.get("name") == "stdout")
 
 
 def n_pictures(notebook: Any) -> int:

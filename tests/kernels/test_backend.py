@@ -81,7 +81,7 @@ def test_every_kernel_passes_its_own_check(name):
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("fault", ["wrong numbers", "not a number", "an exception"])
 def test_a_kernel_that_fails_its_check_gives_way_to_plain_torch_with_one_warning(fault, monkeypatch):
-    def broken(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+    def broken(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, _: None = None) -> Tensor:
         if fault == "an exception":
             raise RuntimeError("PassManager::run failed")
         return torch_backend.sparse_decode(values_BK, indices_BK, W_FD) * (
@@ -92,14 +92,14 @@ def test_a_kernel_that_fails_its_check_gives_way_to_plain_torch_with_one_warning
     values, indices, W = torch.ones(2, 1), torch.tensor([[0], [3]]), torch.arange(20.0).view(5, 4)
     values, indices, W = (t.to(DEVICE) for t in (values, indices, W))
     with pytest.warns(RuntimeWarning, match="Triton kernel of sparse_decode") as caught:
-        outs = [operators.sparse_decode(values, indices, W) for _ in range(3)]
+        outs = [operators.sparse_decode(values, indices, W, None) for _ in range(3)]
     assert all(torch.equal(out, W[[0, 3]]) for out in outs)
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
 
 
 @pytest.mark.usefixtures("on_triton")
 def test_a_kernel_that_is_wrong_only_in_the_tiles_of_real_shapes_gives_way_on_a_gpu(monkeypatch):
-    def wrong_when_wide(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+    def wrong_when_wide(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, _: None = None) -> Tensor:
         return torch_backend.sparse_decode(values_BK, indices_BK, W_FD) * (1.5 if W_FD.shape[1] >= 256 else 1)
 
     monkeypatch.setattr(backend._triton_ops(), "sparse_decode", wrong_when_wide)

@@ -6,40 +6,56 @@ from helpers.kernel_cases import autoencoder_inputs, make_codes
 from sae_lens_switch_kernels import autoencode, operators, reference, sparse_autoencode, sparse_decode
 
 OPERATORS = {
-    "sparse_decode": lambda t: (t["values"], t["indices"], t["W"]),
-    "matmul_at_indices": lambda t: (t["g"], t["W"], t["indices"]),
-    "latent_weight_grad": lambda t: (t["values"], t["indices"], t["g"], 8),
+    "sparse_decode": lambda t: (t["values"], t["indices"], t["W"], None),
+    "matmul_at_indices": lambda t: (t["g"], t["W"], t["indices"], None),
+    "latent_weight_grad": lambda t: (t["values"], t["indices"], t["g"], 8, None),
+    "sparse_decode of variable codes": lambda t: (t["values_S"], t["indices_S"], t["W"], t["offsets"]),
+    "matmul_at_indices of variable codes": lambda t: (t["g"], t["W"], t["indices_S"], t["offsets"]),
+    "latent_weight_grad of variable codes": lambda t: (t["values_S"], t["indices_S"], t["g"], 8, t["offsets"]),
     "encode": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(None, 0, 0, None, None),
+        *(None, 0, 0, False, None, None),
     ),
     "encode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(torch.bfloat16, 7, 0, None, None),
+        *(torch.bfloat16, 7, 0, False, None, None),
+    ),
+    "encode over the batch": lambda t: (
+        *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 17, 1, torch.float64),
+        *(None, 0, 0, True, None, None),
     ),
     "autoencode": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0),
-        *(None, None, t["W_dec"], torch.arange(4), 2),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0, False),
+        *(None, None, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "encode shared latents": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
-        *(None, 0, 2, None, None),
+        *(None, 0, 2, False, None, None),
     ),
     "autoencode shared latents": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
-        *(None, 0, 2, None, None, t["W_dec"], torch.arange(4), 2),
+        *(None, 0, 2, False, None, None, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode in low precision": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3, 0),
-        *(None, None, t["W_dec"], torch.arange(4), 2),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3),
+        *(0, False, None, None, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode what is sorted": lambda t: (
-        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0),
-        *(t["experts"].argsort(stable=True), torch.tensor([0, 3, 6]), t["W_dec"], None, 0),
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0, False),
+        *(t["experts"].argsort(stable=True), torch.tensor([0, 3, 6]), t["W_dec"], None, 0, [], None),
     ),
     "autoencode shared latents of what is sorted": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
-        *(None, 0, 2, t["experts"].argsort(stable=True), torch.tensor([0, 3, 6]), t["W_dec"], torch.arange(4), 2),
+        *(None, 0, 2, False, t["experts"].argsort(stable=True), torch.tensor([0, 3, 6])),
+        *(t["W_dec"], torch.arange(4), 2, [], None),
+    ),
+    "autoencode over the batch": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, None, 0, 0, True),
+        *(None, None, t["W_dec"], torch.arange(4), 2, [], None),
+    ),
+    "autoencode over the batch in levels": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, torch.bfloat16, 20),
+        *(0, True, None, None, t["W_dec"], torch.arange(4), 2, [1, 3], torch.tensor([3, 8])),
     ),
 }
 
@@ -50,8 +66,10 @@ def test_the_operators_are_torchs_own_citizens(name):
     """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
     values, indices, W, g = make_codes(6, 5, 8, 3)
     tensors = {"values": values, "W": W, "g": g, "W_dec": W + 1, "x": g - 1, "bias": g[0].clone()}
+    tensors["values_S"] = values.flatten()[:16]
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     tensors |= {"indices": indices, "scale": W.exp()[:, 0].detach(), "gates": values[:, 0].detach()}
+    tensors |= {"indices_S": indices.flatten()[:16], "offsets": torch.tensor([0, 2, 2, 9, 10, 15, 16])}
     arguments = OPERATORS[name](tensors | {"experts": torch.arange(6) % 2})
     operator = name.split()[0]
     torch.library.opcheck(getattr(autoencode if operator == "autoencode" else operators, operator), arguments)
@@ -80,7 +98,7 @@ def test_torch_export_and_compile_trace_through(more):
 def test_vmap_gives_right_numbers_and_functional_gradients_a_clear_error():
     values, indices, W, _ = make_codes(6, 5, 8, 3)
     stacked = torch.stack([values, 2 * values])
-    batched = torch.vmap(lambda v: operators.sparse_decode(v, indices, W))(stacked)
+    batched = torch.vmap(lambda v: operators.sparse_decode(v, indices, W, None))(stacked)
     torch.testing.assert_close(batched, torch.stack([reference.sparse_decode(v, indices, W) for v in stacked]))
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda W: sparse_decode(values, indices, W).square().sum())(W)

@@ -60,6 +60,33 @@ def test_forward_and_backward_copy_nothing_and_wait_for_nothing(
     assert copies == []
 
 
+@pytest.mark.parametrize("precision", [(None, 0), (torch.bfloat16, 200)], ids=["full", "bfloat16"])
+@pytest.mark.parametrize("ends", [None, (5, F)], ids=["one level", "two levels"])
+def test_forward_and_backward_over_a_batch_copy_nothing_and_wait_for_nothing(copies, ends, precision, monkeypatch):
+    pytest.importorskip("triton")
+    x, W_enc, W_dec = on_device(B, D), on_device(F, D), on_device(F, D)
+    k, ends_L = 2 * B, None if ends is None else on_device(len(ends), dtype=torch.int64)
+    encoder = EncoderInputs(
+        *(x, W_enc, on_device(D), on_device(F), on_device(F), None, None, k, 1, torch.float32),
+        *precision,
+        over_batch=True,
+    )
+    decoder = autoencode.DecoderInputs(W_dec, None, 0, ends_L=ends_L)
+    with pretended_gpu(monkeypatch) as launches:
+        outputs = autoencode.forward(encoder, decoder)
+        known = encoder._asdict() | decoder._asdict() | outputs._asdict()
+        saved = {name: known[name] for name in autoencode._SAVED}
+        needs = {"needs_x": True, "needs_pre_bias": True}
+        upstream = outputs.out_BD, None, None
+        inputs = autoencode.BackwardInputs(*upstream, **saved, n_experts=1, n_shared=0, dtype=torch.float32, **needs)
+        grads = autoencode.backward(inputs, RowGrads(active_only=False))
+    assert launches.n
+    assert outputs.out_BD.shape == (B * (1 if ends is None else len(ends)), D)
+    assert outputs.values_BK.shape == (k,)
+    assert [tuple(g.shape) for g in grads[:3]] == [(B, D), (F, D), (F, D)]
+    assert copies == []
+
+
 def test_the_offsets_of_one_group_are_made_on_the_device(copies):
     assert one_group(B, torch.device("meta")).offsets_E1.device.type == "meta"
     assert copies == []

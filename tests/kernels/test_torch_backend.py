@@ -8,7 +8,7 @@ from sae_lens_switch_kernels import (
     sparse_autoencode,
     switch_encode,
     torch_backend,
-    torch_grouped,
+    torch_tiles,
     torch_topk,
 )
 
@@ -37,9 +37,9 @@ def test_the_pruned_top_k_is_exact(n_latents, k, values):
 
 
 def test_a_dictionary_wider_than_a_tile_gives_the_same_codes(monkeypatch):
-    monkeypatch.setattr(torch_backend, "_TILE_LATENTS", 7)
-    monkeypatch.setitem(torch_grouped._TILE_ROWS, "cpu", 5)
-    monkeypatch.setattr(torch_backend, "_PRODUCT_LATENTS", 3)
+    monkeypatch.setattr(torch_tiles, "_TILE_LATENTS", 7)
+    monkeypatch.setitem(torch_tiles.TILE_ROWS, "cpu", 5)
+    monkeypatch.setattr(torch_tiles, "_PRODUCT_LATENTS", 3)
     leaves, constants = autoencoder_inputs(33, 6, 1, 40, 9, {"pre_bias_D", "bias_F", "scale_F"})
     ours, truth = sparse_autoencode(**leaves, **constants), reference.sparse_autoencode(**leaves, **constants)
     assert_close("out", ours.out_BD, truth[0])
@@ -55,15 +55,15 @@ def test_wide_experts_in_float32(onednn, M, monkeypatch):
     expert_B = torch.tensor([0] * 17 + [1] * 1 + [2] * 140)
     x, W = torch.randn(len(expert_B), D), torch.randn(E * M, D)
     taken = []
-    monkeypatch.setattr(torch_backend, "_PRODUCT_ELEMENTS", 32 * 1100)
-    if onednn and torch_backend.has_onednn_linear(x.device):
-        linear = torch_backend.onednn_linear
-        monkeypatch.setattr(torch_backend, "onednn_linear", lambda a, b: taken.append(len(a)) or linear(a, b))
+    monkeypatch.setattr(torch_tiles, "_PRODUCT_ELEMENTS", 32 * 1100)
+    if onednn and torch_tiles.has_onednn_linear(x.device):
+        linear = torch_tiles.onednn_linear
+        monkeypatch.setattr(torch_tiles, "onednn_linear", lambda a, b: taken.append(len(a)) or linear(a, b))
     else:
-        monkeypatch.setattr(torch_backend, "has_onednn_linear", lambda _: False)
+        monkeypatch.setattr(torch_tiles, "has_onednn_linear", lambda _: False)
     values, indices = switch_encode(x, expert_B, W, K, E)
     wanted = [32, 16, 144] if M == 600 else [32, 16, 144, 144]
-    assert taken == (wanted if onednn and torch_backend.has_onednn_linear(x.device) else [])
+    assert taken == (wanted if onednn and torch_tiles.has_onednn_linear(x.device) else [])
     pre = torch.einsum("bd,bmd->bm", x.double(), W.double().view(E, M, D)[expert_B])
     expected = pre.topk(K).values.relu()
     assert_close("values", values.double().sort(descending=True).values, expected, 1e-6)

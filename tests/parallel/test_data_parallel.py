@@ -6,13 +6,22 @@ from helpers import D, F, K
 from helpers.parallel_runs import BATCH, alone, assert_same_run, config, result, shared_bits, together, tokens
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
+from helpers.saelens_pairs import KINDS, both, options_of
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 
 from sae_lens_switch import SparseSAETrainer
-from sae_lens_switch.parallel import DataParallelSAETrainer
+from sae_lens_switch.parallel import DataParallelSAETrainer, ParallelSparseSAETrainer
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+
+
+def make_stock_batchtopk():
+    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
+
+
+def make_batchtopk(kind=KINDS[0]):
+    return kind.ours(kind.our_config(**options_of(kind, dtype="float32")))
 
 
 @OPTIMIZERS
@@ -65,14 +74,55 @@ def test_an_sae_of_saelens_is_trained_as_on_one_process(tmp_path):
         assert_same_run(found, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_buffers_are_the_same_on_all_processes(tmp_path):
+@both
+@OPTIMIZERS
+def test_a_batchtopk_sae_chooses_from_each_part_of_a_batch_as_one_process_does(kind, optimizer, tmp_path):
+    def make():
+        return make_batchtopk(kind)
+
+    expected = of_one(make, optimizer=optimizer, gradient_accumulation_steps=2)
+    found = divided(2, tmp_path, make, optimizer=optimizer)
+    for row in [row for one in (expected, *found) for row in one["rows"]]:
+        row.pop("metrics/topk_threshold")  # one process moves it once per part, two move it once per step
+    for one in found:
+        assert_same_run(one, expected, rtol=2e-3, atol=2e-3)
+        assert shared_bits(one) == shared_bits(found[0])
+
+
+@pytest.mark.parametrize("make", [make_stock_batchtopk, make_batchtopk], ids=["SAELens's", "sparse"])
+def test_buffers_are_the_same_on_all_processes(make, tmp_path):
     def run() -> float:
-        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
-        trainer = DataParallelSAETrainer(config(10), sae, tokens())
-        return float(trainer.fit().topk_threshold)
+        return float(DataParallelSAETrainer(config(10), make(), tokens()).fit().topk_threshold)
 
     first, second = on_processes(2, run, tmp_path)
     assert first == second > 0
+
+
+def test_the_threshold_moves_to_the_mean_of_all_parts_and_not_in_a_skipped_step(tmp_path):
+    batches = tokens().split(BATCH)
+    batches[2][-1, 1] = torch.inf  # in the second process's part
+
+    def run() -> list[float]:
+        torch.manual_seed(0)
+        mine = iter([batch.chunk(2)[torch.distributed.get_rank()] for batch in batches])
+        trainer = DataParallelSAETrainer(config(5), make_batchtopk(), mine)
+        found = []
+        for _ in range(5):
+            trainer.step(next(trainer.data_provider))
+            trainer.n_training_steps += 1
+            found.append(float(trainer.sae.topk_threshold))
+        assert trainer.n_skipped_steps == 1
+        return found
+
+    first, second = on_processes(2, run, tmp_path)
+    assert first == second
+    assert first[2] == first[1]
+    assert len(set(first)) == 4
+    torch.manual_seed(0)
+    sae = make_batchtopk()
+    active = [sae.encode_sparse(part).values.detach() for part in batches[0].chunk(2)]
+    least = sum(float(values[values > 0].min()) for values in active) / 2
+    assert first[0] == pytest.approx(sae.cfg.topk_threshold_lr * least, rel=1e-5)
 
 
 def test_a_run_resumes_on_two_four_and_one_process(tmp_path):
@@ -112,3 +162,9 @@ def test_a_run_resumes_on_two_four_and_one_process(tmp_path):
 def test_what_cannot_be_divided_by_data_alone_is_refused(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         DataParallelSAETrainer(config(5, **fields), make_sae(architecture), tokens())
+
+
+@pytest.mark.parametrize("make", [lambda: make_sae("sparse_topk"), make_batchtopk], ids=["topk", "batchtopk"])
+def test_an_sae_without_experts_cannot_have_them_divided(make):
+    with pytest.raises(ValueError, match="sae must be of architecture switch.*DataParallelSAETrainer.*got sparse_"):
+        ParallelSparseSAETrainer(config(5, expert_parallel=2), make(), tokens())

@@ -13,6 +13,8 @@ from helpers.resumed import make_sae
 
 from sae_lens_switch import SparseSAETrainer, SwitchTrainingSAE, TrainingDivergedError
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
+from sae_lens_switch.planning.hardware import HARDWARE
+from sae_lens_switch.planning.plan import Plan
 from sae_lens_switch.training.interruption import SignalledError
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
@@ -159,6 +161,13 @@ def test_what_a_step_sends_is_what_the_formula_says_at_any_width(n, tmp_path):
                 "gradients of the router and losses": 2 * (n - 1) * 4 * (shared + losses) // n,
                 "the norm of the gradients": 4 * (n - 1),
             }
+            planned = Plan(HARDWARE["h100"], D, width, 1, E, n, BATCH // n).traffic
+            assert {what: int(n_bytes) for what, n_bytes in planned.items() if what != "tokens"} == {
+                what: n_bytes for what, n_bytes in rank["sent"].items() if what != "tokens"
+            }
+        assert sum(rank["away"] for rank in ranks) * 4 * D == pytest.approx(
+            n * planned["tokens"], rel=0.3
+        )  # even loads
         assert sum(rank["latents"] for rank in ranks) == 3 * 2 * width * D
         assert {rank["latents"] for rank in ranks} == {3 * 2 * width * D // n}
 

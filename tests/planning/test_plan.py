@@ -28,10 +28,10 @@ def test_alone_a_plan_is_the_cost_of_the_sae():
 
 def test_traffic_by_hand_and_independent_of_the_width():
     sent = PLAN.traffic
-    assert sent["tokens"] == 4096 * 768 * 2 * 15 / 16
-    assert sent["router"] == 2 * 15 / 16 * 4 * 768 * 256
+    assert sent["tokens"] == 4096 * 768 * 4 * 15 / 16
+    assert sent["statistics of the batch"] == 8 * 15 * (256 + 768 + 1)
+    assert sent["gradients of the router and losses"] == 2 * 15 / 16 * 4 * (2 * 768 + 768 * 256 + 3)
     assert replace(PLAN, d_sae=1 << 26).traffic == sent
-    assert replace(PLAN, precision="float32").traffic["tokens"] == 2 * sent["tokens"]
     # With A = 2, a token goes out twice, comes back twice, and its gradient goes out twice.
     assert replace(PLAN, n_active_experts=2).traffic["tokens"] == 6 * sent["tokens"]
 
@@ -39,10 +39,10 @@ def test_traffic_by_hand_and_independent_of_the_width():
 def test_the_network_is_slower_than_a_node():
     within, beyond = (replace(PLAN, n_ranks=n).seconds() for n in (8, 16))
     assert within["all-to-all"] == pytest.approx(
-        4096 * 768 * 2 * 7 / 8 / H100.link * replace(PLAN, n_ranks=8).skew, rel=1e-9
+        4096 * 768 * 4 * 7 / 8 / H100.link * replace(PLAN, n_ranks=8).skew, rel=1e-9
     )
     assert beyond["all-to-all"] == pytest.approx(PLAN.traffic["tokens"] * PLAN.skew * 8 / 15 / H100.network, rel=1e-9)
-    assert beyond["all-reduce"] > 5 * within["all-reduce"]
+    assert beyond["sums and statistics"] > 5 * within["sums and statistics"]
 
 
 def test_weights_and_moments_are_divided_among_ranks():

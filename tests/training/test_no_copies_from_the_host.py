@@ -5,9 +5,10 @@ import torch
 from helpers import D, F, K, training_sae
 from helpers.pretended_gpu import on_device
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens_switch_kernels import Reconstruction
 
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.step import SparseStepOutput
+from sae_lens_switch.saes.step import DeadLatents, SparseStepOutput
 from sae_lens_switch.training.firing import FiringCounter, firings_of
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 
@@ -16,7 +17,9 @@ B = 40
 
 def test_the_weight_of_aux_k_is_made_on_the_device(copies):
     sae = training_sae(device="meta", aux_k=2, aux_loss_coefficient=0.5, dtype="float32")
-    assert sae._aux_loss(on_device(B, D), on_device(B, D), on_device(B, D), 5).device.type == "meta"
+    codes = on_device(B, K), on_device(B, K, dtype=torch.int64)
+    result, dead = Reconstruction(on_device(B, D), *codes, on_device(B, D)), DeadLatents(None, 2)
+    assert sae._aux_loss(on_device(B, D), on_device(B, D), result, dead, 5).device.type == "meta"
     assert copies == []
 
 

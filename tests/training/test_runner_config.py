@@ -113,13 +113,14 @@ def test_without_an_architecture_it_is_saelens_own_config(tmp_path):
 @pytest.mark.parametrize("reader", [LanguageModelSAERunnerConfig, sae_lens.LanguageModelSAERunnerConfig])
 def test_to_dict_json_from_dict_round_trip_through_our_class_and_stocks(architecture, reader, tmp_path):
     options = {
-        "matryoshka_batchtopk": {"matryoshka_widths": [F // 2, F]},
         "switch": {"n_experts": E, "k": K},
-        "sparse_topk": {"k": K},
         "topk": {"k": K},
+        "batchtopk": {"k": K + 0.5},
+        "matryoshka_batchtopk": {"k": K, "matryoshka_widths": [F // 2, F]},
     }
+    own = options.get(architecture.removeprefix("sparse_"), {})
     cfg = LanguageModelSAERunnerConfig(
-        architecture=architecture, d_in=D, d_sae=F, **options.get(architecture, {}), **run_fields(tmp_path, seed=5)
+        architecture=architecture, d_in=D, d_sae=F, **own, **run_fields(tmp_path, seed=5)
     )
     written = json.loads(json.dumps(cfg.to_dict()))
     read = reader.from_dict(written)

@@ -39,6 +39,7 @@ from sae_lens_switch import (
 )
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.saes.decoder_constraint import constrain_optimizer_steps
+from sae_lens_switch.saes.registration import OVERRIDABLE
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.history import FILENAME, read_history
 from sae_lens_switch.training.multi_sae_trainer import MultiSAETrainer
@@ -104,12 +105,10 @@ def test_both_runner_configs_train_the_same_sae_with_the_same_settings(tmp_path,
     assert same_tensors(*weights)
 
 
-@pytest.mark.parametrize("architecture", [name for name in STOCK_ARCHITECTURES if name != "topk"])
+@pytest.mark.parametrize("architecture", [name for name in STOCK_ARCHITECTURES if name not in OVERRIDABLE])
 def test_our_runner_config_trains_every_other_architecture_as_stock_does(architecture, tmp_path, model, dataset):
     sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
     options = {"k": K} if "k" in {f.name for f in fields(config_class)} else {}
-    if architecture == "matryoshka_batchtopk":
-        options["matryoshka_widths"] = [F // 2, F]
     sae_cfg = config_class(d_in=D, d_sae=F, **options)
     stock = sae_lens.LanguageModelSAERunnerConfig(sae=sae_cfg, **run_fields(tmp_path / "stock"))
     ours = LanguageModelSAERunnerConfig(

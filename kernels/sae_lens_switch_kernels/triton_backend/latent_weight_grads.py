@@ -9,6 +9,8 @@ on the order in which programs run. A latent that fires on thousands of tokens w
 after all others are done, so entries past its first PIECE are summed PIECE at a time by programs of their own, into
 scratch rows that the owner adds in order.
 
+Codes [S] whose number varies by row say which row each is of; with L levels, x has one row for L rows of g.
+
 Where the pieces are, without asking the device: a piece that is not its latent's first begins PIECE entries or more
 after the latent does, so the latent also owns the multiple of PIECE at or below the piece's begin, and no two
 pieces share that multiple. Row p of scratch therefore belongs to the latent that owns position (p + 1) * PIECE.
@@ -21,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_lens_switch_kernels.indexing import LatentGrads, LatentIndex
+from sae_lens_switch_kernels.indexing import CodeRows, LatentGrads, LatentIndex
 from sae_lens_switch_kernels.triton_backend.blocks import cdiv, row_block, rows_in_flight
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
@@ -30,7 +32,20 @@ PIECE = 64
 
 @triton.jit
 def _sum_entries(
-    order, values, g, d_pre, x, begin, end, d, D, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    order,
+    values,
+    row_of,
+    g,
+    d_pre,
+    x,
+    begin,
+    end,
+    d,
+    D,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Sums over entries begin to end of the index, ROWS rows in flight at a time."""
     dec = tl.zeros([BLOCK_D], tl.float32)
@@ -41,11 +56,16 @@ def _sum_entries(
         live = entry < end
         position = tl.load(order + entry, mask=live, other=0).to(tl.int64)
         value = tl.load(values + position, mask=live, other=0.0).to(tl.float32)
-        rows = (position // K)[:, None] * D + d[None, :]
+        row = position // K
+        if row_of is not None:
+            row = tl.load(row_of + position, mask=live, other=0).to(tl.int64)
+        rows = row[:, None] * D + d[None, :]
         mask = live[:, None] & (d < D)[None, :]
         dec += tl.sum(value[:, None] * load_row(g + rows, mask).to(tl.float32), 0)
         if d_pre is not None:
             slope = tl.load(d_pre + position, mask=live, other=0.0).to(tl.float32)
+            if L > 1:
+                rows = (row // L)[:, None] * D + d[None, :]
             enc += tl.sum(slope[:, None] * load_row(x + rows, mask).to(tl.float32), 0)
             bias += tl.sum(slope, 0)
     return dec, enc, bias
@@ -56,6 +76,7 @@ def _latent_weight_grads_pieces_kernel(
     order,  # [S]
     starts,  # [F + 1]
     values,  # [B, K]
+    row_of,  # [S] or None
     g,  # [B, D]
     d_pre,  # [B, K] or None
     x,  # [B, D] or None
@@ -65,6 +86,7 @@ def _latent_weight_grads_pieces_kernel(
     F,
     D,
     K: tl.constexpr,
+    L: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -85,7 +107,7 @@ def _latent_weight_grads_pieces_kernel(
         return
     end = tl.minimum(end, begin + PIECE)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    dec, enc, bias = _sum_entries(order, values, g, d_pre, x, begin, end, d, D, K, ROWS, BLOCK_D)
+    dec, enc, bias = _sum_entries(order, values, row_of, g, d_pre, x, begin, end, d, D, K, L, ROWS, BLOCK_D)
     tl.store(part_dec + p * D + d, dec, mask=d < D)
     if d_pre is not None:
         tl.store(part_enc + p * D + d, enc, mask=d < D)
@@ -98,6 +120,7 @@ def _latent_weight_grads_kernel(
     order,  # [S]
     starts,  # [F + 1]
     values,  # [B, K]
+    row_of,  # [S] or None
     g,  # [B, D]
     d_pre,  # [B, K] or None
     x,  # [B, D] or None
@@ -109,6 +132,7 @@ def _latent_weight_grads_kernel(
     d_b_enc,  # [F] or None
     D,
     K: tl.constexpr,
+    L: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -118,7 +142,7 @@ def _latent_weight_grads_kernel(
     start = tl.load(starts + f).to(tl.int64)
     end = tl.load(starts + f + 1).to(tl.int64)
     first_end = tl.minimum(end, start + PIECE)
-    dec, enc, bias = _sum_entries(order, values, g, d_pre, x, start, first_end, d, D, K, ROWS, BLOCK_D)
+    dec, enc, bias = _sum_entries(order, values, row_of, g, d_pre, x, start, first_end, d, D, K, L, ROWS, BLOCK_D)
     first_part = start // PIECE
     end_part = first_part + tl.maximum(end - start - 1, 0) // PIECE
     for first in range(first_part, end_part, ROWS):
@@ -138,19 +162,24 @@ def _latent_weight_grads_kernel(
 
 
 def latent_weight_grads(
-    index: LatentIndex, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor | None = None, x_BD: Tensor | None = None
+    index: LatentIndex,
+    values_BK: Tensor,
+    g_BD: Tensor,
+    d_pre_BK: Tensor | None = None,
+    x_BD: Tensor | None = None,
+    rows: CodeRows | None = None,
 ) -> LatentGrads:
     """dW_dec [F, D]; also dW_enc [F, D] and d_b_enc [F] if d_pre and x are given. In g's dtype.
 
     The same bits on every run: each sum has one fixed order.
     """
-    K, D, F = values_BK.shape[1], g_BD.shape[1], len(index.starts_F1) - 1
+    K, D, F = values_BK.shape[-1], g_BD.shape[1], len(index.starts_F1) - 1
     n_pieces = max(0, values_BK.numel() - 1) // PIECE
     encoder = d_pre_BK is not None and x_BD is not None
     BLOCK_D, num_warps = row_block(D, arch_of(g_BD.device).lanes, max_warps=4)
     slices = cdiv(D, BLOCK_D)
 
-    def rows(n: int, dtype: torch.dtype) -> LatentGrads:
+    def rows_of(n: int, dtype: torch.dtype) -> LatentGrads:
         """For n latents or pieces."""
         return LatentGrads(
             g_BD.new_empty(n, D, dtype=dtype),
@@ -158,11 +187,12 @@ def latent_weight_grads(
             g_BD.new_empty(n, dtype=dtype) if encoder else None,
         )
 
-    out, parts = rows(F, g_BD.dtype), rows(n_pieces, torch.float32)
+    out, parts = rows_of(F, g_BD.dtype), rows_of(n_pieces, torch.float32)
     arguments = {
         "order": index.order_S.contiguous(),
         "starts": index.starts_F1.contiguous(),
         "values": values_BK.contiguous(),
+        "row_of": None if rows is None else rows.row_S.contiguous(),
         "g": g_BD.contiguous(),
         "d_pre": d_pre_BK.contiguous() if d_pre_BK is not None and encoder else None,
         "x": x_BD.contiguous() if x_BD is not None and encoder else None,
@@ -170,7 +200,8 @@ def latent_weight_grads(
         "part_enc": parts.dW_enc_FD,
         "part_bias": parts.d_b_enc_F,
         "D": D,
-        "K": max(1, K),  # a divisor, even where there is nothing to divide
+        "K": max(1, K) if rows is None else 1,  # a divisor, even where there is nothing to divide
+        "L": 1 if rows is None else rows.n_levels,
         "PIECE": PIECE,
         "ROWS": rows_in_flight(g_BD.itemsize) // 2,  # rows of g and of x at a time
         "BLOCK_D": BLOCK_D,

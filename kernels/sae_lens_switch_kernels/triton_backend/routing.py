@@ -44,6 +44,7 @@ def _route_kernel(
     e = tl.arange(0, BLOCK_E)
     tokens = tl.zeros([BLOCK_E], tl.float32)
     total = tl.zeros([BLOCK_E], tl.float32)
+    factor = tl.zeros([BLOCK_E], tl.float32)
     if bias is not None:
         shift = tl.load(bias + e, mask=e < E, other=float("-inf"))
         factor = tl.exp(shift - tl.max(shift, 0))

@@ -172,7 +172,8 @@ def test_the_optimiser_steps_matrices_with_it_and_in_plain_torch_alike(project, 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         ours = optimised(project, lr_on_device)
-    assert shapes[-15:] == 5 * [(13, 20), (13,), (13, 20)]
+    own = [shape for shape in shapes if 13 in shape]  # the others are of the kernels' self-checks
+    assert own == 5 * [(13, 20), (13,), (13, 20)]
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -26,7 +26,8 @@ def test_loss_and_gradients(B, D, x_dtype, has_balance, on_device, scale):
     ours, exact, plain = step_loss.loss(*given), torch_loss.loss(*double(*given)), torch_loss.loss(*given)
     names = ("out_BD", "total", "error", "balance", "factor")
     for name in names if B > 1 or scale is not None else names[:1]:  # one token has no spread
-        assert_as_good_as_torch(name, *(getattr(found, name) for found in (ours, exact, plain)))
+        # A spread is a sum of 10,500 squares beside a mean of 50.
+        assert_as_good_as_torch(name, *(getattr(found, name) for found in (ours, exact, plain)), roundings=16)
     columns = ours.columns_PD.sum(0)
     assert_as_good_as_torch("columns", columns, (exact.out_BD - x).sum(0), (plain.out_BD - x.float()).sum(0))
     upstream = random(B, D, seed=4), *(random(1, seed=i)[0] for i in (5, 6, 7))

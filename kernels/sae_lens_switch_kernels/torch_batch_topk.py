@@ -1,0 +1,121 @@
+"""The k largest pre-activations of a whole batch (BatchTopK, Bussmann et al. 2024), exact, from one tile after another.
+
+A pool holds the best so far. Once it has k, the least of them is a bound that later ones must exceed: of the n-th tile
+only about k / n do. So the B * F pre-activations are read once each, compared with a number, and forgotten; nothing is
+guessed, and nothing computed again.
+
+Letters: R rows of P latents, a tile; C entries of the pool; N blocks of height H per row.
+"""
+
+import torch
+from torch import Tensor
+
+_SEARCH_ELEMENTS = 1 << 21  # of a tile that are searched at a time, to stay in cache
+# The pool is cut to k entries once it has this many times as many.
+_POOL = 1.5
+# Height of the blocks that are read closely only if their maximum exceeds the bound.
+_HEIGHT = 16
+
+
+class BatchTopK:
+    """The k largest of the tiles given to ``add``, whatever their order; equal ones at the border may win either way.
+
+    Args:
+        k: How many, at most as many as all tiles have.
+        n_latents: F.
+    """
+
+    def __init__(self, k: int, n_latents: int) -> None:
+        self.k, self.n_latents = k, n_latents
+        self._ranked: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._places: list[Tensor] = []
+        self._n = 0
+        self._bound: Tensor | None = None
+        self._scratch: Tensor | None = None
+
+    def add(self, pre_RP: Tensor, bias_P: Tensor | None, scale_P: Tensor | None, row: int, latent: int) -> None:
+        """A tile that begins at ``row`` and ``latent``: (pre + bias) * scale decides. May overwrite pre."""
+        if self.k == 0:
+            return
+        P = pre_RP.shape[1]
+        rows = max(1, _SEARCH_ELEMENTS // P) if _may_wait_for(pre_RP.device) else len(pre_RP)
+        if scale_P is not None and (self._scratch is None or self._scratch.numel() < min(rows, len(pre_RP)) * P):
+            self._scratch = pre_RP.new_empty(min(rows, len(pre_RP)) * P)  # once: small tensors would fill its place
+        for start in range(0, len(pre_RP), rows):
+            part = pre_RP[start : start + rows]
+            part = part if bias_P is None else part.add_(bias_P)
+            ranked = part
+            if scale_P is not None and self._scratch is not None:
+                ranked = torch.mul(part, scale_P, out=self._scratch[: part.numel()].view(part.shape))
+            self._take(part, ranked, self._candidates(ranked), row + start, latent)
+
+    def _candidates(self, ranked_RP: Tensor) -> Tensor:
+        """Places in the flattened tile of all that may be among the k largest."""
+        n = ranked_RP.numel()
+        if not _may_wait_for(ranked_RP.device):  # for how many exceed a bound
+            return ranked_RP.flatten().topk(min(self.k, n), sorted=False).indices
+        if self._bound is not None:
+            return _above(ranked_RP, self._bound)
+        bound = _least_of_top(ranked_RP, self.k)
+        return torch.arange(n) if bound is None else (~(ranked_RP < bound)).flatten().nonzero().flatten()
+
+    def _take(self, part_RP: Tensor, ranked_RP: Tensor, place_C: Tensor, row: int, latent: int) -> None:
+        P = part_RP.shape[1]
+        row_C = torch.div(place_C, P, rounding_mode="floor")
+        latent_C = place_C - row_C * P
+        self._values.append(part_RP[row_C, latent_C])
+        self._ranked.append(self._values[-1] if part_RP is ranked_RP else ranked_RP[row_C, latent_C])
+        self._places.append((row_C + row) * self.n_latents + latent_C + latent)
+        self._n += len(place_C)
+        if self._n > _POOL * self.k:
+            self._cut()
+
+    def _cut(self) -> None:
+        ranked_C, values_C, places_C = (torch.cat(t) for t in (self._ranked, self._values, self._places))
+        best_S = ranked_C.topk(self.k, sorted=False).indices
+        self._ranked, self._values, self._places = ([t[best_S]] for t in (ranked_C, values_C, places_C))
+        self._n = self.k
+        self._bound = _least(self._ranked[0])
+
+    def codes(self, n_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and indices [k], by row and within a row by latent; and where each row's begin, [B + 1]."""
+        starts_B1 = torch.arange(n_rows + 1, device=device) * self.n_latents
+        if not self._places:
+            return torch.zeros(0, device=device), starts_B1[:0], torch.zeros_like(starts_B1)
+        if self._n > self.k:
+            self._cut()
+        places_S, order_S = torch.cat(self._places).sort()
+        return torch.cat(self._values)[order_S], places_S % self.n_latents, torch.searchsorted(places_S, starts_B1)
+
+
+def _may_wait_for(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _above(ranked_RP: Tensor, bound: Tensor) -> Tensor:
+    """Places in the flattened tile of what exceeds the bound; as in torch.topk, NaN exceeds everything."""
+    P = ranked_RP.shape[1]
+    N = P // _HEIGHT
+    # Block j is columns j, j + N, j + 2N, ...: the maxima are then elementwise maxima of contiguous rows.
+    row, column = (~(ranked_RP[:, : N * _HEIGHT].unflatten(1, (_HEIGHT, N)).amax(1) <= bound)).nonzero(as_tuple=True)
+    column_CH = column.unsqueeze(1) + torch.arange(_HEIGHT) * N
+    is_above_CH = ~(ranked_RP[row.unsqueeze(1), column_CH] <= bound)
+    places = (row.unsqueeze(1) * P + column_CH)[is_above_CH]
+    rest_row, rest_column = (~(ranked_RP[:, N * _HEIGHT :] <= bound)).nonzero(as_tuple=True)
+    return torch.cat([places, rest_row * P + rest_column + N * _HEIGHT])
+
+
+def _least_of_top(ranked_RP: Tensor, k: int) -> Tensor | None:
+    """A number that at least k of the tile reach: the k-th largest maximum of 2k blocks or more. None if too small."""
+    height = min(_HEIGHT, ranked_RP.numel() // (2 * k))
+    if height < 2:
+        return None
+    n_blocks = ranked_RP.numel() // height
+    maxima = ranked_RP.flatten()[: n_blocks * height].view(height, n_blocks).amax(0)
+    return _least(maxima.topk(k, sorted=False).values)
+
+
+def _least(t: Tensor) -> Tensor:
+    """NaN left out: it is larger than any bound."""
+    return t.masked_fill(t.isnan(), torch.inf).amin()

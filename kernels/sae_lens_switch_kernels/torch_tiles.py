@@ -1,0 +1,125 @@
+"""Pre-activations, one tile at a time: enough for a matrix product at full speed, never [B, F].
+
+Letters beside the package's: R counts the rows of a tile, P its latents.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
+from sae_lens_switch_kernels.huge_pages import empty_huge
+from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
+
+# Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
+# that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
+# cache with their weights, for the same reason.
+TILE_ROWS = {"cpu": 512}
+_TILE_ROWS_ON_GPU = 4096
+_TILE_LATENTS = 1 << 15
+_PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
+_MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
+
+
+class Tile(NamedTuple):
+    """The product of some rows and some latents.
+
+    Attributes:
+        rows: The rows.
+        latents: The latents; where a tile has several experts, those of the first.
+        expert: The expert, or the first.
+        pre_RP: The product. The next tile overwrites it.
+    """
+
+    rows: slice
+    latents: slice
+    expert: int
+    pre_RP: Tensor
+
+
+def pre_activation_tiles(
+    x_BD: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype, alone: bool
+) -> Iterator[Tile]:
+    """Each row's product with the latents of its expert: all latents of some rows, then the next rows.
+
+    Args:
+        x_BD: Tokens, sorted by expert.
+        W_FD: Encoder weights.
+        groups: The tokens of each expert.
+        dtype: Of the product.
+        alone: Whether each tile is of one expert. Otherwise several share one where all their latents fit.
+    """
+    E, device = len(groups.offsets_E1) - 1, x_BD.device
+    M = len(W_FD) // E
+    rows = tile_rows(device)
+    # In low precision, the whole of W is converted once: less than half of it is then read once per tile.
+    float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
+    x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
+    product_dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
+    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=product_dtype, device=device)
+    for tile in row_tiles(group_offsets(groups, len(x_BD)), rows, alone or E == 1 or M > _TILE_LATENTS):
+        low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
+        for part in range(0, M, _TILE_LATENTS):
+            width = min(M - part, _TILE_LATENTS)
+            pre_RP = buffer[: high - low, :width]
+            for e, start, end in tile:
+                block = slice(e * M + part, e * M + part + width)
+                product(x[start:end], W[block], pre_RP[start - low : end - low])
+            yield Tile(slice(low, high), slice(expert * M + part, expert * M + part + width), expert, pre_RP)
+
+
+def tile_rows(device: torch.device) -> int:
+    return TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
+
+
+class Rows(NamedTuple):
+    expert: int
+    start: int
+    end: int
+
+
+def row_tiles(offsets: list[int], rows: int, alone: bool) -> Iterator[list[Rows]]:
+    """Tiles of at most ``rows`` sorted rows, each as a list of runs of one expert; with ``alone``, of a single run."""
+    tile, room = [], rows
+    for expert, (start, end) in enumerate(pairwise(offsets)):
+        while start < end:
+            stop = min(end, start + room)
+            tile.append(Rows(expert, start, stop))
+            room -= stop - start
+            start = stop
+            if alone or room == 0:
+                yield tile
+                tile, room = [], rows
+    if tile:
+        yield tile
+
+
+def group_offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
+    # With one group they are known, and nothing needs to be read back from a GPU.
+    return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
+
+
+def product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor) -> None:
+    if isinstance(x_RD, Float8Rows) or isinstance(W_PD, Float8Rows):
+        assert isinstance(x_RD, Float8Rows)
+        assert isinstance(W_PD, Float8Rows)
+        out_RP.copy_(x_RD.times(W_PD))
+        return
+    if len(W_PD) >= _MANY_LATENTS and x_RD.dtype == torch.float32 and has_onednn_linear(x_RD.device):
+        # MKL, behind torch.mm, copies the weights first, which does not pay for the few rows of a tile. oneDNN compiles
+        # one kernel per number of rows, so that number is rounded up.
+        padded_RD = functional.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_PER_KERNEL))
+        block = max(_PRODUCT_LATENTS, _PRODUCT_ELEMENTS // max(len(padded_RD), 1))
+        for low in range(0, len(W_PD), block):
+            part_RP = onednn_linear(padded_RD, W_PD[low : low + block])
+            out_RP[:, low : low + block].copy_(part_RP[: len(x_RD)])
+        return
+    # oneDNN's products in 16 bits find their own blocks.
+    block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" and x_RD.dtype.itemsize > 2 else len(W_PD)
+    for low in range(0, len(W_PD), block):
+        torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])

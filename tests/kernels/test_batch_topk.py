@@ -1,0 +1,85 @@
+"""The pool that finds the k largest of a batch, tile by tile, against torch.topk over the whole batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens_switch_kernels import torch_backend, torch_batch_topk, torch_tiles
+from torch import Tensor
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def row_of(offsets: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 30),
+    P=st.integers(1, 70),
+    share=st.floats(0, 1),
+    rounded=st.booleans(),
+    rows=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_the_pool_keeps_the_largest_of_all_tiles_whatever_their_order_and_ties(B, P, share, rounded, rows, seed):
+    pre = torch.randn(B, P, generator=torch.Generator().manual_seed(seed)).cumsum(0)  # later rows matter more
+    pre = pre.round() if rounded else pre
+    k = int(share * B * P)
+    best = torch_batch_topk.BatchTopK(k, P)
+    for start in range(0, B, rows):
+        best.add(pre[start : start + rows].clone(), None, None, start, 0)
+    values, indices, offsets = best.codes(B, pre.device)
+    assert torch.equal(values.sort().values, pre.flatten().topk(k).values.sort().values)
+    assert torch.equal(values, pre[row_of(offsets), indices])
+    assert len((row_of(offsets) * P + indices).unique()) == k
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("how_many", [1, 40, 4000])
+def test_numbers_that_are_not_finite_leave_the_number_of_codes_as_it_is(bad, how_many, monkeypatch):
+    monkeypatch.setattr(torch_batch_topk, "_SEARCH_ELEMENTS", 1 << 12)
+    pre = normal(100, 256).float()
+    pre.flatten()[torch.randperm(pre.numel())[:how_many]] = bad
+    best = torch_batch_topk.BatchTopK(900, 256)
+    for start in range(0, 100, 10):
+        best.add(pre[start : start + 10].clone(), None, None, start, 0)
+    values, indices, offsets = best.codes(100, pre.device)
+    expected = pre.flatten().topk(900).values
+    torch.testing.assert_close(values.sort().values, expected.sort().values, rtol=0, atol=0, equal_nan=True)
+    assert len((row_of(offsets) * 256 + indices).unique()) == 900
+
+
+def test_other_devices_take_the_same_entries_without_being_asked_how_many(monkeypatch):
+    pre = normal(64, 96).float()
+    found = []
+    for on_gpu in (False, True):
+        best = torch_batch_topk.BatchTopK(500, 96)
+        monkeypatch.setattr(torch_batch_topk, "_may_wait_for", lambda _, on_gpu=on_gpu: not on_gpu)
+        for start in range(0, 64, 16):
+            best.add(pre[start : start + 16].clone(), None, None, start, 0)
+        found.append(best.codes(64, pre.device))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_tensor_of_tokens_times_latents_is_made_beyond_a_tile():
+    B, D, F, k = 2048, 8, 1024, 4 * 2048
+    x, W = normal(B, D).float(), normal(F, D).float()
+    largest = 0
+
+    class Census(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, Tensor):
+                    largest = max(largest, t.untyped_storage().nbytes())
+            return out
+
+    with Census():
+        torch_backend.batch_topk_encode(x, W, k, None, None, torch.float32)
+    assert largest == 4 * torch_tiles.TILE_ROWS["cpu"] * F
