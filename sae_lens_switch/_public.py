@@ -2,6 +2,7 @@
 
 from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
 from sae_lens_switch.saes.config import (
+    SparseAbsTopKTrainingSAEConfig,
     SparseBatchTopKTrainingSAEConfig,
     SparseMatryoshkaBatchTopKTrainingSAEConfig,
     SparseTopKTrainingSAEConfig,
@@ -12,7 +13,7 @@ from sae_lens_switch.saes.registration import override, override_topk, register
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_matryoshka_sae import SparseMatryoshkaBatchTopKTrainingSAE
-from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.sparse_topk_sae import SparseAbsTopKTrainingSAE, SparseTopKTrainingSAE
 from sae_lens_switch.saes.switch_sae import SwitchSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.activations import activation_batches
@@ -33,6 +34,8 @@ __all__ = [
     "LanguageModelSAERunnerConfig",
     "LanguageModelSAETrainingRunner",
     "MultiSAETrainingRunner",
+    "SparseAbsTopKTrainingSAE",
+    "SparseAbsTopKTrainingSAEConfig",
     "SparseBatchTopKTrainingSAE",
     "SparseBatchTopKTrainingSAEConfig",
     "SparseCodes",

@@ -35,6 +35,8 @@ def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Encod
             inputs = inputs._replace(expert_B=expert_B.reshape(shape), gates_B=gates_B)
     elif n_experts != 1 or n_shared:
         raise ValueError(f"expert_B must be given for n_experts={n_experts}, n_shared={n_shared}")
+    if inputs.by_magnitude and (inputs.over_batch or expert_B is not None):
+        raise ValueError("by_magnitude must be False with over_batch or expert_B; got True")
     most = n_active * inputs.blocks.width + n_shared
     if inputs.over_batch:
         check_over_batch(inputs)

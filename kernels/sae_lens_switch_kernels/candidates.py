@@ -94,7 +94,9 @@ def select(
     """The k largest per row, or of the batch, of a product in ``dtype``; rows are sorted by expert."""
     W_FD, bias_F, scale_F = inputs.W_enc_FD, inputs.bias_F, inputs.scale_F
     if not inputs.over_batch:
-        return selected_of(*p.topk_encode(centered_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu))
+        return selected_of(
+            *p.topk_encode(centered_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu, inputs.by_magnitude)
+        )
     values_S, indices_S, offsets_B1 = torch_backend.batch_topk_encode(centered_BD, W_FD, k, bias_F, scale_F, dtype)
     return selected_of(values_S.relu_() if relu else values_S, indices_S, offsets_B1=offsets_B1)
 
@@ -113,9 +115,11 @@ def select_from_candidates(
     if bias_F is not None:
         exact_BC += bias_F[candidates_BC]
     scale_BC = None if scale_F is None else scale_F[candidates_BC]
-    ranked_BC = exact_BC if scale_BC is None else exact_BC * scale_BC
+    ranked_BC, guesses_BC = (t if scale_BC is None else t * scale_BC for t in (exact_BC, guesses_BC))
+    if inputs.by_magnitude:
+        ranked_BC, guesses_BC = ranked_BC.abs(), guesses_BC.abs()
     best_BK, place_BK = ranked_BC.topk(inputs.k, dim=-1, sorted=False)
-    doubtful_B = _is_doubtful(guesses_BC if scale_BC is None else guesses_BC * scale_BC, ranked_BC, best_BK)
+    doubtful_B = _is_doubtful(guesses_BC, ranked_BC, best_BK)
     if inputs.over_batch:  # they stay in order, and one border is that of all tokens
         place_BK, doubtful_B = place_BK.sort().values, doubtful_B.expand(len(centered_BD)).clone()
         offsets_B1 = torch.searchsorted(place_BK, offsets_B1)

@@ -69,7 +69,8 @@ class DeadLatents(NamedTuple):
         if real_Z is not None:
             never_Z = W_ZD.new_zeros(len(latents_Z)).masked_fill_(~real_Z, -torch.inf)
             bias_Z = never_Z if bias_Z is None else bias_Z + never_Z
-        values_BA, slots_BA = p.topk_encode(centered_BD, W_ZD, aux_k, groups, bias_Z, scale_Z, inputs.dtype)
+        choice = False, inputs.by_magnitude
+        values_BA, slots_BA = p.topk_encode(centered_BD, W_ZD, aux_k, groups, bias_Z, scale_Z, inputs.dtype, *choice)
         return values_BA if real_Z is None else values_BA.masked_fill(~real_Z[slots_BA], 0), slots_BA
 
     def without_padding(self, values_BA: Tensor, slots_BA: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ def topk_encode(
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
     encoder_precision: EncoderPrecision = "full",
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """relu of the k pre-activations ``(x - pre_bias) W_enc^T + bias`` per row that are largest when scaled.
 
@@ -124,6 +125,7 @@ def topk_encode(
         encoder_precision: "bfloat16" or "float8": the product that selects runs in it and finds somewhat more than k
             candidates, whose pre-activations are computed again in the dtype of W_enc. Values and gradients are exact;
             the choice can differ among nearly equal latents.
+        by_magnitude: The k farthest from 0, with their signs and without ReLU: AbsTopK (arXiv 2510.00404).
 
     Returns:
         values [B, K], without the scale, and indices [B, K], int64, distinct within a row and in no particular order.
@@ -132,7 +134,7 @@ def topk_encode(
         ValueError: If shapes, dtypes or devices do not match, or unless 1 <= k <= F.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*checked(inputs, encoder_precision))[:2]
+    return operators.encode(*checked(inputs._replace(by_magnitude=by_magnitude), encoder_precision))[:2]
 
 
 def batch_topk_encode(
@@ -230,6 +232,7 @@ def sparse_autoencode(
     dead_counts: Sequence[int] = (),
     row_grads: RowGrads | None = None,
     encoder_precision: EncoderPrecision = "full",
+    by_magnitude: bool = False,
     over_batch: bool = False,
     ends_L: Tensor | None = None,
 ) -> Reconstruction:
@@ -262,6 +265,7 @@ def sparse_autoencode(
         row_grads: If given, the backward pass stores gradients of the active latents here instead of in ``.grad``, so
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
         encoder_precision: As in ``topk_encode``; dead latents are chosen in full precision.
+        by_magnitude: As in ``topk_encode``, for dead latents too; without experts and ``over_batch``.
         over_batch: Whether k is of the whole batch, as in ``batch_topk_encode``; without experts and gates.
         ends_L: With ``over_batch``, the latents at which levels end, ascending to F (Matryoshka SAEs). The
             reconstruction is then [B, L, D], each level's own part: their running sum reconstructs at every width.
@@ -275,7 +279,8 @@ def sparse_autoencode(
     check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
     check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
-    inputs = checked(inputs._replace(n_shared=n_shared, over_batch=over_batch), encoder_precision)
+    inputs = inputs._replace(n_shared=n_shared, by_magnitude=by_magnitude, over_batch=over_batch)
+    inputs = checked(inputs, encoder_precision)
     if ends_L is not None:
         check_levels(ends_L, len(W_enc_FD), x_BD, over_batch)
     if groups is not None:

@@ -30,6 +30,7 @@ class EncoderInputs(NamedTuple):
         n_candidates: How many per token.
         n_shared: The first so many latents belong to no expert: every token may choose them, with a gate of 1. Experts
             are then given as [B, A], also one.
+        by_magnitude: Whether the k farthest from 0 are active, with their signs, instead of the k largest after ReLU.
         over_batch: Whether ``k``, and ``n_candidates``, count over the whole batch, so that tokens differ in number.
         sorted_B: The token in each row of the batch sorted by expert, where that is known.
         ends_E1: Where the rows of each expert begin, and all end, likewise.
@@ -48,6 +49,7 @@ class EncoderInputs(NamedTuple):
     candidate_dtype: torch.dtype | None = None
     n_candidates: int = 0
     n_shared: int = 0
+    by_magnitude: bool = False
     over_batch: bool = False
     sorted_B: Tensor | None = None
     ends_E1: Tensor | None = None

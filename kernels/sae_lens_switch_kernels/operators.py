@@ -142,9 +142,10 @@ def _encode_rows(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroup
     p = primitives(centered_BD)
     with torch.autocast(centered_BD.device.type, enabled=False):
         if inputs.candidate_dtype is None:
-            return select(p, inputs, centered_BD, groups, inputs.k, inputs.dtype, relu=True)
+            return select(p, inputs, centered_BD, groups, inputs.k, inputs.dtype, relu=not inputs.by_magnitude)
         selected = select_from_candidates(p, inputs, centered_BD, groups)
-    selected.values_BK.relu_()
+    if not inputs.by_magnitude:
+        selected.values_BK.relu_()
     return selected
 
 
@@ -168,7 +169,7 @@ def _encode_backward(ctx: Any, grad_BK: Tensor, *grads_of_indices: None) -> Grad
     offsets_B1 = offsets_B1 if offsets_B1.numel() else None
     needs_x, needs_W, needs_pre_bias, needs_bias = ctx.needs_input_grad[:4]
     # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
-    d_pre_BK = grad_BK * (values_BK > 0)
+    d_pre_BK = grad_BK * (values_BK != 0)
     d_bias_F = d_pre_BK.new_zeros(len(W_FD)).index_add(0, indices_BK.flatten(), d_pre_BK.flatten())
     return (
         sparse_decode(d_pre_BK, indices_BK, W_FD, offsets_B1) if needs_x else None,

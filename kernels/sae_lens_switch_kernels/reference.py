@@ -120,12 +120,15 @@ def topk_encode(
     pre_bias_D: Tensor | None = None,
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """relu of the k of (x - b) W_enc^T + bias that are largest when scaled."""
+    """relu of the k of (x - b) W_enc^T + bias that are largest when scaled; or without ReLU the k farthest from 0."""
     pre_BF = (x_BD if pre_bias_D is None else x_BD - pre_bias_D) @ W_enc_FD.T
     pre_BF = pre_BF if bias_F is None else pre_BF + bias_F
-    indices_BK = (pre_BF if scale_F is None else pre_BF * scale_F).topk(k, dim=1).indices
-    return pre_BF.gather(1, indices_BK).relu(), indices_BK
+    ranked_BF = pre_BF if scale_F is None else pre_BF * scale_F
+    indices_BK = (ranked_BF.abs() if by_magnitude else ranked_BF).topk(k, dim=1).indices
+    values_BK = pre_BF.gather(1, indices_BK)
+    return values_BK if by_magnitude else values_BK.relu(), indices_BK
 
 
 def sparse_autoencode(
@@ -143,12 +146,15 @@ def sparse_autoencode(
     scale_F: Tensor | None = None,
     dead_N: Tensor | None = None,
     aux_k: int = 0,
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Encode, gate, decode; and decode the top aux_k, without ReLU, of the dead latents that the token may use."""
     if n_shared and expert_B is not None and expert_B.ndim == 1:
         expert_B, gates_B = expert_B.unsqueeze(1), None if gates_B is None else gates_B.unsqueeze(1)
     if expert_B is None:
-        values_BK, indices_BK = topk_encode(x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F)
+        values_BK, indices_BK = topk_encode(
+            x_BD, W_enc_FD, k, pre_bias_D=pre_bias_D, bias_F=bias_F, scale_F=scale_F, by_magnitude=by_magnitude
+        )
     else:
         options = {"n_shared": n_shared, "pre_bias_D": pre_bias_D, "gates_B": gates_B}
         values_BK, indices_BK = switch_encode(x_BD, expert_B, W_enc_FD, k, n_experts, **options)
@@ -170,6 +176,7 @@ def sparse_autoencode(
             experts_1N = ((mine - n_shared) // M).unsqueeze(0)
             gates_N = _gates_at(gates_B[b : b + 1], of_token, experts_1N).detach().expand(1, len(mine))[0]
         ranked_N = gates_N * (pre_N if scale_F is None else pre_N * scale_F[mine])
+        ranked_N = ranked_N.abs() if by_magnitude else ranked_N
         chosen_A = ranked_N.topk(min(aux_k, len(mine))).indices
         rows.append((gates_N * pre_N)[chosen_A] @ W_dec_FD[mine[chosen_A]])
     return out_BD, values_BK, indices_BK, torch.stack(rows) if rows else torch.zeros_like(out_BD)

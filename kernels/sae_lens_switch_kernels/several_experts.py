@@ -123,7 +123,7 @@ class OwnGates(NamedTuple):
             d_gates_BA = per_code_BKA.sum(1).to(gates_BA.dtype)
         if grad_values_BK is not None:
             d_values_BK = d_values_BK + grad_values_BK
-        return d_values_BK * (values_BK > 0), d_gates_BA
+        return d_values_BK * (values_BK != 0), d_gates_BA
 
     def _gated(self, values_BK: Tensor) -> Tensor:
         return values_BK if self.gates_BK is None else values_BK * self.gates_BK.to(values_BK.dtype)

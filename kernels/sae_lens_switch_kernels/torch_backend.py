@@ -177,12 +177,14 @@ def topk_encode(
     scale_F: Tensor | None,
     dtype: torch.dtype,
     relu: bool = False,
+    by_magnitude: bool = False,
     select: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of (x W_e^T + bias) * scale per row: pre-activations without the scale, and indices over all F.
 
     2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. With ``relu``
-    pre-activations that are chosen, and negative, are 0. ``select`` searches a tile; default: ``select_topk``.
+    pre-activations that are chosen, and negative, are 0. ``by_magnitude``: the k farthest from 0. ``select`` searches a
+    tile; default: ``select_topk``.
     """
     M = len(W_FD) // (len(groups.offsets_E1) - 1)
     values_BK = W_FD.new_empty(len(x_BD), k)
@@ -191,12 +193,16 @@ def topk_encode(
     found = []
     for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone):
         bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
-        values, indices = (select or select_topk)(tile.pre_RP, min(k, tile.pre_RP.shape[1]), bias, scale)
+        values, indices = (select or select_topk)(
+            tile.pre_RP, min(k, tile.pre_RP.shape[1]), bias, scale, by_magnitude=by_magnitude
+        )
         first = tile.expert * M
         found.append((values.to(W_FD.dtype), indices.add_(tile.latents.start - first)))
         if tile.latents.stop == first + M:
             scale = None if scale_F is None else scale_F[first : first + M]
-            values_BK[tile.rows], indices_BK[tile.rows] = found[0] if len(found) == 1 else _best(found, k, scale)
+            values_BK[tile.rows], indices_BK[tile.rows] = (
+                found[0] if len(found) == 1 else _best(found, k, scale, by_magnitude)
+            )
             found = []
     if len(groups.offsets_E1) > 2:
         indices_BK += groups.first_latents(len(x_BD), len(W_FD))
@@ -218,8 +224,11 @@ def batch_topk_encode(
     return values_S.to(W_FD.dtype), indices_S, offsets_B1
 
 
-def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) -> tuple[Tensor, Tensor]:
+def _best(
+    found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None, by_magnitude: bool
+) -> tuple[Tensor, Tensor]:
     """The k best overall, which are among the k best of each part."""
     values, indices = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
-    best_RK = (values if scale_F is None else values * scale_F[indices]).topk(k, dim=1, sorted=False).indices
+    ranked = values if scale_F is None else values * scale_F[indices]
+    best_RK = (ranked.abs() if by_magnitude else ranked).topk(k, dim=1, sorted=False).indices
     return values.gather(1, best_RK), indices.gather(1, best_RK)

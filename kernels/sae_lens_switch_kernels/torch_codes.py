@@ -66,7 +66,7 @@ def code_grads(
     if grad_values_BK is not None:
         d_values_BK = d_values_BK + groups.sorted(grad_values_BK)
     # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
-    return d_values_BK * (values_BK > 0), d_gates_B
+    return d_values_BK * (values_BK != 0), d_gates_B
 
 
 def count_codes(
@@ -80,14 +80,14 @@ def count_codes(
     """Note which latents are active, in place; nothing unless ``is_finite``.
 
     Args:
-        values_BK: Latents are active where these are positive.
+        values_BK: Latents are active where these are not 0.
         indices_BK: Which latents.
         is_finite: Whether there is anything to note.
         number: What ``last_F`` becomes where a latent is active: larger than all that it holds.
         last_F: int32.
         total_F: int64; to it are added the tokens that each latent is active on.
     """
-    active_S, indices_S = (values_BK.flatten() > 0) & is_finite, indices_BK.flatten().long()
+    active_S, indices_S = (values_BK.flatten() != 0) & is_finite, indices_BK.flatten().long()
     never = last_F.new_full((), torch.iinfo(last_F.dtype).min)
     number = number if isinstance(number, Tensor) else last_F.new_full((), number)
     last_F.scatter_reduce_(0, indices_S, torch.where(active_S, number, never), "amax")

@@ -231,7 +231,7 @@ def encoded_pieces(sae: SAE, x_BD: Tensor) -> Iterator[Piece]:
         if isinstance(acts, SparseCodes):
             token, latent, value = acts.active()
         else:
-            token, latent = (acts > 0).nonzero(as_tuple=True)
+            token, latent = (acts != 0).nonzero(as_tuple=True)
             value = acts[token, latent]
         x_hat_BD = sae.decode(acts)  # type: ignore[arg-type]  # of codes too, where encode gives them
         yield Piece(start, x, token.cpu(), latent.cpu(), value.cpu(), assignment, x_hat_BD)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from sae_lens.saes.abstopk_sae import AbsTopKSAEConfig, AbsTopKTrainingSAEConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
@@ -157,6 +158,24 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     def __post_init__(self) -> None:
         check_sae(self)
         super().__post_init__()
+
+
+@dataclass
+class SparseAbsTopKTrainingSAEConfig(SparseTopKTrainingSAEConfig, AbsTopKTrainingSAEConfig):
+    """
+    Config of an AbsTopK SAE trained on sparse kernels: SAELens's AbsTopKTrainingSAEConfig, field by field, and encoder_precision as of SparseTopKTrainingSAEConfig.
+
+    The trained SAE is saved as a plain "abstopk", which loads without this package.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_abstopk"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return AbsTopKSAEConfig
 
 
 @dataclass

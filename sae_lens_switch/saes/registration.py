@@ -9,11 +9,13 @@ from sae_lens.registry import (
     register_sae_class,
     register_sae_training_class,
 )
+from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig, AbsTopKTrainingSAEConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAEConfig
 
 from sae_lens_switch.saes.config import (
+    SparseAbsTopKTrainingSAEConfig,
     SparseBatchTopKTrainingSAEConfig,
     SparseMatryoshkaBatchTopKTrainingSAEConfig,
     SparseTopKTrainingSAEConfig,
@@ -22,7 +24,7 @@ from sae_lens_switch.saes.config import (
 )
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_matryoshka_sae import SparseMatryoshkaBatchTopKTrainingSAE
-from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.sparse_topk_sae import SparseAbsTopKTrainingSAE, SparseTopKTrainingSAE
 from sae_lens_switch.saes.switch_sae import SwitchSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
@@ -34,11 +36,13 @@ def register() -> None:
     """
     # Inference first: a training config looks up its inference config as soon as one is built.
     _register(SAE_CLASS_REGISTRY, register_sae_class, "switch", SwitchSAE, SwitchSAEConfig)
-    # What a checkpoint of a sparse_topk run holds is a TopK SAE like any other.
+    # What a checkpoint of such a run holds is a TopK SAE like any other.
     _register(SAE_CLASS_REGISTRY, register_sae_class, "sparse_topk", TopKSAE, TopKSAEConfig)
+    _register(SAE_CLASS_REGISTRY, register_sae_class, "sparse_abstopk", AbsTopKSAE, AbsTopKSAEConfig)
     for name, sae_class, config_class in (
         ("switch", SwitchTrainingSAE, SwitchTrainingSAEConfig),
         ("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),
+        ("sparse_abstopk", SparseAbsTopKTrainingSAE, SparseAbsTopKTrainingSAEConfig),
         ("sparse_batchtopk", SparseBatchTopKTrainingSAE, SparseBatchTopKTrainingSAEConfig),
         (
             "sparse_matryoshka_batchtopk",
@@ -52,6 +56,7 @@ def register() -> None:
 # SAELens's architectures that train on sparse kernels by an override, under SAELens's own configs.
 _ON_SPARSE_KERNELS: dict[str, Any] = {
     "topk": (SparseTopKTrainingSAE, TopKTrainingSAEConfig),
+    "abstopk": (SparseAbsTopKTrainingSAE, AbsTopKTrainingSAEConfig),
     "batchtopk": (SparseBatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
     "matryoshka_batchtopk": (SparseMatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
 }
@@ -65,7 +70,7 @@ class override:  # noqa: N801, called like a function
     process, since SAELens has one table of classes for all threads; of several that overlap, until the last has ended.
 
     Args:
-        *architectures: "topk", "batchtopk", "matryoshka_batchtopk". None: all of them.
+        *architectures: "topk", "abstopk", "batchtopk", "matryoshka_batchtopk". None: all of them.
 
     Raises:
         ValueError: For another name.

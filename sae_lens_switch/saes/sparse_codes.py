@@ -69,8 +69,8 @@ class SparseCodes:
         )
 
     def active(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all that is positive: token, latent and value. Waits for the device."""
-        is_active = self.values.flatten() > 0
+        """Of all that is not 0: token, latent and value. Waits for the device."""
+        is_active = self.values.flatten() != 0
         return self.tokens[is_active], self.indices.flatten()[is_active], self.values.flatten()[is_active]
 
     def matmul(self, W_FD: Tensor) -> Tensor:

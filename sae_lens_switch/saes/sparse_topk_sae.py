@@ -1,8 +1,9 @@
-"""SAELens's TopK SAE on sparse kernels: the same mathematics, files and statistics, without any [B, F] tensor."""
+"""SAELens's TopK and AbsTopK SAEs on sparse kernels: the same mathematics, files and statistics, no [B, F] tensor."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode, topk_encode
@@ -21,6 +22,7 @@ class Selection(NamedTuple):
     """What ``sparse_autoencode`` is told of the selection."""
 
     k: int
+    by_magnitude: bool = False
     over_batch: bool = False
     ends_L: Tensor | None = None
 
@@ -33,6 +35,8 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
     they cancel, and so do their gradients.
     With a hook on the dense latents, a step runs densely, as SAELens's own.
     """
+
+    _by_magnitude: ClassVar[bool] = False
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -57,11 +61,11 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
 
     def _encode_rows(self, x_BD: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values and indices; and offsets, if tokens have differing numbers of latents."""
-        return *topk_encode(x_BD, self.W_enc.T, self.cfg.k, **options), None
+        return *topk_encode(x_BD, self.W_enc.T, self.cfg.k, by_magnitude=self._by_magnitude, **options), None
 
     def _selection(self, n_tokens: int) -> Selection:  # noqa: ARG002, each token has k
         """How many latents a training step selects, and of what."""
-        return Selection(self.cfg.k)
+        return Selection(self.cfg.k, self._by_magnitude)
 
     @override
     def _decode_dense(self, feature_acts: Tensor) -> Tensor:
@@ -109,8 +113,18 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
             dead_counts=[n for n in dead.counts if n],
             row_grads=row_grads,
             encoder_precision=self.encoder_precision,
+            by_magnitude=selection.by_magnitude,
             over_batch=selection.over_batch,
             ends_L=selection.ends_L,
         )
         values = result.values_BK.detach()
         return result, values if scale_F is None else values * scale_F[result.indices_BK]
+
+
+class SparseAbsTopKTrainingSAE(SparseTopKTrainingSAE, AbsTopKTrainingSAE):
+    """An AbsTopK SAE in training (arXiv 2510.00404), under SAELens's trainer or any loop; saved as ``abstopk``.
+
+    Equal to SAELens's ``AbsTopKTrainingSAE``: the k pre-activations farthest from 0 are active, with their signs.
+    """
+
+    _by_magnitude = True

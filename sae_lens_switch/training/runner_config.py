@@ -36,8 +36,8 @@ class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunn
     Fields of that architecture's training config build ``sae``; the others go to the runner; ``dtype`` and
     ``device`` go to both. ``sae_kwargs`` names SAE fields explicitly and wins. ``sae=...`` works as in SAELens.
     Any architecture registered with SAELens can be named; ``"topk"`` means ``"sparse_topk"``, the same on sparse
-    kernels, and likewise ``"batchtopk"`` and ``"matryoshka_batchtopk"`` (for SAELens's own, give
-    ``sae=TopKTrainingSAEConfig(...)``). The options of our trainer
+    kernels, and likewise ``"abstopk"``, ``"batchtopk"`` and ``"matryoshka_batchtopk"`` (for SAELens's own,
+    give ``sae=TopKTrainingSAEConfig(...)``). The options of our trainer
     (``TrainerOptions``: ``optimizer``, ``resume``, ...) are fields too, and left out of ``to_dict`` where they are
     the defaults, so that SAELens can read it.
 

@@ -86,8 +86,8 @@ assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(),
 assert {n: id(v) for n, v in vars(sae_lens).items()} == attributes
 """
     assert run_python(code, tmp_path).splitlines() == [
-        "['sparse_topk', 'switch']",
-        "['sparse_batchtopk', 'sparse_matryoshka_batchtopk', 'sparse_topk', 'switch']",
+        "['sparse_abstopk', 'sparse_topk', 'switch']",
+        "['sparse_abstopk', 'sparse_batchtopk', 'sparse_matryoshka_batchtopk', 'sparse_topk', 'switch']",
     ]
 
 

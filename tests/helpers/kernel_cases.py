@@ -53,6 +53,8 @@ OPTIONS = {
     "biases and scale": {"pre_bias_D", "bias_F", "scale_F"},
     "dead latents": {"pre_bias_D", "bias_F", "scale_F", "dead_N"},
     "dead latents alone": {"dead_N"},
+    "by magnitude": {"pre_bias_D", "bias_F", "scale_F", "dead_N", "by_magnitude"},
+    "by magnitude alone": {"by_magnitude"},
     "routed": {"expert_B"},
     "routed and gated": {"expert_B", "gates_B", "pre_bias_D"},
     "two experts": {"two_experts"},
@@ -94,6 +96,8 @@ def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[st
         constants["n_shared"], E = shared_of(E, M)
     scale, experts = normal(F).exp(), torch.randint(0, E, (B,), generator=generator)
     dead = torch.randperm(F, generator=generator)[: max(1, F // 2)].sort().values
+    if "by_magnitude" in names:
+        constants["by_magnitude"] = True
     if "scale_F" in names:
         constants["scale_F"] = scale
     if "expert_B" in names:

@@ -1,10 +1,11 @@
-"""SAELens's SAEs beside ours on sparse kernels, with the same weights: TopK, BatchTopK, Matryoshka BatchTopK."""
+"""SAELens's SAEs beside ours on sparse kernels, same weights: TopK, AbsTopK, BatchTopK, Matryoshka BatchTopK."""
 
 import copy
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE, AbsTopKTrainingSAEConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from helpers import D, randomize
 from sae_lens_switch import (
+    SparseAbsTopKTrainingSAE,
+    SparseAbsTopKTrainingSAEConfig,
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
     SparseMatryoshkaBatchTopKTrainingSAE,
@@ -44,6 +47,14 @@ TOPK = Kind(
     {"k": TOPK_K},
     autocast_error=0.05,
 )
+ABSTOPK = Kind(
+    "abstopk",
+    SparseAbsTopKTrainingSAE,
+    SparseAbsTopKTrainingSAEConfig,
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
+    {"k": TOPK_K},
+)
 KINDS = [
     Kind(
         "batchtopk",
@@ -63,7 +74,8 @@ KINDS = [
     ),
 ]
 both = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
-each = pytest.mark.parametrize("kind", [TOPK, *KINDS], ids=[kind.name for kind in [TOPK, *KINDS]])
+_ALL = [TOPK, ABSTOPK, *KINDS]
+each = pytest.mark.parametrize("kind", _ALL, ids=[kind.name for kind in _ALL])
 rescaling = pytest.mark.parametrize("rescale", [True, False], ids=["rescaled", "as they are"])
 
 

@@ -92,14 +92,17 @@ def check_latent_weight_grads(values: Tensor, indices: Tensor, F: int, g: Tensor
         assert ours is None or torch.equal(ours, again)
 
 
-def check_select(pre: Tensor, k: int, bias: Tensor | None = None, scale: Tensor | None = None) -> None:
-    values, indices = select_topk(pre, k, bias, scale)
+def check_select(
+    pre: Tensor, k: int, bias: Tensor | None = None, scale: Tensor | None = None, by_magnitude: bool = False
+) -> None:
+    values, indices = select_topk(pre, k, bias, scale, by_magnitude=by_magnitude)
     assert values.dtype == pre.dtype
     assert indices.dtype == torch.int64
     assert values.shape == indices.shape == (len(pre), k)
     assert all(len(set(row)) == k and set(row) <= set(range(pre.shape[1])) for row in indices.tolist())
     shifted = pre if bias is None else pre.float() + bias.float()
     keys = shifted if scale is None else shifted.float() * scale.float()
+    keys = keys.abs() if by_magnitude else keys
     # The same keys are chosen; which of equal ones is free.
     assert torch.equal(keys.gather(1, indices).sort(1).values, keys.topk(k).values.sort(1).values)
     torch.testing.assert_close(values, shifted.gather(1, indices).to(pre.dtype), rtol=1e-2, atol=1e-6)

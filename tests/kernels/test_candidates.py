@@ -28,12 +28,12 @@ def test_outputs_and_all_gradients_are_those_of_full_precision_at_the_selected_l
     assert found.doubtful_B.shape == (B,)
     assert all(len(set(row)) == K for row in found.indices_BK.tolist())
 
-    # The reference selects what we selected: everything else is too small to be chosen.
+    # The reference selects what we selected.
     truth = {name: t.clone().requires_grad_() for name, t in leaves.items()}
     bias_F = truth.get("bias_F", torch.zeros(E * M, dtype=torch.float64))
-    elsewhere = torch.full((B, E * M), -1e9, dtype=torch.float64).scatter(1, found.indices_BK, 0)
-    centered = truth["x_BD"] - truth.get("pre_bias_D", 0)
-    acts = (centered @ truth["W_enc_FD"].T + bias_F + elsewhere).relu()
+    chosen = torch.zeros(B, E * M, dtype=torch.float64).scatter(1, found.indices_BK, 1)
+    pre = (truth["x_BD"] - truth.get("pre_bias_D", 0)) @ truth["W_enc_FD"].T + bias_F
+    acts = (pre if "by_magnitude" in constants else pre.relu()) * chosen
     gates_BF = torch.ones(B, 1, dtype=torch.float64)
     if "gates_B" in truth:
         expert_BF = expert_of_latents(E * M, constants).expand(B, -1)
@@ -88,6 +88,19 @@ def test_a_token_all_of_whose_other_latents_are_negative_is_not_in_doubt():
     found = sparse_autoencode(x, torch.eye(64), torch.eye(64), 3, encoder_precision="bfloat16")
     assert found.doubtful_B.tolist() == [False]
     assert found.values_BK.sum() == 1
+
+
+@PRECISIONS
+def test_by_magnitude_the_farthest_from_zero_are_candidates(precision):
+    torch.manual_seed(0)
+    x, W, scale, k = torch.randn(500, 64), torch.randn(4096, 64), torch.rand(4096) + 0.5, 16
+    ranked = x @ W.T * scale
+    found = sparse_autoencode(x, W, W, k, scale_F=scale, encoder_precision=precision, by_magnitude=True)
+    chosen, best = at(ranked, found.indices_BK).abs().sort(descending=True).values, ranked.abs().topk(k).values
+    assert chosen.sum() / best.sum() > {"bfloat16": 0.9999, "float8": 0.999}[precision]
+    assert not ((chosen < best - 1e-4).any(1) & ~found.doubtful_B).any()
+    torch.testing.assert_close(found.values_BK, at(x @ W.T, found.indices_BK), rtol=1e-4, atol=1e-4)
+    assert 0.4 < (found.values_BK < 0).float().mean() < 0.6
 
 
 @PRECISIONS

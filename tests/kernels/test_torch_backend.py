@@ -32,15 +32,20 @@ def test_the_pruned_top_k_is_exact(n_latents, k, values):
         assert torch.equal(found, biased.gather(1, indices))
         assert torch.equal(ranked.gather(1, indices).sort(descending=True).values, ranked.topk(k).values)
         assert all(len(set(row)) == k for row in indices.tolist())
+        found, indices = torch_backend.select_topk(pre.clone(), k, **options, by_magnitude=True)
+        assert torch.equal(found, biased.gather(1, indices))
+        assert torch.equal(ranked.abs().gather(1, indices).sort(descending=True).values, ranked.abs().topk(k).values)
     if (n_latents, k) == (40000, 5):
         assert torch_topk._block_count(n_latents, k) > 0  # pruning took place
 
 
-def test_a_dictionary_wider_than_a_tile_gives_the_same_codes(monkeypatch):
+@pytest.mark.parametrize("by_magnitude", [False, True])
+def test_a_dictionary_wider_than_a_tile_gives_the_same_codes(by_magnitude, monkeypatch):
     monkeypatch.setattr(torch_tiles, "_TILE_LATENTS", 7)
     monkeypatch.setitem(torch_tiles.TILE_ROWS, "cpu", 5)
     monkeypatch.setattr(torch_tiles, "_PRODUCT_LATENTS", 3)
-    leaves, constants = autoencoder_inputs(33, 6, 1, 40, 9, {"pre_bias_D", "bias_F", "scale_F"})
+    names = {"pre_bias_D", "bias_F", "scale_F", *({"by_magnitude"} if by_magnitude else ())}
+    leaves, constants = autoencoder_inputs(33, 6, 1, 40, 9, names)
     ours, truth = sparse_autoencode(**leaves, **constants), reference.sparse_autoencode(**leaves, **constants)
     assert_close("out", ours.out_BD, truth[0])
     assert_close("codes", *(reference.dense_codes(values, i, 40) for values, i in (ours[1:3], truth[1:3])))

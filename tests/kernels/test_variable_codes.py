@@ -266,6 +266,7 @@ def test_codes_that_cannot_be_are_refused(change, message):
     [
         ({"k": 36}, "k must be between 0 and B F = 35; got k=36"),
         ({"k": -1}, "k must be between 0 and B F = 35; got k=-1"),
+        ({"by_magnitude": True}, "by_magnitude must be False with over_batch or expert_B; got True"),
         ({"gates_B": torch.ones(5)}, "over_batch must be False with expert_B or gates_B"),
         ({"ends_L": torch.tensor([3, 6])}, "ends_L must ascend to the number of latents, 7"),
         ({"ends_L": torch.tensor([0, 7])}, "ends_L must ascend"),

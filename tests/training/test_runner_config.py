@@ -115,6 +115,7 @@ def test_to_dict_json_from_dict_round_trip_through_our_class_and_stocks(architec
     options = {
         "switch": {"n_experts": E, "k": K},
         "topk": {"k": K},
+        "abstopk": {"k": K},
         "batchtopk": {"k": K + 0.5},
         "matryoshka_batchtopk": {"k": K, "matryoshka_widths": [F // 2, F]},
     }

@@ -73,12 +73,13 @@ def topk_encode(
     scale_F: Tensor | None,
     dtype: torch.dtype,
     relu: bool = False,
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """With one expert, select_topk over tiles of torch's own matrix product; with several, one grouped product."""
     if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
-        return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu, select_topk)
+        return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu, by_magnitude, select_topk)
     pre_BM = encode_dense(*operands(x_BD, W_FD, dtype), groups.offsets_E1)
-    return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype, relu=relu)
+    return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype, relu=relu, by_magnitude=by_magnitude)
 
 
 def grouped_decode(

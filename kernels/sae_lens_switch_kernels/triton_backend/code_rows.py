@@ -107,7 +107,7 @@ def _code_grads_kernel(
         slope *= tl.load(gates + b, mask=row < B, other=0.0).to(tl.float32)[:, None]
     if grad_values is not None:
         slope += tl.load(grad_values + b[:, None] * K + j[None, :], mask=inside, other=0.0).to(tl.float32)
-    slope *= (value > 0).to(tl.float32)
+    slope *= (value != 0).to(tl.float32)
     tl.store(d_pre + at, slope.to(d_pre.dtype.element_ty), mask=inside)
 
 

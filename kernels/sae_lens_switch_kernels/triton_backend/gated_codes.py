@@ -106,7 +106,7 @@ def _gated_row_grads_kernel(
         slope *= gate
         if grad_values is not None:
             slope += tl.load(grad_values + b * K + j, mask=j < K, other=0.0).to(tl.float32)
-        slope *= (value > 0).to(tl.float32)
+        slope *= (value != 0).to(tl.float32)
         tl.store(dense + row * M + m, (value * gate).to(dense.dtype.element_ty), mask=j < K)
         tl.store(d_pre + row * M + m, slope.to(d_pre.dtype.element_ty), mask=j < K)
     if d_gates is not None:

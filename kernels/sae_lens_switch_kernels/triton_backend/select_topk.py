@@ -34,12 +34,14 @@ _ROWS = 4  # rows per program: bias and scale are read once for all of them
 
 
 @triton.jit
-def _keys(pre, shift, factor, inside):
+def _keys(pre, shift, factor, inside, MAGNITUDE: tl.constexpr):
     """(pre + bias) * scale in the order of torch.topk, to which NaN is the largest number.
 
     The padding past F is smaller than every key, so that it is never chosen, not even in a row of minus infinities.
     """
     keys = (load_row(pre, inside).to(tl.float32) + shift) * factor
+    if MAGNITUDE:
+        keys = tl.abs(keys)
     keys = tl.where(keys == keys, tl.maximum(keys, -3.4028234663852886e38), float("inf"))
     return tl.where(inside, keys, float("-inf"))
 
@@ -56,6 +58,7 @@ def _select_topk_maxima_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     columns = block[:, None] * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
@@ -63,7 +66,7 @@ def _select_topk_maxima_kernel(
     factor = load_vector(scale, columns, columns < F, 1.0)
     for i in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
         row = tl.program_id(0).to(tl.int64) * ROWS + i
-        keys = _keys(pre + row * F + columns, shift, factor, columns < tl.where(row < R, F, 0))
+        keys = _keys(pre + row * F + columns, shift, factor, columns < tl.where(row < R, F, 0), MAGNITUDE)
         tl.store(maxima + row * n_blocks + block, tl.max(keys, 1), mask=block < tl.where(row < R, n_blocks, 0))
 
 
@@ -75,22 +78,26 @@ def select_topk(
     groups: ExpertGroups | None = None,
     dtype: torch.dtype | None = None,
     relu: bool = False,
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Values and indices (int64), [R, k], of the k largest (pre + bias) * scale; values are pre + bias, unscaled.
 
     Keys are compared in float32. Indices are distinct within a row and in no particular order; the choice between equal
     keys is arbitrary but the same on every run. With ``groups``, rows are sorted by expert, and indices count over the
-    latents of all experts. ``dtype`` is that of the values, by default that of pre. With ``relu`` negative ones are 0.
+    latents of all experts. ``dtype`` is that of the values, by default that of pre. With ``relu`` negative ones are 0,
+    ``by_magnitude`` chooses the k farthest from 0.
     """
     F = pre_RF.shape[1]
     block = candidate_block(F, k)
     widest = max(cdiv(F, block), next_power_of_2(k) * block)
     pays = cdiv(F, block) + k * block <= F // 2
     if F <= ONE_PASS or (F <= WIDEST_ROW and not pays):
-        return topk_rows(pre_RF, k, bias_F, scale_F, offsets_E1=groups and groups.offsets_E1, dtype=dtype, relu=relu)
+        options = {"dtype": dtype, "relu": relu, "by_magnitude": by_magnitude}
+        return topk_rows(pre_RF, k, bias_F, scale_F, offsets_E1=groups and groups.offsets_E1, **options)
     if pays and widest <= WIDEST_ROW:
-        return select_in_blocks(pre_RF, k, bias_F, scale_F, groups, dtype, relu)
-    indices_Rk = _direct_keys(pre_RF, bias_F, scale_F).topk(k, sorted=False).indices
+        return select_in_blocks(pre_RF, k, bias_F, scale_F, groups, dtype, relu, by_magnitude)
+    keys_RF = _direct_keys(pre_RF, bias_F, scale_F)
+    indices_Rk = (keys_RF.abs() if by_magnitude else keys_RF).topk(k, sorted=False).indices
     values_Rk = pre_RF.gather(1, indices_Rk)
     values_Rk = (values_Rk if bias_F is None else values_Rk + bias_F[indices_Rk]).to(pre_RF.dtype)
     values_Rk = values_Rk.relu_() if relu else values_Rk
@@ -107,6 +114,7 @@ def select_in_blocks(
     groups: ExpertGroups | None = None,
     dtype: torch.dtype | None = None,
     relu: bool = False,
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``select_topk`` in three launches."""
     R, F = pre_RF.shape
@@ -129,9 +137,11 @@ def select_in_blocks(
         ROWS=_ROWS,
         BLOCKS=BLOCKS,
         BLOCK_F=BLOCK_F,
+        MAGNITUDE=by_magnitude,
     )
     _, blocks_Rk = topk_rows(maxima_RN, k)
-    return topk_rows(pre_RF, k, bias_F, scale_F, blocks_Rk, BLOCK_F, groups and groups.offsets_E1, dtype, relu)
+    owners = groups and groups.offsets_E1
+    return topk_rows(pre_RF, k, bias_F, scale_F, blocks_Rk, BLOCK_F, owners, dtype, relu, by_magnitude)
 
 
 def _direct_keys(pre_RF: Tensor, bias_F: Tensor | None, scale_F: Tensor | None) -> Tensor:

@@ -45,7 +45,17 @@ def _number(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def _read(
-    pre, bias, scale, blocks, first, n_blocks, F, SHIFT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_F: tl.constexpr
+    pre,
+    bias,
+    scale,
+    blocks,
+    first,
+    n_blocks,
+    F,
+    SHIFT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):
     """Keys, pre + bias, columns and whether they exist, of BLOCKS blocks of a row."""
     N: tl.constexpr = BLOCKS * BLOCK_F
@@ -56,7 +66,10 @@ def _read(
     columns = block[:, None] * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     inside = (j < n_blocks)[:, None] & (columns < F)
     shifted = load_row(pre + columns, inside).to(tl.float32) + load_vector(bias, columns, inside, 0.0)
-    keys = _key(shifted * load_vector(scale, columns, inside, 1.0), SHIFT)
+    ranked = shifted * load_vector(scale, columns, inside, 1.0)
+    if MAGNITUDE:
+        ranked = tl.abs(ranked)
+    keys = _key(ranked, SHIFT)
     keys = tl.where(inside, keys, -0x80000000 >> SHIFT)  # the padding, smaller than every key
     return tl.reshape(keys, [N]), tl.reshape(shifted, [N]), tl.reshape(columns, [N]), tl.reshape(inside, [N])
 
@@ -100,6 +113,7 @@ def _topk_rows_kernel(
     AT_ONCE: tl.constexpr,  # blocks read again and stored at a time: few registers
     BLOCK_E: tl.constexpr,
     RELU: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     owner = 0
@@ -110,12 +124,14 @@ def _topk_rows_kernel(
     indices += row * k
     if blocks is not None:
         blocks += row * n_blocks
-    keys, _all, _every, inside = _read(pre, bias, scale, blocks, 0, n_blocks, F, SHIFT, BLOCKS, BLOCK_F)
+    keys, _all, _every, inside = _read(pre, bias, scale, blocks, 0, n_blocks, F, SHIFT, BLOCKS, BLOCK_F, MAGNITUDE)
     lo, hi, from_hi = _border(keys, inside, k, SHIFT)
     needed = k - from_hi  # of the keys from lo to hi
     stored = from_hi * 0  # keys from hi, and 2^16 times those from lo to hi, in all blocks so far
     for first in range(0, n_blocks, AT_ONCE):
-        some, shifted, columns, _unused = _read(pre, bias, scale, blocks, first, n_blocks, F, SHIFT, AT_ONCE, BLOCK_F)
+        some, shifted, columns, _unused = _read(
+            pre, bias, scale, blocks, first, n_blocks, F, SHIFT, AT_ONCE, BLOCK_F, MAGNITUDE
+        )
         sure, border = some >= hi, (some >= lo) & (some < hi)
         counts = sure.to(tl.int32) + (border.to(tl.int32) << 16)
         ranks = stored + tl.cumsum(counts, 0)
@@ -138,6 +154,7 @@ def topk_rows(
     offsets_E1: Tensor | None = None,
     dtype: torch.dtype | None = None,
     relu: bool = False,
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As ``select_topk``, indices in ascending order within a row, or within each of its blocks.
 
@@ -151,6 +168,7 @@ def topk_rows(
         offsets_E1: If given, rows are sorted by expert, and indices count over the latents of all experts.
         dtype: Of the values; default: that of the rows.
         relu: Whether negative values become 0.
+        by_magnitude: Whether the k farthest from 0 are chosen.
     """
     R, F = pre_RF.shape
     lanes = arch_of(pre_RF.device).lanes
@@ -183,6 +201,7 @@ def topk_rows(
         AT_ONCE=max(1, at_once // BLOCK_F),
         BLOCK_E=next_power_of_2(E),
         RELU=relu,
+        MAGNITUDE=by_magnitude,
     )
     return values_Rk, indices_Rk
 

@@ -24,6 +24,8 @@ def test_select_topk(R, F, k, dtype):
     check_select(pre, k, bias=bias[0])
     check_select(pre, k, scale=scale[0].abs())
     check_select(pre, k, bias[0], scale[0].abs())
+    check_select(pre, k, by_magnitude=True)
+    check_select(pre, k, bias[0], scale[0].abs(), by_magnitude=True)
 
 
 WIDTHS = [1, 3, 7, 192, 768, 1000, 4096]
@@ -57,6 +59,7 @@ def test_narrow_rows_of_every_kind(F, dtype):
     pre[11, :3] = float("inf")
     for k in (1, 4, F):
         check_select(pre, k)
+        check_select(pre, k, by_magnitude=True)
     pre[0, 5], pre[1, 3:], pre[5, 0], pre[11, 4] = float("nan"), float("nan"), float("nan"), -float("nan")
     values, indices = select_topk(pre, 4)
     chosen = pre.gather(1, indices)
@@ -97,10 +100,9 @@ def test_wide_rows(vectors, dtype):
     pre, bias, scale = (random(n, 5003, dtype=dtype, seed=seed) for seed, n in enumerate((3, 1, 1)))
     pre[0] = pre[0].round()
     pre[1, 4:] = -float("inf")
-    if vectors:
-        check_select(pre, 6, bias[0], scale[0].abs())
-    else:
-        check_select(pre, 6)
+    options = {"bias": bias[0], "scale": scale[0].abs()} if vectors else {}
+    check_select(pre, 6, **options)
+    check_select(pre, 6, **options, by_magnitude=True)
 
 
 @pytest.mark.parametrize("case", ["blocks", "torch.topk"])
@@ -109,8 +111,9 @@ def test_every_way_chooses_the_same(case, monkeypatch):
     monkeypatch.setattr(module, "ONE_PASS", 0)
     monkeypatch.setattr(module, "WIDEST_ROW", 4096 if case == "blocks" else 0)
     bias, scale = random(1, 1003, seed=1)[0], random(1, 1003, seed=2)[0].abs()
-    check_select(random(3, 1003), 4)
-    check_select(random(3, 1003), 4, bias, scale)
+    for by_magnitude in (False, True):
+        check_select(random(3, 1003), 4, by_magnitude=by_magnitude)
+        check_select(random(3, 1003), 4, bias, scale, by_magnitude)
 
 
 @pytest.mark.parametrize("case", ["all equal", "few values", "all negative", "minus infinity", "sorted", "one block"])
@@ -135,6 +138,7 @@ def test_select_topk_in_awkward_rows(case, one_pass, monkeypatch):
     else:
         pre[:, 64:72] += 100
     check_select(pre, k)
+    check_select(pre, k, by_magnitude=True)
 
 
 def test_padding_is_never_chosen_whichever_of_equals_torch_prefers(monkeypatch):

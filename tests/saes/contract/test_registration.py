@@ -20,8 +20,8 @@ from sae_lens_switch import SwitchSAE, SwitchSAEConfig, SwitchTrainingSAE, Switc
 
 
 def test_importing_registers_our_architectures_and_no_others(fresh_process):
-    assert sorted(fresh_process["new_inference"]) == ["sparse_topk", "switch"]
-    sparse = ["sparse_batchtopk", "sparse_matryoshka_batchtopk", "sparse_topk"]
+    assert sorted(fresh_process["new_inference"]) == ["sparse_abstopk", "sparse_topk", "switch"]
+    sparse = ["sparse_abstopk", "sparse_batchtopk", "sparse_matryoshka_batchtopk", "sparse_topk"]
     assert sorted(fresh_process["new_training"]) == [*sparse, "switch"]
     assert fresh_process["replaced"] == []
 
