@@ -201,16 +201,17 @@ def check_topk_encode(p: Any, c: SimpleNamespace) -> Pairs:
 
 
 def check_select_topk(p: Any, c: SimpleNamespace) -> Pairs:
-    """Rows that one warp holds, rows that several hold, and rows searched in blocks; with many ties."""
+    """Rows that one warp holds, rows that several hold, rows searched in blocks; with many ties, and by magnitude."""
+    rows = c.s.B if c.x.is_cuda else 2  # a CPU searches them one by one
     for width in (192, 1000, 4096, 8200):
-        pre_BM = normal(c.s.B, width, seed=width, device=c.x.device, dtype=c.dtype)
-        values_BK, indices_BK = p.select_topk(pre_BM.clone(), c.s.K)
-        for name, ours, truth in selected(values_BK, indices_BK, pre_BM.double(), pre_BM.double()):
-            yield f"{name}, {width}", ours, truth
-        coarse_BM = (4 * pre_BM).round()
-        values_BK, indices_BK = p.select_topk(coarse_BM.clone(), c.s.K)
-        for name, ours, truth in selected(values_BK, indices_BK, coarse_BM.double(), coarse_BM.double()):
-            yield f"{name}, {width}, ties", ours, truth
+        pre_BM = normal(rows, width, seed=width, device=c.x.device, dtype=c.dtype)
+        kinds = ("", pre_BM, False), (", ties", (4 * pre_BM).round(), False), (", magnitude", pre_BM, True)
+        for label, t_BM, by_magnitude in kinds:
+            values_BK, indices_BK = p.select_topk(t_BM.clone(), c.s.K, by_magnitude=by_magnitude)
+            exact_BM = t_BM.double()
+            keys_BM = exact_BM.abs() if by_magnitude else exact_BM
+            for name, ours, truth in selected(values_BK, indices_BK, exact_BM, keys_BM):
+                yield f"{name}, {width}{label}", ours, truth
 
 
 def selected(values_BK: Tensor, indices_BK: Tensor, pre_BF: Tensor, keys_BF: Tensor) -> Pairs:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,29 +90,38 @@ def test_a_script_imports_nothing_heavy_to_print_its_help(script, tmp_path):
     assert loaded <= ({"torch"} if script == "examples/packed_model.py" else set())
 
 
+NONE_OF_THE_COMMANDS = [
+    ["-c", f"import sae_lens_switch\n{REPORT}"],
+    ["-m", "user_package.train"],
+    ["-m", "user_package.train", "-m", "sae_lens_switch.train"],
+    ["-m", "user_module"],
+    ["user_module.py"],
+    ["-c", f"import sys; sys.argv = ['-m', 'x', 'y', 'sae_lens_switch.train']; import sae_lens_switch\n{REPORT}"],
+    ["-c", "import runpy; runpy.run_module('user_package.train', run_name='__main__', alter_sys=True)"],
+    ["-c", f"import runpy; runpy.run_module('sae_lens_switch.cost', run_name='not main')\n{REPORT}"],
+    ["-m", "runpy", "user_package.train"],
+    ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "user_module.py"],
+]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> list[subprocess.CompletedProcess]:
+    """Of all these, run two at a time: each imports SAELens."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "user_package").mkdir()
+    (folder / "user_package" / "__init__.py").write_text("import sae_lens_switch")
+    (folder / "user_package" / "train.py").write_text(REPORT)
+    (folder / "user_module.py").write_text(f"import sae_lens_switch\n{REPORT}")
+    env = environment(folder)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(lambda command: python(*command, env=env, cwd=folder), NONE_OF_THE_COMMANDS))
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        ["-c", f"import sae_lens_switch\n{REPORT}"],
-        ["-m", "user_package.train"],
-        ["-m", "user_package.train", "-m", "sae_lens_switch.train"],
-        ["-m", "user_module"],
-        ["user_module.py"],
-        ["-c", f"import sys; sys.argv = ['-m', 'x', 'y', 'sae_lens_switch.train']; import sae_lens_switch\n{REPORT}"],
-        ["-c", "import runpy; runpy.run_module('user_package.train', run_name='__main__', alter_sys=True)"],
-        ["-c", f"import runpy; runpy.run_module('sae_lens_switch.cost', run_name='not main')\n{REPORT}"],
-        ["-m", "runpy", "user_package.train"],
-        ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "user_module.py"],
-    ],
-    ids=lambda command: " ".join(command).partition("\n")[0],
+    "i", range(len(NONE_OF_THE_COMMANDS)), ids=[" ".join(c).partition("\n")[0] for c in NONE_OF_THE_COMMANDS]
 )
-def test_importing_registers_in_every_process_that_is_none_of_the_commands(command, tmp_path):
-    (tmp_path / "user_package").mkdir()
-    (tmp_path / "user_package" / "__init__.py").write_text("import sae_lens_switch")
-    (tmp_path / "user_package" / "train.py").write_text(REPORT)
-    (tmp_path / "user_module.py").write_text(f"import sae_lens_switch\n{REPORT}")
-    done = python(*command, env=environment(tmp_path), cwd=tmp_path)
-    assert REGISTERED in done.stdout, done.stderr
+def test_importing_registers_in_every_process_that_is_none_of_the_commands(i, outputs):
+    assert REGISTERED in outputs[i].stdout, outputs[i].stderr
 
 
 COST = ("-m", "sae_lens_switch.cost", "--d-in", "768", "--d-sae", "24576")
