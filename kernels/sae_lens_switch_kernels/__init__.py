@@ -27,6 +27,7 @@ from sae_lens_switch_kernels.functions import (
     topk_encode,
 )
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
+from sae_lens_switch_kernels.inference import abs_topk_encode, threshold_encode
 from sae_lens_switch_kernels.routing import biased_probs, route, update_expert_bias, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
@@ -38,6 +39,7 @@ __all__ = [
     "Reconstruction",
     "RowGrads",
     "WorkingCopies",
+    "abs_topk_encode",
     "batch_topk_encode",
     "biased_probs",
     "clip",
@@ -48,6 +50,7 @@ __all__ = [
     "sparse_autoencode",
     "sparse_decode",
     "switch_encode",
+    "threshold_encode",
     "to_huge_pages",
     "topk_encode",
     "triton_kernel",

@@ -128,6 +128,25 @@ def topk_encode(
     return pre_BF.gather(1, indices_BK).relu(), indices_BK
 
 
+def threshold_encode(
+    x_BD: Tensor, W_enc_FD: Tensor, threshold_F: Tensor, *, bias_F: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of x W_enc^T + bias that is not at most its threshold."""
+    pre_BF = x_BD @ W_enc_FD.T + (0 if bias_F is None else bias_F)
+    is_active = ~(pre_BF <= threshold_F)
+    offsets_B1 = torch.tensor([0, *is_active.sum(1).cumsum(0).tolist()])
+    return pre_BF[is_active], is_active.nonzero()[:, 1], offsets_B1
+
+
+def abs_topk_encode(
+    x_BD: Tensor, W_enc_FD: Tensor, k: int, *, bias_F: Tensor | None = None, scale_F: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k of x W_enc^T + bias that are largest in magnitude when scaled."""
+    pre_BF = x_BD @ W_enc_FD.T + (0 if bias_F is None else bias_F)
+    indices_BK = (pre_BF * (1 if scale_F is None else scale_F)).abs().topk(k, dim=1).indices
+    return pre_BF.gather(1, indices_BK), indices_BK
+
+
 def sparse_autoencode(
     x_BD: Tensor,
     W_enc_FD: Tensor,

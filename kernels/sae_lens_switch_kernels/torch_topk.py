@@ -6,24 +6,28 @@ Letters: R rows of F numbers; N blocks of height H.
 import torch
 from torch import Tensor
 
-_SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in cache
+SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in cache
 
 
 def select_topk(
-    pre_RF: Tensor, k: int, bias_F: Tensor | None = None, scale_F: Tensor | None = None
+    pre_RF: Tensor,
+    k: int,
+    bias_F: Tensor | None = None,
+    scale_F: Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """pre + bias and indices of the k largest (pre + bias) * scale per row, exact and in no particular order.
 
-    May overwrite pre.
+    By magnitude: of the k largest absolute values. May overwrite pre.
     """
-    rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
+    rows = max(1, SEARCH_ELEMENTS // pre_RF.shape[1])
     scratch = pre_RF.new_empty(0 if scale_F is None else min(rows, len(pre_RF)), pre_RF.shape[1])
     found = []
     for part in pre_RF.split(rows):
         ranked = part if bias_F is None else part.add_(bias_F)
         if scale_F is not None:
             ranked = torch.mul(ranked, scale_F, out=scratch[: len(part)])
-        indices = _top_indices(ranked, k)
+        indices = _top_indices(ranked.abs() if by_magnitude else ranked, k)
         found.append((part.gather(1, indices), indices))
     values_RK, indices_RK = found[0] if len(found) == 1 else (torch.cat(t) for t in zip(*found, strict=True))
     return values_RK, indices_RK
