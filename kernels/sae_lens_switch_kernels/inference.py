@@ -12,7 +12,7 @@ from sae_lens_switch_kernels.inputs import EncoderInputs
 def threshold_encode(
     x_BD: Tensor, W_enc_FD: Tensor, threshold_F: Tensor, *, bias_F: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every pre-activation ``x W_enc^T + bias`` that exceeds its latent's threshold (JumpReLU, Rajamanoharan et al. 2024).
+    """Every pre-activation ``x W_enc^T + bias`` that exceeds its latent's threshold (arXiv 2407.14435).
 
     Never makes a [B, F] tensor; what is active takes 12 bytes a latent in float32, twice that for a moment. Plain torch
     on every device: a GPU is waited for once per tile. No gradient. Under autocast as ``topk_encode``.

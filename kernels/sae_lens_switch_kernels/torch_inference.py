@@ -40,9 +40,7 @@ def threshold_encode(
     return torch.cat(values), torch.cat(indices), functional.pad(ends_B, (1, 0))
 
 
-def _above(
-    pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _above(pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Row, latent and value of all that exceed their threshold, for some rows at a time; NaN exceeds everything.
 
     As in SAELens, so that a token that is NaN does not become one without latents. May overwrite pre.
