@@ -64,9 +64,7 @@ def test_gemma_scope_2(kind, affine, sae_class, folder):
     if affine:
         tensors["affine_skip_connection"] = numbers(D, width, seed=6)
     save_file(tensors, where / "params.safetensors")
-    sae = SAE.from_pretrained(
-        "someone/scope", f"{kind}/{where.name}", converter=loaders.gemma_3_sae_huggingface_loader
-    )
+    sae = SAE.from_pretrained("someone/scope", f"{kind}/{where.name}", converter=loaders.gemma_3_sae_huggingface_loader)
     assert type(sae) is sae_class
     assert_same_as_saelens(sae)
 
