@@ -47,11 +47,12 @@ test-slow: install
 campaign: install
 	$(BIN)/python -m pytest tests/campaign -m slow $(CAMPAIGN)
 
-# Ours beside the others, in one process: a table, and runs/bench.json.
+# Ours beside the others, in one process: tables, and runs/bench.json, row_sparse.json and inference.json.
 bench: install
 	$(PIP) install --quiet -e ".[bench]"
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/row_sparse.py
+	$(BIN)/python benchmarks/inference.py
 
 # Every SAE of the experiments, trained on one cache of real activations by two workers; killed, it goes on where it was.
 # `run.py --dry-run` says what that is and how long it takes, `run.py --full` is for a night.

@@ -4,8 +4,8 @@ python benchmarks/publish.py            # rewrites the marked parts of the pages
 python benchmarks/publish.py --check    # exit code 1 if a page does not show what the results say
 
 ``docs/measured/`` holds what `make bench`, `make quickstart`, `recall.py` and `duplicates.py` write to ``runs/``; to
-publish new numbers, copy ``bench.json``, ``row_sparse.json``, ``quickstart/metrics.json``, ``recall.json`` and
-``duplicates.json`` there. ``docs/gpu/`` holds what `make gpu-check` writes.
+publish new numbers, copy ``bench.json``, ``row_sparse.json``, ``inference.json``, ``quickstart/metrics.json``,
+``recall.json`` and ``duplicates.json`` there. ``docs/gpu/`` holds what `make gpu-check` writes.
 ``docs/experiments/`` holds the CSVs of the experiments: examples/experiments/published.py makes their tables.
 A page marks the place of a table by ``<!-- measured: name -->`` and ``<!-- end -->``.
 """
@@ -116,6 +116,17 @@ def row_sparse() -> str:
     return table(head, [[f"`{name}`", *(f"{row['ms']:,.0f} ms" for row in rows)] for name, rows in results.items()])
 
 
+def inference() -> str:
+    """Encode and decode of loaded SAEs; memory beside weights and input."""
+    rows = []
+    for name, row in read("inference.json")["results"].items():
+        ms = [f"{row[f'{form}_ms']:,.0f} ms" for form in ("SAELens", "sparse")]
+        peaks = [f"{row[f'{form}_GB']:.2f} GB" for form in ("SAELens", "sparse")]
+        rows.append([f"`{name}`", *ms, f"{row['time_ratio']:.2f}", *peaks, f"{row['memory_ratio']:.2f}"])
+    head = ["encode and decode", "SAELens", "here", "ratio", "SAELens, memory", "here", "ratio"]
+    return table(head, rows)
+
+
 def quickstart() -> str:
     found = read("quickstart.json")
     ce = ", ".join(f"{found[f'ce_loss_{name}']:.3f}" for name in ("without_sae", "with_sae", "with_ablation"))
@@ -186,6 +197,7 @@ BLOCKS = {
     "speed": speed,
     "speed-up": speed_up,
     "row-sparse": row_sparse,
+    "inference": inference,
     "quickstart": quickstart,
     **{f"gpu-{name}": block for name, block in gpu.BLOCKS.items()},
     **published.BLOCKS,

@@ -1,6 +1,7 @@
 """The public names of ``sae_lens_switch``; importing them registers its architectures with SAELens."""
 
 from sae_lens_switch.hub import upload_saes_to_huggingface, verified_loader
+from sae_lens_switch.interop.sparse_inference import decode_sparse, encode_sparse
 from sae_lens_switch.saes.config import (
     SparseAbsTopKTrainingSAEConfig,
     SparseBatchTopKTrainingSAEConfig,
@@ -52,6 +53,8 @@ __all__ = [
     "TrainerOptions",
     "TrainingDivergedError",
     "activation_batches",
+    "decode_sparse",
+    "encode_sparse",
     "grow",
     "override",
     "override_topk",

@@ -29,6 +29,7 @@ from sae_lens_switch_kernels.functions import (
 )
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.inference import threshold_encode
 from sae_lens_switch_kernels.loss import reconstruction_loss
 from sae_lens_switch_kernels.routing import route, router_logits, update_expert_bias, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
@@ -58,6 +59,7 @@ __all__ = [
     "sparse_decode",
     "spread",
     "switch_encode",
+    "threshold_encode",
     "to_huge_pages",
     "topk_encode",
     "triton_kernel",

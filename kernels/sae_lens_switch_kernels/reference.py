@@ -131,6 +131,16 @@ def topk_encode(
     return values_BK if by_magnitude else values_BK.relu(), indices_BK
 
 
+def threshold_encode(
+    x_BD: Tensor, W_enc_FD: Tensor, threshold_F: Tensor, *, bias_F: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of x W_enc^T + bias that is not at most its threshold."""
+    pre_BF = x_BD @ W_enc_FD.T + (0 if bias_F is None else bias_F)
+    is_active = ~(pre_BF <= threshold_F)
+    offsets_B1 = torch.tensor([0, *is_active.sum(1).cumsum(0).tolist()])
+    return pre_BF[is_active], is_active.nonzero()[:, 1], offsets_B1
+
+
 def sparse_autoencode(
     x_BD: Tensor,
     W_enc_FD: Tensor,

@@ -110,9 +110,11 @@ def product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor
         assert isinstance(W_PD, Float8Rows)
         out_RP.copy_(x_RD.times(W_PD))
         return
-    if len(W_PD) >= _MANY_LATENTS and x_RD.dtype == torch.float32 and has_onednn_linear(x_RD.device):
+    is_float32 = x_RD.dtype == torch.float32
+    if len(W_PD) >= _MANY_LATENTS and is_float32 and W_PD.is_contiguous() and has_onednn_linear(x_RD.device):
         # MKL, behind torch.mm, copies the weights first, which does not pay for the few rows of a tile. oneDNN compiles
-        # one kernel per number of rows, so that number is rounded up.
+        # one kernel per number of rows, so that number is rounded up. Of weights stored as [D, F], as in SAELens, it
+        # takes blocks thousands of times slower than MKL does.
         padded_RD = functional.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_PER_KERNEL))
         block = max(_PRODUCT_LATENTS, _PRODUCT_ELEMENTS // max(len(padded_RD), 1))
         for low in range(0, len(W_PD), block):

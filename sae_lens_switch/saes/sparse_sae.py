@@ -30,6 +30,7 @@ from sae_lens_switch.saes.step import (
     SparseStepOutput,
     activation_rows,
     differentiable,
+    differentiable_codes,
 )
 
 
@@ -60,11 +61,9 @@ class SparseSAE(PicklableSAE, CountedFolds, ABC):
         """Reconstruction [..., D] of dense latents [..., F], edited or mixed in any way, or of SparseCodes."""
         if not isinstance(feature_acts, SparseCodes):
             return self._decode_dense(differentiable(feature_acts))
-        values, indices = differentiable(feature_acts.values), differentiable(feature_acts.indices)
-        scale_F = self._selection_scale()
+        codes, scale_F = differentiable_codes(feature_acts), self._selection_scale()
         if scale_F is not None:
-            values = values / scale_F[indices]
-        codes = replace(feature_acts, values=values, indices=indices)
+            codes = replace(codes, values=codes.values / scale_F[codes.indices])
         return self._finish_decoding(codes.matmul(self.W_dec) + self.b_dec)
 
     def _decode_dense(self, feature_acts: Tensor) -> Tensor:

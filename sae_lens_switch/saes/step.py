@@ -1,6 +1,6 @@
 """What goes into a training step of a sparse SAE, and what comes out of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,13 @@ class SparseStepOutput(TrainStepOutput):
 def differentiable(x: Tensor) -> Tensor:
     """x, or a copy of one made under inference_mode, which a backward pass may not keep."""
     return x.clone() if x.is_inference() and torch.is_grad_enabled() else x
+
+
+def differentiable_codes(codes: SparseCodes) -> SparseCodes:
+    """The codes, or copies of those of their tensors that were made under inference_mode."""
+    offsets = None if codes.offsets is None else differentiable(codes.offsets)
+    values, indices = differentiable(codes.values), differentiable(codes.indices)
+    return replace(codes, values=values, indices=indices, offsets=offsets)
 
 
 def activation_rows(x: Tensor, d_in: int) -> Tensor:
