@@ -13,8 +13,21 @@ from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_matryoshka_sae import SparseMatryoshkaBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.sparse_topk_transcoder import (
+    SparseBatchTopKTrainingTranscoder,
+    SparseTopKTrainingTranscoder,
+    SparseTopKTranscoder,
+)
 from sae_lens_switch.saes.switch_sae import SwitchSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.saes.switch_transcoder import SwitchTrainingTranscoder, SwitchTranscoder
+from sae_lens_switch.saes.transcoder_config import (
+    SparseBatchTopKTrainingTranscoderConfig,
+    SparseTopKTrainingTranscoderConfig,
+    SparseTopKTranscoderConfig,
+    SwitchTrainingTranscoderConfig,
+    SwitchTranscoderConfig,
+)
 from sae_lens_switch.training.activations import activation_batches
 from sae_lens_switch.training.checkpoints import CheckpointError
 from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, scaling_law_lr
@@ -35,6 +48,8 @@ __all__ = [
     "MultiSAETrainingRunner",
     "SparseBatchTopKTrainingSAE",
     "SparseBatchTopKTrainingSAEConfig",
+    "SparseBatchTopKTrainingTranscoder",
+    "SparseBatchTopKTrainingTranscoderConfig",
     "SparseCodes",
     "SparseMatryoshkaBatchTopKTrainingSAE",
     "SparseMatryoshkaBatchTopKTrainingSAEConfig",
@@ -42,10 +57,18 @@ __all__ = [
     "SparseSAETrainerConfig",
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",
+    "SparseTopKTrainingTranscoder",
+    "SparseTopKTrainingTranscoderConfig",
+    "SparseTopKTranscoder",
+    "SparseTopKTranscoderConfig",
     "SwitchSAE",
     "SwitchSAEConfig",
     "SwitchTrainingSAE",
     "SwitchTrainingSAEConfig",
+    "SwitchTrainingTranscoder",
+    "SwitchTrainingTranscoderConfig",
+    "SwitchTranscoder",
+    "SwitchTranscoderConfig",
     "TrainerOptions",
     "TrainingDivergedError",
     "activation_batches",
