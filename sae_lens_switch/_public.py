@@ -37,6 +37,7 @@ from sae_lens_switch.training.runners import (
     MultiSAETrainingRunner,
 )
 from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
+from sae_lens_switch.training.transcoder_evals import run_transcoder_evals
 from sae_lens_switch.upgrade import grow, split_topk
 
 register()
@@ -75,6 +76,7 @@ __all__ = [
     "grow",
     "override",
     "override_topk",
+    "run_transcoder_evals",
     "scaling_law_lr",
     "split_topk",
     "upload_saes_to_huggingface",
