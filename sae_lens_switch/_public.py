@@ -15,8 +15,21 @@ from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_matryoshka_sae import SparseMatryoshkaBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_topk_sae import SparseAbsTopKTrainingSAE, SparseTopKTrainingSAE
+from sae_lens_switch.saes.sparse_topk_transcoder import (
+    SparseBatchTopKTrainingTranscoder,
+    SparseTopKTrainingTranscoder,
+    SparseTopKTranscoder,
+)
 from sae_lens_switch.saes.switch_sae import SwitchSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.saes.switch_transcoder import SwitchTrainingTranscoder, SwitchTranscoder
+from sae_lens_switch.saes.transcoder_config import (
+    SparseBatchTopKTrainingTranscoderConfig,
+    SparseTopKTrainingTranscoderConfig,
+    SparseTopKTranscoderConfig,
+    SwitchTrainingTranscoderConfig,
+    SwitchTranscoderConfig,
+)
 from sae_lens_switch.training.activations import activation_batches
 from sae_lens_switch.training.checkpoints import CheckpointError
 from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, scaling_law_lr
@@ -26,6 +39,7 @@ from sae_lens_switch.training.runners import (
     MultiSAETrainingRunner,
 )
 from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
+from sae_lens_switch.training.transcoder_evals import run_transcoder_evals
 from sae_lens_switch.upgrade import grow, split_topk
 
 register()
@@ -39,6 +53,8 @@ __all__ = [
     "SparseAbsTopKTrainingSAEConfig",
     "SparseBatchTopKTrainingSAE",
     "SparseBatchTopKTrainingSAEConfig",
+    "SparseBatchTopKTrainingTranscoder",
+    "SparseBatchTopKTrainingTranscoderConfig",
     "SparseCodes",
     "SparseMatryoshkaBatchTopKTrainingSAE",
     "SparseMatryoshkaBatchTopKTrainingSAEConfig",
@@ -46,10 +62,18 @@ __all__ = [
     "SparseSAETrainerConfig",
     "SparseTopKTrainingSAE",
     "SparseTopKTrainingSAEConfig",
+    "SparseTopKTrainingTranscoder",
+    "SparseTopKTrainingTranscoderConfig",
+    "SparseTopKTranscoder",
+    "SparseTopKTranscoderConfig",
     "SwitchSAE",
     "SwitchSAEConfig",
     "SwitchTrainingSAE",
     "SwitchTrainingSAEConfig",
+    "SwitchTrainingTranscoder",
+    "SwitchTrainingTranscoderConfig",
+    "SwitchTranscoder",
+    "SwitchTranscoderConfig",
     "TrainerOptions",
     "TrainingDivergedError",
     "activation_batches",
@@ -58,6 +82,7 @@ __all__ = [
     "grow",
     "override",
     "override_topk",
+    "run_transcoder_evals",
     "scaling_law_lr",
     "split_topk",
     "upload_saes_to_huggingface",

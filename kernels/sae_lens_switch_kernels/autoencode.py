@@ -100,10 +100,10 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     if n_aux:
         aux_shape = (B * sum(min(decoder.aux_k, n) for n in decoder.dead_counts),)
     return (
-        W_dec_FD.new_empty(Q, x_BD.shape[1]),
+        W_dec_FD.new_empty(Q, W_dec_FD.shape[1]),
         W_enc_FD.new_empty(shape),
         x_BD.new_empty(shape, dtype=long),
-        W_dec_FD.new_empty((B * max(1, n_aux), x_BD.shape[1]) if has_aux else 0),
+        W_dec_FD.new_empty((B * max(1, n_aux), W_dec_FD.shape[1]) if has_aux else 0),
         W_enc_FD.new_empty(aux_shape),
         x_BD.new_empty(aux_shape, dtype=long) if has_aux else W_dec_FD.new_empty(0),
         x_BD.new_empty(x_BD.shape if has_centered else 0),
@@ -164,7 +164,7 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     has_radial = has_radial and not isinstance(p, SelfChecked)
     rows_dtype = b.dtype if dense else b.x_BD.dtype
     n_out = len(b.x_BD) if rows is None else len(rows.offsets_Q1) - 1
-    grad_out_BD = b.x_BD.new_zeros(n_out, b.x_BD.shape[1]) if b.grad_out_BD is None else b.grad_out_BD
+    grad_out_BD = b.x_BD.new_zeros(n_out, b.W_dec_FD.shape[1]) if b.grad_out_BD is None else b.grad_out_BD
     if dense and isinstance(p, SelfChecked) and gates is p and not b.needs_x:
         gated = b.values_BK, b.indices_BK, b.gates_B, b.grad_values_BK
         found = p.gated_grads(*gated, grad_out_BD, b.x_BD, b.pre_bias_D, b.W_dec_FD, groups, b.dtype)

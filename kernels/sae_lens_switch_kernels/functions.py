@@ -245,7 +245,7 @@ def sparse_autoencode(
     Args:
         x_BD: Tokens.
         W_enc_FD: Encoder weights.
-        W_dec_FD: Decoder weights.
+        W_dec_FD: Decoder weights; their width may be another than that of x (transcoders).
         k: Active latents per token.
         expert_B: The expert of each token, or its experts, as in ``switch_encode``.
         groups: The tokens of each expert, as ``route`` has sorted them; None: they are sorted here.
@@ -276,7 +276,7 @@ def sparse_autoencode(
     Raises:
         ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= aux_k <= N.
     """
-    check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD), columns=x_BD.shape[-1])
+    check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD))
     check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
     inputs = inputs._replace(n_shared=n_shared, by_magnitude=by_magnitude, over_batch=over_batch)
@@ -299,7 +299,7 @@ def sparse_autoencode(
         outputs = autoencode.autoencode(*arguments)
     else:
         outputs = autoencode.AutoencodeRows.apply(row_grads, *arguments)
-    found, (B, D), L = Outputs(*outputs), x_BD.shape, 1 if ends_L is None else len(ends_L)
+    found, B, D, L = Outputs(*outputs), len(x_BD), W_dec_FD.shape[1], 1 if ends_L is None else len(ends_L)
     return Reconstruction(
         found.out_BD if ends_L is None else found.out_BD.view(B, L, D),
         found.values_BK,

@@ -33,7 +33,7 @@ def check_run_fits(cfg: Any, *saes: SAEConfig) -> None:
         check_sae_fits(sae, vars(cfg).get("expert_parallel", 1))
     if "n_batches_in_buffer" in vars(cfg):
         device = cfg.act_store_device or cfg.device
-        d_in = sum({id(sae): sae.d_in for sae in saes}.values())
+        d_in = sum({id(sae): sae.d_in + vars(sae).get("d_out", 0) for sae in saes}.values())
         batches = int(cfg.prefetch_llm_batches) * cfg.train_batch_size_tokens
         for name, rows in {
             "n_batches_in_buffer": cfg.n_batches_in_buffer * cfg.context_size,
@@ -91,7 +91,8 @@ def check_sae_fits(cfg: SAEConfig, parts: int = 1) -> None:
     device = torch.device(cfg.device)
     if device.type != "meta":
         check_device("device", device)
-        numbers = cfg.d_in * (2 * cfg.d_sae // parts + vars(cfg).get("n_experts", 0))
+        d_out = vars(cfg).get("d_out") or cfg.d_in  # of a transcoder
+        numbers = (cfg.d_in + d_out) * cfg.d_sae // parts + cfg.d_in * vars(cfg).get("n_experts", 0)
         what = f"d_in={cfg.d_in}, d_sae={cfg.d_sae}: the weights alone take"
         _refuse_if_too_much(what, numbers * str_to_dtype(cfg.dtype).itemsize, device)
 

@@ -30,6 +30,9 @@ OVERRIDDEN: dict[str, dict[str, str]] = {
         "_run_with_interruption_handling": "our trainer handles interruptions itself",
         "_save_final_outputs": "history.jsonl is saved beside each SAE",
     },
+    "sae_lens.llm_sae_training_runner.LanguageModelSAETrainingRunner": {
+        "_set_sae_metadata": "a transcoder has a hook for its output as well",
+    },
     "sae_lens.synthetic.synthetic_sae_runner.SyntheticSAERunner": {
         "_save_outputs": "history.jsonl is saved beside the SAE",
     },
@@ -39,9 +42,9 @@ OVERRIDDEN: dict[str, dict[str, str]] = {
 }
 
 # Names in SAELens's modules for which ``substitution.constructing`` puts a class of ours while a run lasts: its runners
-# name the trainer they construct, and offer no other place to choose it.
+# name what they construct, and offer no other place to choose it.
 SUBSTITUTED: dict[str, set[str]] = {
-    "sae_lens.llm_sae_training_runner": {"SAETrainer"},
+    "sae_lens.llm_sae_training_runner": {"SAETrainer", "load_model"},
     "sae_lens.multi_sae_training_runner": {"MultiSAETrainer"},
     "sae_lens.synthetic.synthetic_sae_runner": {"SAETrainer"},
     "sae_lens.training.multi_sae_trainer": {"SAETrainer", "tqdm"},

@@ -96,6 +96,12 @@ def model_card(
     return str(card)
 
 
+def _in_and_out(table: Mapping[str, object], of_input: str, of_output: str) -> object:
+    """Both of a transcoder; the one that an SAE has."""
+    found = table.get(of_input)
+    return found if table.get(of_output) is None else f"{found} to {table[of_output]}"
+
+
 def _sections(
     repo_id: str,
     configs: Mapping[str, Config],
@@ -109,8 +115,12 @@ def _sections(
         rows.append(
             [
                 sae_id,
-                *(cfg.get(name) for name in ("architecture", "d_in", "d_sae", "k")),
-                *(metadata.get(name) for name in ("model_name", "hook_name", "context_size", "dataset_path")),
+                cfg.get("architecture"),
+                _in_and_out(cfg, "d_in", "d_out"),
+                *(cfg.get(name) for name in ("d_sae", "k")),
+                metadata.get("model_name"),
+                _in_and_out(metadata, "hook_name", "hook_name_out"),
+                *(metadata.get(name) for name in ("context_size", "dataset_path")),
             ]
         )
     header = ["SAE", "architecture", "d_in", "latents", "k", "model", "hook", "context", "trained on"]

@@ -18,6 +18,7 @@ from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
 from sae_lens_switch.saes.step import differentiable_codes
+from sae_lens_switch.saes.transcoder import Transcoder as SparseTranscoder
 
 # Exactly these: a subclass may encode in another way.
 _CLASSES = (
@@ -83,7 +84,8 @@ def decode_sparse(sae: SAE[Any], codes: SparseCodes, x: Tensor | None = None) ->
     if codes.d_sae != sae.cfg.d_sae:
         raise ValueError(f"codes must be of d_sae={sae.cfg.d_sae} latents; got {codes.d_sae}")
     if isinstance(sae, SparseSAE):
-        return sae.decode(codes)
+        out = sae.decode(codes)
+        return sae.with_skip(out, x) if isinstance(sae, SparseTranscoder) and x is not None else out
     codes = differentiable_codes(codes)
     values = codes.values.to(sae.W_dec.dtype)
     if isinstance(sae, TopKSAE) and sae.cfg.rescale_acts_by_decoder_norm:

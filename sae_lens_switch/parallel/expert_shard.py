@@ -133,11 +133,11 @@ class ExpertShard(SwitchTrainingSAE):
     @torch.no_grad()
     def start(self, batch_BD: Tensor) -> None:
         """Initialise biases and router from the whole batch, as the SAE would, on every process alike."""
-        super()._before_forward(batch_BD)
+        super()._before_forward(batch_BD, batch_BD)
         self.copy_shared_from_first()
 
     @override
-    def _before_forward(self, x_BD: Tensor) -> None:
+    def _before_forward(self, x_BD: Tensor, target_BD: Tensor) -> None:
         """Of the whole batch, not of the tokens received: see ``start``."""
 
     @torch.no_grad()

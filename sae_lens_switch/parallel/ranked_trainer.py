@@ -18,6 +18,7 @@ from sae_lens_switch.parallel.agreement import AgreedInterruption, refuse_differ
 from sae_lens_switch.parallel.checkpoints import RANKS, write_together
 from sae_lens_switch.parallel.ranks import Ranks, start_process_group
 from sae_lens_switch.parallel.share import share_of
+from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER, CheckpointError
@@ -56,6 +57,7 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         save_checkpoint_fn: SaveCheckpointFn | None,
         ranks: Ranks,
     ) -> None:
+        refuse_transcoders("an SAE trained on several processes", sae.cfg)
         self.ranks = ranks
         share = share_of(data_provider, cfg.train_batch_size_samples, ranks)
         super().__init__(cfg, sae, share, None, save_checkpoint_fn)

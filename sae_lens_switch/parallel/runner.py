@@ -33,6 +33,7 @@ from sae_lens_switch.parallel.sharded_files import write_parts
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training.config import TrainerOptions
 from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig
 from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
@@ -61,6 +62,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: AnyTrainingSAE | None = None,
     ) -> None:
+        refuse_transcoders("an SAE trained on several processes", cfg.sae)
         cfg.device = cfg.sae.device = local_device(cfg.device)
         cfg.llm_device = local_device(cfg.llm_device or cfg.device)
         cfg.act_store_device = local_device(cfg.act_store_device or cfg.device)

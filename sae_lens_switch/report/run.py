@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_lens_switch.saes.config import layout_of
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.serialization import fold_saved_scaler
+from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.training.history import FILENAME as HISTORY_FILENAME
 from sae_lens_switch.training.history import Row, numbers_of, read_history
@@ -102,6 +103,7 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
         fold_saved_scaler(sae, folder)
     except Exception as error:  # a damaged config or weights can fail in any way
         raise ValueError(f"RUN must hold an SAE that can be loaded; {folder}: {error!r}") from error
+    refuse_transcoders("the SAE of a report", sae.cfg)
     if str(sae.cfg.metadata.hook_name).endswith("_z"):
         sae.turn_off_forward_pass_hook_z_reshaping()  # the activation store concatenates the heads
     loaded = Run(folder, sae.eval(), runner=_json(folder / RUNNER_CFG_FILENAME))

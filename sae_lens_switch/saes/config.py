@@ -15,6 +15,7 @@ from sae_lens_switch.common import rules
 from sae_lens_switch.saes import field_rules
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale, LoadBalancing
+from sae_lens_switch.saes.transcoder_fields import TranscoderFields
 
 _PER_TOKEN = ("constant_norm_rescale", "layer_norm")
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
@@ -236,20 +237,13 @@ SPARSE_CONFIGS = (
 
 def check_sae(cfg: SAEConfig) -> None:
     """Every field of an SAE's config by its rule, and what they must be together. Raises ValueError."""
+    rules.check(cfg, field_rules.TABLES.get(cfg.architecture(), field_rules.SAE))
+    if isinstance(cfg, TranscoderFields):
+        cfg.check_transcoder()
     if isinstance(cfg, SwitchSAEConfig | SwitchTrainingSAEConfig):
-        rules.check(cfg, field_rules.SWITCH)
         _check_experts(cfg)
-    elif isinstance(cfg, SPARSE_CONFIGS):
-        if isinstance(cfg, SparseTopKTrainingSAEConfig):
-            rules.check(cfg, field_rules.SPARSE_TOPK)
-        elif isinstance(cfg, SparseBatchTopKTrainingSAEConfig):
-            rules.check(cfg, field_rules.SPARSE_BATCHTOPK)
-        else:
-            rules.check(cfg, field_rules.SPARSE_MATRYOSHKA_BATCHTOPK)
-        if cfg.k > cfg.d_sae:
-            raise ValueError(f"k must be at most d_sae={cfg.d_sae}; got k={cfg.k}")
-    else:
-        rules.check(cfg, field_rules.SAE)
+    elif isinstance(cfg, SPARSE_CONFIGS) and cfg.k > cfg.d_sae:
+        raise ValueError(f"k must be at most d_sae={cfg.d_sae}; got k={cfg.k}")
     if isinstance(cfg, MatryoshkaBatchTopKTrainingSAEConfig):
         _check_levels(cfg)
 

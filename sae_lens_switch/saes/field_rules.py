@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens_switch_kernels import EncoderPrecision
 
-from sae_lens_switch.common.rules import Choice, Device, Dtype, Each, Flag, Kind, Number, Rule, Whole
+from sae_lens_switch.common.rules import Choice, Device, Dtype, Each, Flag, Kind, Number, Rule, Text, Whole
 
 Gate = Literal["probability", "renormalized", "one"]
 LoadBalancing = Literal["loss", "bias"]
@@ -62,4 +62,20 @@ SPARSE_MATRYOSHKA_BATCHTOPK: dict[str, Rule] = {
     **SPARSE_BATCHTOPK,
     "matryoshka_widths": Each(_size),
     "use_matryoshka_aux_loss": _flag,
+}
+_TRANSCODER: dict[str, Rule] = {
+    "d_out": Whole(at_least=1, optional=True),
+    "skip_connection": _flag,
+    "hook_name_out": Text(optional=True),
+}
+# By architecture; SAELens's own have the rules of SAE.
+TABLES: dict[str, dict[str, Rule]] = {
+    "switch": SWITCH,
+    "sparse_topk": SPARSE_TOPK,
+    "sparse_abstopk": SPARSE_TOPK,
+    "sparse_batchtopk": SPARSE_BATCHTOPK,
+    "sparse_matryoshka_batchtopk": SPARSE_MATRYOSHKA_BATCHTOPK,
+    "switch_transcoder": {**SWITCH, **_TRANSCODER},
+    "sparse_topk_transcoder": {**SPARSE_TOPK, **_TRANSCODER},
+    "sparse_batchtopk_transcoder": {**SPARSE_BATCHTOPK, **_TRANSCODER},
 }

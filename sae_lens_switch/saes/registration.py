@@ -25,8 +25,21 @@ from sae_lens_switch.saes.config import (
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_matryoshka_sae import SparseMatryoshkaBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_topk_sae import SparseAbsTopKTrainingSAE, SparseTopKTrainingSAE
+from sae_lens_switch.saes.sparse_topk_transcoder import (
+    SparseBatchTopKTrainingTranscoder,
+    SparseTopKTrainingTranscoder,
+    SparseTopKTranscoder,
+)
 from sae_lens_switch.saes.switch_sae import SwitchSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.saes.switch_transcoder import SwitchTrainingTranscoder, SwitchTranscoder
+from sae_lens_switch.saes.transcoder_config import (
+    SparseBatchTopKTrainingTranscoderConfig,
+    SparseTopKTrainingTranscoderConfig,
+    SparseTopKTranscoderConfig,
+    SwitchTrainingTranscoderConfig,
+    SwitchTranscoderConfig,
+)
 
 
 def register() -> None:
@@ -39,6 +52,12 @@ def register() -> None:
     # What a checkpoint of such a run holds is a TopK SAE like any other.
     _register(SAE_CLASS_REGISTRY, register_sae_class, "sparse_topk", TopKSAE, TopKSAEConfig)
     _register(SAE_CLASS_REGISTRY, register_sae_class, "sparse_abstopk", AbsTopKSAE, AbsTopKSAEConfig)
+    transcoders: list[tuple[str, type, type]] = [
+        ("switch_transcoder", SwitchTranscoder, SwitchTranscoderConfig),
+        ("sparse_topk_transcoder", SparseTopKTranscoder, SparseTopKTranscoderConfig),
+    ]
+    for name, sae_class, config_class in transcoders:
+        _register(SAE_CLASS_REGISTRY, register_sae_class, name, sae_class, config_class)
     for name, sae_class, config_class in (
         ("switch", SwitchTrainingSAE, SwitchTrainingSAEConfig),
         ("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),
@@ -49,6 +68,9 @@ def register() -> None:
             SparseMatryoshkaBatchTopKTrainingSAE,
             SparseMatryoshkaBatchTopKTrainingSAEConfig,
         ),
+        ("switch_transcoder", SwitchTrainingTranscoder, SwitchTrainingTranscoderConfig),
+        ("sparse_topk_transcoder", SparseTopKTrainingTranscoder, SparseTopKTrainingTranscoderConfig),
+        ("sparse_batchtopk_transcoder", SparseBatchTopKTrainingTranscoder, SparseBatchTopKTrainingTranscoderConfig),
     ):
         _register(SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class, name, sae_class, config_class)
 

@@ -148,6 +148,11 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         """Whether the next step initialises parameters from its batch."""
         return False
 
+    @property
+    def batch_width(self) -> int:
+        """Numbers per token in a batch: those of the activation that is both encoded and reconstructed."""
+        return self.cfg.d_in
+
     @abstractmethod
     def latent_parameters(self) -> LatentParameters:
         """The parameters whose rows a row-sparse optimiser may step one by one."""
@@ -165,32 +170,33 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         """One step's loss and its parts.
 
         Args:
-            step_input: ``sae_in`` is [..., d_in]; what depends on the batch as a whole, such as the load balance, sees
-                all its rows as one batch.
+            step_input: ``sae_in`` is [..., batch_width]; what depends on the batch as a whole, such as the load
+                balance, sees all its rows as one batch.
 
         Raises:
-            ValueError: If the activations are not of width d_in, or if there are none.
+            ValueError: If the activations are not of width batch_width, or if there are none.
         """
-        given = step_input.sae_in
-        x_BD = activation_rows(given, self.cfg.d_in)
+        lead = step_input.sae_in.shape[:-1]
+        x_BD, target_BD = self._inputs_and_targets(step_input.sae_in)
         options = step_input if isinstance(step_input, SparseStepInput) else None
-        self._before_forward(x_BD)
+        self._before_forward(x_BD, target_BD)
         inputs_BD = self.normalized_input(x_BD)
         acts, codes, result, dead = None, None, None, DeadLatents(None, 0)
         metrics: Metrics = {}
         share = self._batch_share(x_BD)
         if self.has_dense_hooks:
             acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
-            sae_out, product = self.decode(acts), None
+            sae_out, product = self._plus_skip(self.decode(acts), x_BD), None
         else:
             assignment = self._route_batch(inputs_BD)
             dead = self._dead_latents(step_input.dead_neuron_mask)
             row_grads = None if options is None else options.row_grads
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
-            product = self._product(result)
-            sae_out = None if share is None and is_plain(self) else self._finish_decoding(product + self.b_dec)
+            plain = share is None and is_plain(self)
+            product = self._plus_skip(self._product(result), x_BD) if plain else self._product(result)
+            sae_out = None if plain else self._plus_skip(self._finish_decoding(product + self.b_dec), x_BD)
             codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae, result.offsets_B1)
-            codes = codes.view(*given.shape[:-1])
+            codes = codes.view(*lead)
             if result.doubtful_B is not None:
                 doubtful_B = result.doubtful_B
                 metrics["doubtful_tokens"] = lambda: doubtful_B.float().mean()
@@ -198,26 +204,25 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         balance, routing = self._balance(step_input, metrics, assignment)
         if sae_out is None:
             assert product is not None
-            sae_out, loss, losses = losses_of_product(product, self.b_dec, x_BD, balance)
+            sae_out, loss, losses = losses_of_product(product, self.b_dec, target_BD, balance)
         else:
-            _, loss, losses = losses_of_output(self, sae_out, x_BD, balance, share)
+            _, loss, losses = losses_of_output(self, sae_out, target_BD, balance, share)
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
         if result is not None:
             if dead.indices_N is not None:
                 n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
-                losses["auxiliary_reconstruction_loss"] = self._aux_loss(x_BD, sae_out, result, dead, n_dead)
+                losses["auxiliary_reconstruction_loss"] = self._aux_loss(target_BD, sae_out, result, dead, n_dead)
                 loss = loss + losses["auxiliary_reconstruction_loss"]
-            inner = self._inner_losses(result, x_BD)
+            inner = self._inner_losses(result, target_BD)
             losses |= inner
             loss = sum(inner.values(), start=loss)
         if options is None or options.refuse_non_finite:
-            self._check_loss(loss, x_BD, step_input.n_training_steps)
+            self._check_loss(loss, step_input)
 
-        lead = given.shape[:-1]
         fields = {
-            "sae_in": given,
-            "sae_out": sae_out.view(given.shape),
+            "sae_in": target_BD.view(*lead, target_BD.shape[-1]),
+            "sae_out": sae_out.view(*lead, sae_out.shape[-1]),
             "hidden_pre": hidden_pre.detach().view(*lead, hidden_pre.shape[-1]) if codes is None else codes.values,
             "loss": loss,
             "losses": losses,
@@ -228,7 +233,12 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         assert acts is not None
         return TrainStepOutput(feature_acts=acts.detach().view(*lead, self.cfg.d_sae), **fields)
 
-    def _before_forward(self, x_BD: Tensor) -> None:
+    def _inputs_and_targets(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a batch, the rows to encode and the rows to reconstruct. Raises ValueError unless it has some."""
+        x_BD = activation_rows(given, self.batch_width)
+        return x_BD, x_BD
+
+    def _before_forward(self, x_BD: Tensor, target_BD: Tensor) -> None:
         pass
 
     def _encode_dense(self, inputs_BD: Tensor) -> tuple[Tensor, Tensor, Assignment | None]:
@@ -252,6 +262,9 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         """Of codes and decoder, without b_dec."""
         return result.out_BD
 
+    def _plus_skip(self, out_BD: Tensor, x_BD: Tensor) -> Tensor:  # noqa: ARG002, an SAE has no skip connection
+        return out_BD
+
     def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Losses of parts of the dictionary, added to that of the whole."""
         return {}
@@ -269,7 +282,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         """What part of the batch these tokens are, where processes divide it; None: they are all of it."""
         return None
 
-    def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
+    def _check_loss(self, loss: Tensor, step_input: TrainStepInput) -> None:
         """May raise ValueError for a non-finite loss."""
 
     # Dead latents (AuxK, Gao et al. 2024, A.2)

@@ -7,14 +7,14 @@ from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, sparse_autoencode, topk_encode
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.saes.config import SPARSE_CONFIGS
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
+from sae_lens_switch.saes.sparse_sae import SparseSAE, SparseTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents, LatentParameters, activation_rows, differentiable
 
 
@@ -27,23 +27,11 @@ class Selection(NamedTuple):
     ends_L: Tensor | None = None
 
 
-class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
-    """A TopK SAE in training (Gao et al. 2024), under SAELens's trainer or any loop; saved for inference as ``topk``.
+class SparseTopK(SparseSAE):
+    """The sparse encoder of TopK SAEs and transcoders, in training and after."""
 
-    Equal to SAELens's ``TopKTrainingSAE`` in outputs, losses and gradients, its rescaling by decoder norms and its
-    auxiliary loss included. Where the norms rescale, they take part in the selection only: in the reconstruction
-    they cancel, and so do their gradients.
-    With a hook on the dense latents, a step runs densely, as SAELens's own.
-    """
-
+    b_enc: nn.Parameter
     _by_magnitude: ClassVar[bool] = False
-
-    @override
-    def encode(self, x: Tensor) -> Tensor:
-        """Dense latents [..., F] of x [..., D]."""
-        if has_hooks(self.hook_sae_acts_pre):
-            return TopKTrainingSAE.encode(self, differentiable(x))
-        return self.hook_sae_acts_post(self.encode_sparse(x).to_dense())
 
     @override
     def encode_sparse(self, x: Tensor) -> SparseCodes:
@@ -63,6 +51,28 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
         """Values and indices; and offsets, if tokens have differing numbers of latents."""
         return *topk_encode(x_BD, self.W_enc.T, self.cfg.k, by_magnitude=self._by_magnitude, **options), None
 
+    @override
+    def _selection_scale(self) -> Tensor | None:
+        """||W_dec[f]||, by which SAELens multiplies latents before it selects them."""
+        return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+
+
+class SparseTopKTrainingSAE(SparseTopK, SparseTrainingSAE, TopKTrainingSAE):
+    """A TopK SAE in training (Gao et al. 2024), under SAELens's trainer or any loop; saved for inference as ``topk``.
+
+    Equal to SAELens's ``TopKTrainingSAE`` in outputs, losses and gradients, its rescaling by decoder norms and its
+    auxiliary loss included. Where the norms rescale, they take part in the selection only: in the reconstruction
+    they cancel, and so do their gradients.
+    With a hook on the dense latents, a step runs densely, as SAELens's own.
+    """
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense latents [..., F] of x [..., D]."""
+        if has_hooks(self.hook_sae_acts_pre):
+            return TopKTrainingSAE.encode(self, differentiable(x))
+        return self.hook_sae_acts_post(self.encode_sparse(x).to_dense())
+
     def _selection(self, n_tokens: int) -> Selection:  # noqa: ARG002, each token has k
         """How many latents a training step selects, and of what."""
         return Selection(self.cfg.k, self._by_magnitude)
@@ -70,11 +80,6 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
     @override
     def _decode_dense(self, feature_acts: Tensor) -> Tensor:
         return TopKTrainingSAE.decode(self, feature_acts)
-
-    @override
-    def _selection_scale(self) -> Tensor | None:
-        """||W_dec[f]||, by which SAELens multiplies latents before it selects them."""
-        return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
 
     @property
     @override
@@ -86,9 +91,14 @@ class SparseTopKTrainingSAE(SparseTrainingSAE, TopKTrainingSAE):
     def latent_parameters(self) -> LatentParameters:
         return LatentParameters(self.W_enc, self.W_dec, self.b_enc)
 
+    @property
+    def _takes_dense_steps(self) -> bool:
+        """Whether a step with hooks on dense latents is not SAELens's."""
+        return False
+
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if not self.has_dense_hooks:
+        if self._takes_dense_steps or not self.has_dense_hooks:
             return super().training_forward_pass(step_input)
         activation_rows(step_input.sae_in, self.cfg.d_in)  # which refuses what no SAE can take
         return TopKTrainingSAE.training_forward_pass(self, step_input)

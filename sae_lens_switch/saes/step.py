@@ -76,11 +76,13 @@ def differentiable_codes(codes: SparseCodes) -> SparseCodes:
     return replace(codes, values=values, indices=indices, offsets=offsets)
 
 
-def activation_rows(x: Tensor, d_in: int) -> Tensor:
+def activation_rows(x: Tensor, d_in: int, name: str = "d_in") -> Tensor:
     """Activations [..., d_in] as rows [B, d_in]. Raises ValueError for another width, or if there are none."""
     if x.ndim == 0 or x.shape[-1] != d_in:
         width = x.shape[-1] if x.ndim else "none"
-        raise ValueError(f"d_in must be the width of the activations, {width}; got d_in={d_in}, shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must be the width of the activations, {width}; got {name}={d_in}, shape {tuple(x.shape)}"
+        )
     if x.numel() == 0:
         raise ValueError(f"activations must hold at least one token; got shape {tuple(x.shape)}")
     return differentiable(x).reshape(-1, d_in)

@@ -81,7 +81,7 @@ class SwitchBase(SparseSAE):
         return self._centered(self.normalized_input(sae_in))
 
     def _centered(self, x: Tensor) -> Tensor:
-        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+        return x if self.pre_bias is None else x - self.pre_bias
 
     def _route(self, inputs_BD: Tensor) -> Assignment:
         logits = self._router_logits(inputs_BD)

@@ -22,7 +22,7 @@ from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
-from sae_lens_switch.saes.data_dependent_init import FirstBatchStart, start_from_batch
+from sae_lens_switch.saes.data_dependent_init import FirstBatchStart, Start, start_from_batch
 from sae_lens_switch.saes.decoder_constraint import (
     DecoderConstraint,
     constrain_optimizer_steps,
@@ -85,11 +85,16 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     @property
     @override
     def effective_router_bias(self) -> Tensor:
-        return self.b_dec.to(self.W_router.dtype) if self._is_tied else self.b_router
+        return self._input_bias.to(self.W_router.dtype) if self._is_tied else self.b_router
+
+    @property
+    def _input_bias(self) -> Tensor:
+        """What the encoder subtracts, and a tied router too."""
+        return self.b_dec
 
     @property
     def _is_tied(self) -> bool:
-        """A frozen ``b_router`` does not follow b_dec, and is the one that routes."""
+        """A frozen ``b_router`` follows nothing, and is the one that routes."""
         return self.cfg.tie_router_bias and self.b_router.requires_grad
 
     # What the trainer asks
@@ -112,7 +117,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     @torch.no_grad()
     def after_own_step(self) -> None:
         if self._is_tied:
-            self.b_router.copy_(self.b_dec)
+            self.b_router.copy_(self._input_bias)
 
     @property
     @override
@@ -148,14 +153,16 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @override
     @torch.no_grad()
-    def _before_forward(self, x_BD: Tensor) -> None:
+    def _before_forward(self, x_BD: Tensor, target_BD: Tensor) -> None:
         if self.is_fresh:
-            batch_BD = self.run_time_activation_norm_fn_in(x_BD.to(self.dtype))
-            found = start_from_batch(batch_BD, self.W_router, self.cfg.bias_start, self.cfg.router_start_std)
+            found = self._start_of(self.run_time_activation_norm_fn_in(x_BD.to(self.dtype)), target_BD)
             if found is not None and self._start.begin(self.named_parameters(), found.values):
                 logger.log(found.level, found.description)
         if self.cfg.normalize_decoder or self.cfg.tie_router_bias or self.expert_bias is not None:
             constrain_optimizer_steps(self)
+
+    def _start_of(self, inputs_BD: Tensor, target_BD: Tensor) -> Start | None:  # noqa: ARG002, the same in an SAE
+        return start_from_batch(inputs_BD, self.W_router, self.cfg.bias_start, self.cfg.router_start_std)
 
     @override
     def _route_batch(self, inputs_BD: Tensor) -> Assignment:
@@ -221,20 +228,20 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         gates_B = assignment.gates_BA.detach().flatten()
         statistics = RoutingStatistics(load_E, gates_B, self.cfg.layout, step_input.dead_neuron_mask)
         metrics.update(load_balance=value.detach(), **statistics.metrics())
-        others = self._other_losses(activation_rows(step_input.sae_in, self.cfg.d_in), assignment)
+        others = self._other_losses(step_input.sae_in, assignment)
         return Balance(value, step_input.coefficients["load_balance"], self._load_balance_scale, others), statistics
 
     @property
     def _load_balance_scale(self) -> float | Tensor | None:
         return float(self.cfg.d_in) if self.cfg.load_balance_scale == "d_in" else None
 
-    def _other_losses(self, x_BD: Tensor, assignment: Assignment) -> dict[str, Tensor]:
+    def _other_losses(self, given: Tensor, assignment: Assignment) -> dict[str, Tensor]:
         """The router's z-loss and the penalty on overlap, each if it has a coefficient."""
         losses: dict[str, Tensor] = {}
         z_coefficient = self.cfg.router_z_loss_coefficient
         overlap, self._overlap = self._overlap, None
         if z_coefficient or overlap is not None:
-            scale = scale_of(self._load_balance_scale, x_BD)
+            scale = scale_of(self._load_balance_scale, self._inputs_and_targets(given)[1])
             if z_coefficient:
                 losses["router_z_loss"] = z_coefficient * scale * router_z_loss(assignment.logits_BE)
             if overlap is not None:
@@ -246,21 +253,22 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
 
     @override
-    def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:
+    def _check_loss(self, loss: Tensor, step_input: TrainStepInput) -> None:
         is_finite = bool(torch.isfinite(loss))
         self._start.settle(self.named_parameters(), is_finite)
         if not is_finite:
             self._counts_E = None
-            raise ValueError(why_not_finite(x_BD, step))
+            rows = activation_rows(step_input.sae_in, self.batch_width)
+            raise ValueError(why_not_finite(rows, step_input.n_training_steps))
 
     @override
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
-        x_BD = activation_rows(step_input.sae_in, self.cfg.d_in)
+        x_BD, target_BD = self._inputs_and_targets(step_input.sae_in)
         balance, _ = self._balance(step_input, {}, self._route(self.normalized_input(x_BD)))
-        return losses_of_router(balance, x_BD)
+        return losses_of_router(balance, target_BD)
 
     # Dead latents: those of a token's own expert
 

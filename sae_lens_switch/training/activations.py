@@ -21,7 +21,12 @@ _CONTEXTS_COMPARED = 16
 
 
 def activation_batches(
-    source: ActivationSource, batch_size: int, *, hook_name: str | None = None, seed: int = 0
+    source: ActivationSource,
+    batch_size: int,
+    *,
+    targets: Tensor | None = None,
+    hook_name: str | None = None,
+    seed: int = 0,
 ) -> Iterator[Tensor]:
     """Iterate over batches of activations, [batch_size, d_in].
 
@@ -33,34 +38,46 @@ def activation_batches(
             SAELens's CacheActivationsRunner, whose contexts and tokens are reshuffled every epoch; or an iterable of
             batches [..., d_in], which are passed through as they are.
         batch_size: Tokens per batch.
+        targets: For a transcoder and a source that is a tensor: what is to be reconstructed from each of its rows, a
+            tensor [..., d_out]. Batches are then [batch_size, d_in + d_out].
         hook_name: The column of the dataset, if it has several.
         seed: Decides the order.
 
     Raises:
-        ValueError: If the source is empty or shorter than a batch, or the folder holds no activations.
+        ValueError: If the source is empty or shorter than a batch, if the folder holds no activations, or if targets
+            are not as many as the rows of a tensor.
     """
     if isinstance(source, Tensor):
         if source.ndim < 2:
             raise ValueError(f"activations must have shape [..., d_in]; got {tuple(source.shape)}")
-        return _Shuffled(_Rows(source.detach().reshape(-1, source.shape[-1])), batch_size, seed)
+        if targets is not None and targets.shape[:-1] != source.shape[:-1]:
+            raise ValueError(
+                f"targets must have shape {(*source.shape[:-1], 'd_out')}, a row for each activation; "
+                f"got {tuple(targets.shape)}"
+            )
+        given = [source] if targets is None else [source, targets]
+        return _Shuffled(_Rows(*(t.detach().reshape(-1, t.shape[-1]) for t in given)), batch_size, seed)
+    if targets is not None:
+        raise ValueError(f"targets must be None unless the source is a tensor; got a {type(source).__name__}")
     if isinstance(source, str | Path):
         return _Shuffled(_CachedContexts(Path(source), hook_name), batch_size, seed)
     return iter(source)
 
 
 class _Rows:
-    """A tensor [N, D], as contexts of one token each."""
+    """A tensor [N, D], as contexts of one token each; of several tensors, the rows of all side by side."""
 
     context_size = 1
 
-    def __init__(self, x_ND: Tensor) -> None:
-        self.x_ND = x_ND
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts = parts
 
     def __len__(self) -> int:
-        return len(self.x_ND)
+        return len(self.parts[0])
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return self.x_ND[rows.to(self.x_ND.device)]
+        taken = [x_ND[rows.to(x_ND.device)] for x_ND in self.parts]
+        return taken[0] if len(taken) == 1 else torch.cat(taken, dim=1)
 
 
 class _CachedContexts:

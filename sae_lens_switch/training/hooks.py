@@ -14,8 +14,8 @@ from transformer_lens import HookedRootModule, HookedTransformer, HookedTransfor
 _TYPO = 0.9
 
 
-def check_hook_name(hook_name: str) -> None:
-    """Check the name of a TransformerLens hook as far as possible without the model.
+def check_hook_name(hook_name: str, field: str = "hook_name") -> None:
+    """Check the name of a TransformerLens hook, which ``field`` holds, as far as possible without the model.
 
     Raises:
         ValueError: If the name is unknown and looks like a typo of a known one.
@@ -26,7 +26,7 @@ def check_hook_name(hook_name: str) -> None:
         if close:
             layer = hook_name.removesuffix(name.removeprefix("blocks.0."))
             close = [other.replace("blocks.0.", layer, 1) for other in close]
-            raise ValueError(f"hook_name must be a hook of TransformerLens; got {hook_name!r}{_did_you_mean(close)}")
+            raise ValueError(f"{field} must be a hook of TransformerLens; got {hook_name!r}{_did_you_mean(close)}")
 
 
 @cache
@@ -49,7 +49,14 @@ def _names_of_transformer_lens() -> frozenset[str]:
 
 
 @torch.no_grad()
-def check_hook(model: HookedRootModule, cfg: Any, hook_name: str, head_index: int | None, d_in: int) -> None:
+def check_hook(
+    model: HookedRootModule,
+    cfg: Any,
+    hook_name: str,
+    head_index: int | None,
+    d_in: int,
+    fields: tuple[str, str] = ("hook_name", "d_in"),
+) -> None:
     """Check that the model has the hook and the SAE its width, by running two tokens.
 
     Args:
@@ -58,13 +65,15 @@ def check_hook(model: HookedRootModule, cfg: Any, hook_name: str, head_index: in
         hook_name: The hook.
         head_index: The attention head, if the SAE is trained on a single one.
         d_in: The width of the SAE.
+        fields: The config's names for the hook and the width.
 
     Raises:
         ValueError: If the hook does not exist or is never reached, or contexts, head or width do not fit.
     """
+    of_hook, of_width = fields
     if hook_name not in model.hook_dict:
         close = difflib.get_close_matches(hook_name, list(model.hook_dict), n=3)
-        raise ValueError(f"hook_name must be a hook of {cfg.model_name}; got {hook_name!r}{_did_you_mean(close)}")
+        raise ValueError(f"{of_hook} must be a hook of {cfg.model_name}; got {hook_name!r}{_did_you_mean(close)}")
     longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
     if isinstance(longest, int) and cfg.context_size > longest:
         raise ValueError(
@@ -79,7 +88,7 @@ def check_hook(model: HookedRootModule, cfg: Any, hook_name: str, head_index: in
     )
     if hook_name not in cache:
         raise ValueError(
-            f"hook_name must be a hook that {cfg.model_name} reaches as it is configured; got {hook_name!r}"
+            f"{of_hook} must be a hook that {cfg.model_name} reaches as it is configured; got {hook_name!r}"
         )
     activations = cache[hook_name]
     if head_index is not None and not (activations.ndim == 4 and head_index < activations.shape[2]):
@@ -90,7 +99,8 @@ def check_hook(model: HookedRootModule, cfg: Any, hook_name: str, head_index: in
     width = activations.shape[-1] if head_index is not None else activations[0, 0].numel()
     if width != d_in:
         raise ValueError(
-            f"d_in must be the width of {cfg.model_name}'s activations at {hook_name}, {width}; got d_in={d_in}"
+            f"{of_width} must be the width of {cfg.model_name}'s activations at {hook_name}, {width}; "
+            f"got {of_width}={d_in}"
         )
 
 

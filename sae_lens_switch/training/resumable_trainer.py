@@ -30,7 +30,7 @@ from sae_lens_switch.training.history import History
 STATE_FILENAME = "sparse_trainer_state.pt"
 # What says, in an SAE's metadata, which activations a run trains on.
 _SOURCE = (
-    *("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "seqpos_slice"),
+    *("model_name", "hook_name", "hook_name_out", "hook_head_index", "context_size", "prepend_bos", "seqpos_slice"),
     *("exclude_special_tokens", "model_from_pretrained_kwargs"),
 )
 # What may differ between a run and the checkpoint it resumes from.

@@ -39,7 +39,8 @@ class LanguageModelSAERunnerConfig(TrainerOptions, sae_lens.LanguageModelSAERunn
     kernels, and likewise ``"abstopk"``, ``"batchtopk"`` and ``"matryoshka_batchtopk"`` (for SAELens's own,
     give ``sae=TopKTrainingSAEConfig(...)``). The options of our trainer
     (``TrainerOptions``: ``optimizer``, ``resume``, ...) are fields too, and left out of ``to_dict`` where they are
-    the defaults, so that SAELens can read it.
+    the defaults, so that SAELens can read it. A transcoder, such as ``"switch_transcoder"``, also needs
+    ``hook_name_out``, and ``d_out`` unless it is ``d_in``.
 
     With ``architecture="switch"``, what is not given follows the paper: ``lr = 2e-4 / sqrt(d_sae / 2^14)`` and
     ``lr_decay_steps`` = the last 20 % of the steps.

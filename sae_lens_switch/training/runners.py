@@ -1,6 +1,7 @@
 """SAELens runners that use SparseSAETrainer and validate the configuration before training starts."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,20 @@ from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.common.types import AnyTrainingSAE
+from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training import checkpoints, field_rules
+from sae_lens_switch.training.activation_pairs import (
+    PairedActivationsStore,
+    check_hook_out,
+    hook_out_of,
+    loading_also,
+)
 from sae_lens_switch.training.config import SparseSAETrainerConfig, TrainerOptions, refuse_several_processes
 from sae_lens_switch.training.hooks import check_hook, check_hook_name
 from sae_lens_switch.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens_switch.training.runner_config import LanguageModelRun, check_language_model_run
 from sae_lens_switch.training.trainer import SparseSAETrainer
+from sae_lens_switch.training.transcoder_evals import TranscoderEvaluator
 
 
 class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
@@ -63,14 +72,22 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
             and not Path(cfg.from_pretrained_path).is_dir()
         ):
             raise ValueError(f"from_pretrained_path must be a folder with an SAE; got {cfg.from_pretrained_path!r}")
+        hook_out = hook_out_of(cfg, has_model=override_model is not None)
         if override_model is None and cfg.model_class_name == "HookedTransformer" and not cfg.use_cached_activations:
             check_hook_name(cfg.hook_name)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
+        with nullcontext() if hook_out is None else constructing(llm_module, "load_model", loading_also(hook_out)):
+            super().__init__(cfg, override_dataset, override_model, override_sae)
+        if hook_out is not None:
+            self.activations_store = PairedActivationsStore.of(self.activations_store, cfg, hook_out)
+            self.evaluator = TranscoderEvaluator(
+                **{**vars(self.evaluator), "activations_store": self.activations_store}
+            )
 
     @override
     def run(self) -> AnyTrainingSAE:
         if not self.cfg.use_cached_activations:
             check_hook(self.model, self.cfg, self.cfg.hook_name, self.cfg.hook_head_index, self.cfg.sae.d_in)
+            check_hook_out(self.model, self.cfg)
         self._find_checkpoint()
         with constructing(llm_module, "SAETrainer", self._trainer()):
             return super().run()
@@ -84,6 +101,13 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
     def _trainer(self) -> Callable[..., SparseSAETrainer[Any, Any]]:
         """What makes the trainer."""
         return SparseSAETrainer
+
+    @override
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        hook_out = hook_out_of(self.cfg, has_model=True)
+        if hook_out is not None:
+            self.sae.cfg.metadata.hook_name_out = hook_out
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> AnyTrainingSAE:
@@ -117,6 +141,7 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
         options: TrainerOptions | None = None,
     ) -> None:
         check_language_model_run(cfg, field_rules.MULTI_RUNNER, *cfg.saes.values())
+        refuse_transcoders("an SAE of a run of many SAEs", *cfg.saes.values())
         check_run_fits(cfg, *cfg.saes.values())
         _check_dataset(cfg, override_dataset)
         super().__init__(cfg, override_dataset, override_model, override_saes)

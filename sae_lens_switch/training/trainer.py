@@ -45,7 +45,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         cfg: SparseSAETrainerConfig, or SAELens's SAETrainerConfig for the options' defaults.
         sae: Of any architecture; ours give their codes to the statistics, others their dense latents.
         data_provider: Where activations come from: an iterator of batches [n, d_in], a tensor, a folder of
-            activations cached by SAELens (see ``activation_batches``).
+            activations cached by SAELens (see ``activation_batches``). For a transcoder, rows of d_in + d_out numbers.
         evaluator: As in SAELens.
         save_checkpoint_fn: As in SAELens. It is given the checkpoint's folder while that is still being written, to
             add files to it.
@@ -173,7 +173,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     def step(self, batch: Tensor) -> TrainStepOutput:
         self.n_batches_drawn += 1
-        output = super().step(activation_rows(batch.detach(), self.sae.cfg.d_in))
+        width = self.sae.cfg.d_in if self._sparse_sae is None else self._sparse_sae.batch_width
+        output = super().step(activation_rows(batch.detach(), width))
         step = self.n_training_steps + 1
         if self.history.is_due(step):
             self.history.add(step, self.build_train_step_log_dict(output, self.n_training_samples))
@@ -260,7 +261,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
         if self.routing is not None:
             step = self.n_training_steps + 1
-            self.collapse.watch(self.routing, step, self.sae, self.optimizer, self.coefficient_schedulers, x_BD)
+            inputs_BD = x_BD[:, : self.sae.cfg.d_in]  # of a transcoder's rows, whose targets follow
+            self.collapse.watch(self.routing, step, self.sae, self.optimizer, self.coefficient_schedulers, inputs_BD)
 
     def _save_because_diverged(self) -> str:
         """Skipped steps leave the weights as the last finite step left them. Returns where they are now."""

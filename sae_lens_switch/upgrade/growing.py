@@ -11,6 +11,7 @@ from sae_lens_switch.common.printable import logger
 from sae_lens_switch.saes.field_rules import SWITCH
 from sae_lens_switch.saes.router import assign, router_logits
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.saes.transcoder_fields import TranscoderFields
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.upgrade.sources import check_folded, sampled_inputs
 
@@ -47,7 +48,7 @@ def grow(
         ValueError: If n_experts is not larger, the SAE is still as initialised, or for activations that are too few,
             not finite, or not in the scale of the SAE's weights, which ``normalize_activations`` tells.
     """
-    if not isinstance(sae, SwitchTrainingSAE):
+    if not isinstance(sae, SwitchTrainingSAE) or isinstance(sae.cfg, TranscoderFields):
         raise ValueError(f"sae must be a SwitchTrainingSAE; got {type(sae).__name__}")
     n_experts = int(rules.check_value("n_experts", n_experts, SWITCH["n_experts"]))
     if n_experts <= sae.cfg.n_experts:

@@ -86,8 +86,9 @@ assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(),
 assert {n: id(v) for n, v in vars(sae_lens).items()} == attributes
 """
     assert run_python(code, tmp_path).splitlines() == [
-        "['sparse_abstopk', 'sparse_topk', 'switch']",
-        "['sparse_abstopk', 'sparse_batchtopk', 'sparse_matryoshka_batchtopk', 'sparse_topk', 'switch']",
+        "['sparse_abstopk', 'sparse_topk', 'sparse_topk_transcoder', 'switch', 'switch_transcoder']",
+        "['sparse_abstopk', 'sparse_batchtopk', 'sparse_batchtopk_transcoder', 'sparse_matryoshka_batchtopk', "
+        "'sparse_topk', 'sparse_topk_transcoder', 'switch', 'switch_transcoder']",
     ]
 
 

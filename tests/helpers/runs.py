@@ -14,6 +14,7 @@ from sae_lens_switch import LanguageModelSAERunnerConfig, SwitchTrainingSAEConfi
 exactly = {"rtol": 0, "atol": 0}
 SAE_FIELDS = {"d_in": D, "d_sae": F, "n_experts": E, "k": K}
 OURS = {"switch", "sparse_topk", "sparse_abstopk", "sparse_batchtopk", "sparse_matryoshka_batchtopk"}
+OURS |= {"switch_transcoder", "sparse_topk_transcoder", "sparse_batchtopk_transcoder"}
 STOCK_ARCHITECTURES = sorted(SAE_TRAINING_CLASS_REGISTRY.keys() - OURS)
 
 

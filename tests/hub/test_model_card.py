@@ -21,6 +21,7 @@ from helpers.hub_saes import (
     upload,
     upload_with_card,
 )
+from helpers.transcoders import transcoder
 from huggingface_hub import ModelCard
 from sae_lens import SAE
 
@@ -67,6 +68,16 @@ def test_the_card_says_what_the_saes_are(hub):
     torch.testing.assert_close(
         torch.tensor(measured["expert_firings"], dtype=torch.float64), density.view(E, -1).sum(1) / density.sum()
     )
+
+
+def test_the_card_names_both_hooks_and_widths_of_a_transcoder(hub):
+    made = transcoder("switch_transcoder", dtype="float32")
+    upload_with_card({"mlp": described(made, hook_name_out="blocks.8.hook_mlp_out")})
+    row, *_ = (line for line in card_of(hub).splitlines() if line.startswith("| `mlp`"))
+    cells = [cell.strip(" `") for cell in row.strip("|").split("|")]
+    assert "12 to 7" in cells
+    assert "blocks.8.hook_resid_pre to blocks.8.hook_mlp_out" in cells
+    assert "import sae_lens_switch" in card_of(hub)
 
 
 def test_the_card_counts_shared_latents_apart_from_those_of_experts(hub):

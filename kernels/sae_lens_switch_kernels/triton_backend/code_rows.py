@@ -178,7 +178,9 @@ def sorted_rows(t_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype
 def sorted_row_pair(
     t_BD: Tensor, x_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """t and x - bias, rows of both sorted by expert, in ``dtype``."""
+    """t and x - bias, rows of both sorted by expert, in ``dtype``; in one launch if they are as wide as each other."""
+    if t_BD.shape != x_BD.shape:
+        return sorted_rows(t_BD, None, groups, dtype), sorted_rows(x_BD, bias_D, groups, dtype)
     t_out_BD, x_out_BD = (torch.empty(x_BD.shape, dtype=dtype, device=x_BD.device) for _ in range(2))
     _sort_rows(x_BD, t_BD, bias_D, groups, x_out_BD, t_out_BD)
     return t_out_BD, x_out_BD

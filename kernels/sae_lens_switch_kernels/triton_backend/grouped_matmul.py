@@ -87,7 +87,7 @@ def _grouped_weight_grad_kernel(
     offsets,  # [E + 1]
     out,  # [E * M, D]
     more_out,  # [E * M, D] or None
-    sums,  # [E * M] or None, of more_a
+    sums,  # [E * M] or None, of more_a, or of a alone
     M,
     D,
     PRECISION: tl.constexpr,
@@ -117,7 +117,7 @@ def _grouped_weight_grad_kernel(
     rows = e.to(tl.int64) * M + m
     tl.store(out + rows[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), (m < M)[:, None] & (d < D)[None, :])
     if sums is not None:  # noqa: SIM102
-        if (tl.program_id(1) == 1) & (tl.program_id(0) % d_tiles == 0):
+        if (tl.program_id(1) == tl.num_programs(1) - 1) & (tl.program_id(0) % d_tiles == 0):
             tl.store(sums + rows, summed.to(sums.dtype.element_ty), m < M)
 
 
@@ -185,14 +185,17 @@ def _grouped_matmul(
 
 def grouped_weight_grad(a_BM: Tensor, g_BD: Tensor, offsets_E1: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """dW_e = a_e^T g_e, shape [F, D], in ``dtype``, or that of g; zero for an expert without rows."""
-    return _grouped_weight_grads(a_BM, g_BD, None, None, offsets_E1, dtype or g_BD.dtype)[0]
+    return _grouped_weight_grads(a_BM, g_BD, None, None, offsets_E1, dtype or g_BD.dtype, has_sums=False)[0]
 
 
 def grouped_weight_grads(
     a_BM: Tensor, g_BD: Tensor, more_a_BM: Tensor, more_g_BD: Tensor, offsets_E1: Tensor, dtype: torch.dtype
 ) -> LatentGrads:
-    """Two such products in one launch, and the sum of each column of ``more_a``."""
-    return LatentGrads(*_grouped_weight_grads(a_BM, g_BD, more_a_BM, more_g_BD, offsets_E1, dtype))
+    """Two such products, in one launch if they are as wide as each other; and the sum of each column of ``more_a``."""
+    if g_BD.shape == more_g_BD.shape:
+        return LatentGrads(*_grouped_weight_grads(a_BM, g_BD, more_a_BM, more_g_BD, offsets_E1, dtype, has_sums=True))
+    more_FD, _, sums_F = _grouped_weight_grads(more_a_BM, more_g_BD, None, None, offsets_E1, dtype, has_sums=True)
+    return LatentGrads(grouped_weight_grad(a_BM, g_BD, offsets_E1, dtype), more_FD, sums_F)
 
 
 def _grouped_weight_grads(
@@ -202,12 +205,13 @@ def _grouped_weight_grads(
     more_g_BD: Tensor | None,
     offsets_E1: Tensor,
     dtype: torch.dtype,
+    has_sums: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     M, D, E = a_BM.shape[1], g_BD.shape[1], len(offsets_E1) - 1
     twice = more_a_BM is not None and more_g_BD is not None
     out_FD = g_BD.new_empty(E * M, D, dtype=dtype)
     more_out_FD = torch.empty_like(out_FD) if twice else None
-    sums_F = out_FD.new_empty(E * M) if twice else None
+    sums_F = out_FD.new_empty(E * M) if has_sums else None
     precision = _precision(g_BD)
     blocks = gemm_blocks(M, D, g_BD.dtype, arch_of(g_BD.device), tf32=precision == "tf32")
     launch(

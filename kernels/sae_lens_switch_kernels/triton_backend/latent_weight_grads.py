@@ -173,6 +173,8 @@ def latent_weight_grads(
 
     The same bits on every run: each sum has one fixed order.
     """
+    if d_pre_BK is not None and x_BD is not None and x_BD.shape[1] != g_BD.shape[1]:
+        return _in_two_walks(index, values_BK, g_BD, d_pre_BK, x_BD, rows)
     K, D, F = values_BK.shape[-1], g_BD.shape[1], len(index.starts_F1) - 1
     n_pieces = max(0, values_BK.numel() - 1) // PIECE
     encoder = d_pre_BK is not None and x_BD is not None
@@ -211,6 +213,16 @@ def latent_weight_grads(
     results = {"dW_dec": out.dW_dec_FD, "dW_enc": out.dW_enc_FD, "d_b_enc": out.d_b_enc_F}
     launch(_latent_weight_grads_kernel, (F, slices), num_warps, **results, **arguments)
     return out
+
+
+def _in_two_walks(
+    index: LatentIndex, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor, x_BD: Tensor, rows: CodeRows | None
+) -> LatentGrads:
+    """Of g and x of different widths, as a transcoder's are."""
+    of_tokens = None if rows is None else CodeRows(rows.offsets_B1, rows.row_S // rows.n_levels, 1)
+    dW_dec_FD = latent_weight_grads(index, values_BK, g_BD, rows=rows).dW_dec_FD
+    dW_enc_FD = latent_weight_grads(index, d_pre_BK, x_BD, rows=of_tokens).dW_dec_FD
+    return LatentGrads(dW_dec_FD, dW_enc_FD, index.sums(d_pre_BK.flatten()[index.order_S]))
 
 
 def latent_weight_grads_traffic(

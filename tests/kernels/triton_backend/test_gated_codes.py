@@ -44,11 +44,13 @@ def test_codes_are_laid_out_and_put_back(B, D, E, M, K, dtype, has_gates):  # no
 
 @shapes
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)], ids=str)
-def test_the_backward_pass_of_an_expert(B, D, E, M, K, given):
+@pytest.mark.parametrize("wider", [0, 7])
+def test_the_backward_pass_of_an_expert(B, D, E, M, K, given, wider):
     values, indices, groups = case(B, E, M, K, torch.float32)
     gates = random(B, seed=1).sigmoid() if given[0] else None
     grad_values = random(B, K, seed=2) if given[1] else None
-    matrices = random(B, D, seed=3), random(B, D, seed=4), random(D, seed=5), random(E * M, D, seed=6)
+    D_out = D + wider  # of a transcoder's decoder
+    matrices = random(B, D_out, seed=3), random(B, D, seed=4), random(D, seed=5), random(E * M, D_out, seed=6)
     arguments = values, indices, gates, grad_values, *matrices, groups
     ours = triton_backend.gated_grads(*arguments, torch.float32)
     again = triton_backend.gated_grads(*arguments, torch.float32)

@@ -25,6 +25,13 @@ def test_latent_weight_grads(B, D, F, K, dtype):
     check_latent_weight_grads(values, random_indices(B, F, K), F, g, d_pre, x)
 
 
+@shapes
+@dtypes
+def test_latent_weight_grads_of_two_widths(B, D, F, K, dtype):
+    values, d_pre, g, x = (random(B, n, dtype=dtype, seed=seed) for seed, n in enumerate((K, K, D + 13, D)))
+    check_latent_weight_grads(values, random_indices(B, F, K), F, g, d_pre, x)
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [

@@ -47,13 +47,14 @@ def test_gathers(B, D, F, k, dtype, index_dtype):
 @shapes
 @dtypes
 @pytest.mark.parametrize("levels", [1, 3])
-def test_weight_gradients_whose_rows_are_levels_of_tokens(B, D, F, k, dtype, levels):
+@pytest.mark.parametrize("wider", [0, 9])
+def test_weight_gradients_whose_rows_are_levels_of_tokens(B, D, F, k, dtype, levels, wider):
     indices, offsets = codes(B, F, k)
     if levels > 1:
         offsets = level_offsets(offsets, indices, torch.tensor([1, F // 2 + 1, F], device=DEVICE), F)
     rows = code_rows(offsets, k, levels)
     values, d_pre = random(k, dtype=dtype, seed=1), random(k, dtype=dtype, seed=2)
-    g, x = random(B * levels, D, dtype=dtype, seed=3), random(B, D, dtype=dtype, seed=4)
+    g, x = random(B * levels, D + wider, dtype=dtype, seed=3), random(B, D, dtype=dtype, seed=4)
     ones = torch.ones(B, 1, dtype=dtype, device=DEVICE)
     grads = latent_weight_grads(latent_index(indices, F), values, g, d_pre, x, rows)
     assert grads.dW_enc_FD is not None

@@ -20,9 +20,10 @@ from sae_lens_switch import SwitchSAE, SwitchSAEConfig, SwitchTrainingSAE, Switc
 
 
 def test_importing_registers_our_architectures_and_no_others(fresh_process):
-    assert sorted(fresh_process["new_inference"]) == ["sparse_abstopk", "sparse_topk", "switch"]
-    sparse = ["sparse_abstopk", "sparse_batchtopk", "sparse_matryoshka_batchtopk", "sparse_topk"]
-    assert sorted(fresh_process["new_training"]) == [*sparse, "switch"]
+    both = {"sparse_topk", "sparse_abstopk", "sparse_topk_transcoder", "switch", "switch_transcoder"}
+    assert set(fresh_process["new_inference"]) == both
+    saved_as_saelens_own = {"sparse_batchtopk", "sparse_matryoshka_batchtopk", "sparse_batchtopk_transcoder"}
+    assert set(fresh_process["new_training"]) == both | saved_as_saelens_own
     assert fresh_process["replaced"] == []
 
 
