@@ -48,8 +48,8 @@ def start_process_group(device: str | torch.device, timeout: float) -> bool:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(
-            "a parallel run must be started by torchrun, e.g. torchrun --nproc-per-node 2 script.py; the environment "
-            f"lacks {', '.join(missing)}"
+            "a parallel run (expert_parallel) must be started by torchrun, e.g. torchrun --nproc-per-node 2 script.py; "
+            f"the environment lacks {', '.join(missing)}"
         )
     _initialize(_BACKENDS[device.type], timedelta(seconds=timeout))
     return True
