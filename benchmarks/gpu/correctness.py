@@ -19,7 +19,7 @@ from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, latent
 from torch import Tensor
 from torch.nn import functional
 
-from gpu import gradients, repeats
+from gpu import gradients, repeats, step_kernels
 from gpu.record import Case
 from gpu.shapes import Shape
 from gpu.timing import PRECISIONS, dtype_of, free, normal, triton_runs, use
@@ -41,7 +41,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for label, shape in shapes.items():
         for precision in precisions:
             for name, check in CHECKS.items():
-                if name in ("adam_rows", "lazy_adam_rows") and precision != "fp32":
+                if name in ("adam_rows", "lazy_adam_rows", "adam_tensors", "clip", "route") and precision != "fp32":
                     continue  # all weights are stepped in it
                 yield (
                     f"{name}, {label}, {precision}",
@@ -289,6 +289,7 @@ CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "topk_encode, bias and scale": check_topk_encode,
     "adam_rows": check_adam,
     "lazy_adam_rows": check_lazy_adam,
+    **step_kernels.CHECKS,
 }
 
 

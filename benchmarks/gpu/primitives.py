@@ -139,12 +139,17 @@ def grouped_primitives(s: Shape, size: int) -> dict[str, Primitive]:
     if not triton_runs(torch.bfloat16 if size == 2 else torch.float32):
         return found
     from sae_lens_switch_kernels.triton_backend import grouped_matmul as grouped
+    from sae_lens_switch_kernels.triton_backend.grouped_library import product
 
     return found | {
         "grouped_encode": Primitive(
             work,
-            lambda c: grouped.grouped_encode(c.x, c.W, c.groups.offsets_E1),
-            {"F.grouped_mm": grouped_mm_encode, "bmm, even experts": lambda c: c.x_even @ c.W_EMD.transpose(1, 2)},
+            lambda c: grouped._grouped_matmul(c.x, c.W, c.groups.offsets_E1, transposed=True),
+            {
+                "F.grouped_mm": grouped_mm_encode,
+                "F.grouped_mm, as we call it": lambda c: product(c.x, c.W, c.groups.offsets_E1),
+                "bmm, even experts": lambda c: c.x_even @ c.W_EMD.transpose(1, 2),
+            },
         ),
         "grouped_decode": Primitive(
             work,

@@ -17,6 +17,7 @@ from sae_lens_switch_kernels.autoencode_tensors import Reconstruction
 from sae_lens_switch_kernels.backend import triton_kernel
 from sae_lens_switch_kernels.candidates import EncoderPrecision
 from sae_lens_switch_kernels.clipping import clip
+from sae_lens_switch_kernels.counting import count_codes
 from sae_lens_switch_kernels.functions import (
     batch_topk_encode,
     latent_weight_grad,
@@ -27,15 +28,20 @@ from sae_lens_switch_kernels.functions import (
     topk_encode,
 )
 from sae_lens_switch_kernels.huge_pages import to_huge_pages, zeros_huge
+from sae_lens_switch_kernels.indexing import ExpertGroups
 from sae_lens_switch_kernels.inference import abs_topk_encode, threshold_encode
-from sae_lens_switch_kernels.routing import biased_probs, route, update_expert_bias, update_loads
+from sae_lens_switch_kernels.loss import reconstruction_loss
+from sae_lens_switch_kernels.routing import route, router_logits, update_expert_bias, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
+from sae_lens_switch_kernels.torch_loss import spread
 from sae_lens_switch_kernels.torch_private import version_of
+from sae_lens_switch_kernels.torch_routing import biased_probs
 from sae_lens_switch_kernels.working_copy import WorkingCopies, working_copy
 
 __all__ = [
     "EncoderPrecision",
+    "ExpertGroups",
     "Reconstruction",
     "RowGrads",
     "WorkingCopies",
@@ -44,11 +50,15 @@ __all__ = [
     "biased_probs",
     "clip",
     "code_gates",
+    "count_codes",
     "latent_weight_grad",
     "matmul_at_indices",
+    "reconstruction_loss",
     "route",
+    "router_logits",
     "sparse_autoencode",
     "sparse_decode",
+    "spread",
     "switch_encode",
     "threshold_encode",
     "to_huge_pages",

@@ -31,7 +31,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[EncoderInputs, DecoderInputs]:
 
 
 @custom_op(
-    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=12)
+    "sae_lens_switch::autoencode", mutates_args=(), schema=flat_schema(EncoderInputs, DecoderInputs, n_outputs=13)
 )
 def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of Outputs; takes those of EncoderInputs and DecoderInputs one by one."""
@@ -41,7 +41,7 @@ def autoencode(*arguments: Any) -> tuple[Tensor, ...]:
 def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
     x_BD, (W_dec_FD, dead_N, aux_k, dead_counts, ends_L) = inputs.x_BD, decoder
     p, groups = primitives(x_BD), inputs.groups()
-    dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device)
+    dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device, inputs.dtype)
     # Candidates are recomputed from x in its own dtype.
     centered_BD = inputs.centered(groups, inputs.dtype if dense and inputs.candidate_dtype is None else None)
     with torch.autocast(x_BD.device.type, enabled=False):
@@ -50,11 +50,8 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
             offsets_Q1 = level_offsets(offsets_Q1, sorted_indices_BK, ends_L, len(W_dec_FD))
         rows = _code_rows(offsets_Q1, len(sorted_indices_BK), len(x_BD))
         gates = gating(p, inputs.expert_B, sorted_indices_BK, inputs.gates_B, inputs.blocks)
-        acts_BK, values_BK, indices_BK = gates.unsorted_codes(
-            sorted_values_BK, sorted_indices_BK, inputs.gates_B, groups
-        )
         codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype, rows=rows)
-        out_BD = codes.decode(acts_BK, W_dec_FD)
+        out_BD, acts_BK, values_BK, indices_BK = codes.decode_gated(gates, sorted_values_BK, inputs.gates_B, W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         aux_offsets_Q1 = x_BD.new_empty(0, dtype=torch.long)
         if dead_N is not None:
@@ -70,7 +67,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
             aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype, rows=aux_rows)
             gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.slots, groups)
             aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z])
-    none = x_BD.new_empty
+    none, is_given = x_BD.new_empty, inputs.given_groups is not None
     return Outputs(
         out_BD,
         values_BK,
@@ -79,11 +76,12 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         aux_values_BA,
         aux_slots_BA,
         none(0) if centered_BD is x_BD or isinstance(p, SelfChecked) else centered_BD,
-        none(0, dtype=torch.long) if groups.order_B is None else groups.order_B,
-        groups.offsets_E1,
+        none(0, dtype=torch.long) if groups.order_B is None or is_given else groups.order_B,
+        none(0, dtype=torch.long) if is_given else groups.offsets_E1,
         doubtful_B if inputs.candidate_dtype is None else groups.unsorted(doubtful_B),
         offsets_Q1,
         aux_offsets_Q1,
+        none(0) if inputs.gates_B is None else acts_BK,
     )
 
 
@@ -93,7 +91,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     x_BD, W_enc_FD, W_dec_FD = inputs.x_BD, inputs.W_enc_FD, decoder.W_dec_FD
     B, long, has_aux = x_BD.shape[0], torch.long, decoder.dead_N is not None
     is_sorted = inputs.expert_B is not None and not are_several(inputs.expert_B)
-    has_centered = inputs.pre_bias_D is not None or is_sorted
+    has_centered, is_given = inputs.pre_bias_D is not None or is_sorted, inputs.given_groups is not None
     has_centered = has_centered and not isinstance(primitives(x_BD), SelfChecked)
     shape, Q = (inputs.k,) if inputs.over_batch else (B, inputs.k), B
     if decoder.ends_L is not None:
@@ -109,11 +107,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         W_enc_FD.new_empty(aux_shape),
         x_BD.new_empty(aux_shape, dtype=long) if has_aux else W_dec_FD.new_empty(0),
         x_BD.new_empty(x_BD.shape if has_centered else 0),
-        x_BD.new_empty(B if is_sorted else 0, dtype=long),
-        x_BD.new_empty(inputs.n_experts + 1 if is_sorted else 2, dtype=long),
+        x_BD.new_empty(B if is_sorted and not is_given else 0, dtype=long),
+        x_BD.new_empty(0 if is_given else inputs.n_experts + 1 if is_sorted else 2, dtype=long),
         x_BD.new_empty(0 if inputs.candidate_dtype is None else B, dtype=torch.bool),
         x_BD.new_empty(Q + 1 if inputs.over_batch else 0, dtype=long),
         x_BD.new_empty(B * n_aux + 1 if n_aux else 0, dtype=long),
+        x_BD.new_empty(0) if inputs.gates_B is None else W_enc_FD.new_empty(B, inputs.k),
     )
 
 
@@ -152,33 +151,38 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     """
     p, groups = primitives(b.x_BD), b.groups()
     active_only = row_grads is not None and row_grads.active_only
-    has_radial = row_grads is not None and b.dtype == b.W_dec_FD.dtype and b.dtype.itemsize >= 4
+    gates = gating(p, b.expert_B, b.indices_BK, b.gates_B, b.blocks)
+    rows = _code_rows(b.offsets_Q1, len(b.indices_BK), len(b.x_BD))
+    is_sparse = active_only or rows is not None
+    dense = not is_sparse and is_dense(len(b.W_dec_FD), b.indices_BK.shape[1], groups, b.x_BD.device, b.dtype)
 
     def none() -> Tensor:
         return b.x_BD.new_empty(0)  # one per output: those of an operator may not share memory
 
-    def products_at(indices: Tensor, n_latents: int, rows: CodeRows | None = None) -> CodeProducts:
-        return CodeProducts(p, indices, n_latents, groups, b.dtype, active_only, rows)
-
-    gates = gating(p, b.expert_B, b.indices_BK, b.gates_B, b.blocks)
-    acts_BK, values_BK, indices_BK = gates.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
-    codes = products_at(indices_BK, len(b.W_dec_FD), _code_rows(b.offsets_Q1, len(indices_BK), len(b.x_BD)))
-    # Dense on a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
-    has_radial = has_radial and not (isinstance(p, SelfChecked) and (codes.dense or b.dead_N is not None))
-    rows_dtype = b.dtype if codes.dense else b.x_BD.dtype
-    n_out = len(b.x_BD) if codes.rows is None else len(codes.rows.offsets_Q1) - 1
+    has_radial = row_grads is not None and b.dtype == b.W_dec_FD.dtype and b.dtype.itemsize >= 4
+    # On a GPU, a row of the gradient meets its row of W in the optimiser's kernel, where their product is free.
+    has_radial = has_radial and not isinstance(p, SelfChecked)
+    rows_dtype = b.dtype if dense else b.x_BD.dtype
+    n_out = len(b.x_BD) if rows is None else len(rows.offsets_Q1) - 1
     grad_out_BD = b.x_BD.new_zeros(n_out, b.x_BD.shape[1]) if b.grad_out_BD is None else b.grad_out_BD
-    g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
-    d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
-    d_pre_BK, d_gates_B = gates.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
-    # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
-    radial_BK = acts_BK * d_acts_BK if has_radial else None
-    rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
-    d_x_BD = codes.decode_tokens(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
+    if dense and isinstance(p, SelfChecked) and gates is p and not b.needs_x:
+        gated = b.values_BK, b.indices_BK, b.gates_B, b.grad_values_BK
+        found = p.gated_grads(*gated, grad_out_BD, b.x_BD, b.pre_bias_D, b.W_dec_FD, groups, b.dtype)
+        rows_R, grads, (d_gates_B, centered_BD), d_x_BD = None, found[:3], found[3:], none()
+    else:
+        acts_BK, values_BK, indices_BK = gates.sorted_codes(b.values_BK, b.indices_BK, b.gates_B, groups)
+        codes = CodeProducts(p, indices_BK, len(b.W_dec_FD), groups, b.dtype, active_only, rows)
+        g_BD, centered_BD = p.sorted_rows(grad_out_BD, None, groups, rows_dtype), b.centered(groups, rows_dtype)
+        d_acts_BK = codes.matmul_at_indices(g_BD, b.W_dec_FD)
+        d_pre_BK, d_gates_B = gates.code_grads(values_BK, d_acts_BK, b.gates_B, b.grad_values_BK, groups)
+        # <dW_dec[f], W_dec[f]> per token: dW_dec[f] is the sum of acts g, and d_acts is <g, W_dec[f]>.
+        radial_BK = acts_BK * d_acts_BK if has_radial else None
+        rows_R, grads = codes.weight_grads(acts_BK, g_BD, d_pre_BK, centered_BD, radial_BK)
+        d_x_BD = codes.decode_tokens(d_pre_BK, b.W_enc_FD) if b.needs_x else none()
     if b.dead_N is not None and b.grad_aux_BD is not None:
         dead = dead_latents(b.dead_N, b.blocks, b.aux_slots_BA.shape[-1])
         aux_rows = _code_rows(b.aux_offsets_Q1, len(b.aux_slots_BA), len(b.x_BD))
-        aux = products_at(b.aux_slots_BA, len(dead.latents_Z), aux_rows)
+        aux = CodeProducts(p, b.aux_slots_BA, len(dead.latents_Z), groups, b.dtype, active_only, aux_rows)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
         rows_R, grads = merge_rows(rows_R, grads, dead_R, dead_grads)
         d_x_BD = d_x_BD + d_dead_x_BD if b.needs_x else d_x_BD
@@ -233,6 +237,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(outputs.indices_BK, *outputs[4:])
     ctx.set_materialize_grads(False)
     saved = encoder._asdict() | decoder._asdict() | outputs._asdict()
+    if (given := encoder.given_groups) is not None:
+        order_B = outputs.order_B if given.order_B is None else given.order_B
+        saved |= {"order_B": order_B, "offsets_E1": given.offsets_E1}
     ctx.save_for_backward(*(saved[name] for name in _SAVED))
     ctx.constants = encoder.n_experts, encoder.n_shared, encoder.dtype
 

@@ -39,11 +39,12 @@ class Outputs(NamedTuple):
         aux_slots_BA: Their slots in ``DeadLatents``, likewise.
         centered_BD: The encoder's input, rows sorted by expert; empty if it is x itself, which an operator may not
             return, and on a GPU, which makes it anew in less time than it takes to save it.
-        order_B: Of the ``ExpertGroups``; empty if there is one group.
-        offsets_E1: Likewise.
+        order_B: Of the ``ExpertGroups``; empty if there is one group, or if the groups were given.
+        offsets_E1: Likewise; empty if they were given.
         doubtful_B: Whether low precision may have missed a latent of the token; empty without candidates.
         offsets_Q1: Of codes over the batch, which are [S], where those of each token and level begin; else empty.
         aux_offsets_Q1: With ``dead_counts``, where those of each token and group begin; else empty.
+        acts_BK: Values times gates; empty without gates.
     """
 
     out_BD: Tensor
@@ -58,6 +59,7 @@ class Outputs(NamedTuple):
     doubtful_B: Tensor
     offsets_Q1: Tensor
     aux_offsets_Q1: Tensor
+    acts_BK: Tensor
 
 
 class BackwardInputs(NamedTuple):
@@ -122,6 +124,7 @@ class Reconstruction(NamedTuple):
         aux_out_BD: The same sum over the aux_k chosen dead latents, without ReLU; None without ``dead_N``.
         doubtful_B: Whether the encoder's low precision may have missed a latent of the token; None in full precision.
         offsets_B1: With ``over_batch``, where each token's codes begin, values and indices being [k]; else None.
+        acts_BK: gate z, without a gradient.
     """
 
     out_BD: Tensor
@@ -130,3 +133,4 @@ class Reconstruction(NamedTuple):
     aux_out_BD: Tensor | None
     doubtful_B: Tensor | None = None
     offsets_B1: Tensor | None = None
+    acts_BK: Tensor | None = None

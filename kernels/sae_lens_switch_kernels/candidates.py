@@ -89,13 +89,14 @@ def select(
     groups: ExpertGroups,
     k: int,
     dtype: torch.dtype,
+    relu: bool = False,
 ) -> Selected:
     """The k largest per row, or of the batch, of a product in ``dtype``; rows are sorted by expert."""
     W_FD, bias_F, scale_F = inputs.W_enc_FD, inputs.bias_F, inputs.scale_F
     if not inputs.over_batch:
-        return selected_of(*p.topk_encode(centered_BD, W_FD, k, groups, bias_F, scale_F, dtype))
+        return selected_of(*p.topk_encode(centered_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu))
     values_S, indices_S, offsets_B1 = torch_backend.batch_topk_encode(centered_BD, W_FD, k, bias_F, scale_F, dtype)
-    return selected_of(values_S, indices_S, offsets_B1=offsets_B1)
+    return selected_of(values_S.relu_() if relu else values_S, indices_S, offsets_B1=offsets_B1)
 
 
 def select_from_candidates(

@@ -19,7 +19,7 @@ from sae_lens_switch_kernels.arguments import (
 )
 from sae_lens_switch_kernels.autoencode_tensors import Outputs, Reconstruction
 from sae_lens_switch_kernels.candidates import EncoderPrecision
-from sae_lens_switch_kernels.indexing import n_rows
+from sae_lens_switch_kernels.indexing import ExpertGroups, n_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.row_grads import RowGrads
 
@@ -218,6 +218,7 @@ def sparse_autoencode(
     k: int,
     *,
     expert_B: Tensor | None = None,
+    groups: ExpertGroups | None = None,
     n_experts: int = 1,
     n_shared: int = 0,
     gates_B: Tensor | None = None,
@@ -244,6 +245,7 @@ def sparse_autoencode(
         W_dec_FD: Decoder weights.
         k: Active latents per token.
         expert_B: The expert of each token, or its experts, as in ``switch_encode``.
+        groups: The tokens of each expert, as ``route`` has sorted them; None: they are sorted here.
         n_experts: Number of experts.
         n_shared: Latents of no expert, as in ``switch_encode``.
         gates_B: Multiplies the values of each token, or of each of its experts, before decoding.
@@ -276,6 +278,10 @@ def sparse_autoencode(
     inputs = checked(inputs._replace(n_shared=n_shared, over_batch=over_batch), encoder_precision)
     if ends_L is not None:
         check_levels(ends_L, len(W_enc_FD), x_BD, over_batch)
+    if groups is not None:
+        if inputs.expert_B is None or inputs.expert_B.numel() != len(x_BD):
+            raise ValueError("groups must be of tokens with one expert each, as route gives them, or None")
+        inputs = inputs._replace(sorted_B=groups.order_B, ends_E1=groups.offsets_E1)
     if dead_N is not None:
         check_integers("dead_N", dead_N)
         check_device("dead_N", dead_N, "x_BD", x_BD)
@@ -296,4 +302,5 @@ def sparse_autoencode(
         (found.aux_out_BD.view(B, -1, D) if dead_counts else found.aux_out_BD) if dead_N is not None else None,
         None if inputs.candidate_dtype is None else found.doubtful_B,
         found.offsets_Q1[::L] if over_batch else None,
+        found.values_BK if gates_B is None else found.acts_BK,
     )

@@ -142,9 +142,8 @@ def _encode_rows(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroup
     p = primitives(centered_BD)
     with torch.autocast(centered_BD.device.type, enabled=False):
         if inputs.candidate_dtype is None:
-            selected = select(p, inputs, centered_BD, groups, inputs.k, inputs.dtype)
-        else:
-            selected = select_from_candidates(p, inputs, centered_BD, groups)
+            return select(p, inputs, centered_BD, groups, inputs.k, inputs.dtype, relu=True)
+        selected = select_from_candidates(p, inputs, centered_BD, groups)
     selected.values_BK.relu_()
     return selected
 

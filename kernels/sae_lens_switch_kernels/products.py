@@ -7,17 +7,24 @@ from torch import Tensor
 
 from sae_lens_switch_kernels.backend import SelfChecked
 from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, active_latent_index
+from sae_lens_switch_kernels.several_experts import OwnGates
 from sae_lens_switch_kernels.torch_codes import latent_sums
 
 # Dense if the expert has at most this many latents per active one: the matrix product then beats the gather.
-# Measured on a CPU (kernels/README.md); on a GPU predicted from its bandwidth and matrix rate.
+# Measured on a CPU (kernels/README.md). On a GPU from the products measured on an H200 (docs/gpu): the lines of decode,
+# dots and both weight gradients cross at 31 (D 768) and 43 (D 2,304) in bfloat16, at 7 and 11 in float32, and at 15 and
+# below 6 where float32 is multiplied as TF32, whose weight gradients are slow.
 _DENSE_UP_TO = {"cpu": 2}
-_DENSE_UP_TO_ON_GPU = 128
+_DENSE_UP_TO_ON_GPU = {2: 32, 4: 8}  # by the bytes of a number
 
 
-def is_dense(n_latents: int, K: int, groups: ExpertGroups, device: torch.device) -> bool:
-    """Whether products within an expert are dense, by its latents per active one."""
-    return K * _DENSE_UP_TO.get(device.type, _DENSE_UP_TO_ON_GPU) >= n_latents // (len(groups.offsets_E1) - 1)
+def is_dense(n_latents: int, K: int, groups: ExpertGroups, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products within an expert are dense, by its latents per active one and the dtype of products.
+
+    A rule, not a measurement at first use: a run that is resumed, or repeated, must take the same route.
+    """
+    up_to = _DENSE_UP_TO.get(device.type, _DENSE_UP_TO_ON_GPU[2 if dtype.itemsize <= 2 else 4])
+    return K * up_to >= n_latents // (len(groups.offsets_E1) - 1)
 
 
 class CodeProducts:
@@ -47,7 +54,17 @@ class CodeProducts:
         self.active_only, self.dense_options = active_only, (groups, dtype)
         self.rows = rows
         is_sparse = active_only or rows is not None
-        self.dense = not is_sparse and is_dense(n_latents, indices_BK.shape[1], groups, indices_BK.device)
+        self.dense = not is_sparse and is_dense(n_latents, indices_BK.shape[1], groups, indices_BK.device, dtype)
+
+    def decode_gated(
+        self, gating: ModuleType | SelfChecked | OwnGates, values_BK: Tensor, gates_B: Tensor | None, W_FD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values times gates, decoded; them; values and indices. All in the order of the tokens; values are sorted."""
+        if self.dense and gating is self.p:
+            return self.p.gated_decode(values_BK, self.indices_BK, gates_B, W_FD, *self.dense_options)
+        found = gating.unsorted_codes(values_BK, self.indices_BK, gates_B, self.groups)
+        sorted_acts_BK, acts_BK, values_BK, indices_BK = found
+        return self.decode(sorted_acts_BK, W_FD), acts_BK, values_BK, indices_BK
 
     def decode(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
         """In the order of the tokens, a vector per level of each."""

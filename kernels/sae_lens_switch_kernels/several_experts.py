@@ -35,8 +35,9 @@ class Pairs(NamedTuple):
 
     def rows(self, t_BD: Tensor) -> Tensor:
         """The token of every pair, sorted by expert."""
-        assert self.groups.order_B is not None
         order_R = self.groups.order_B
+        if order_R is None:  # tokens with one expert each, sorted already
+            return t_BD
         token_R = order_R if self.n_active == 1 else torch.div(order_R, self.n_active, rounding_mode="floor")
         return t_BD.index_select(0, token_R)
 
@@ -100,7 +101,11 @@ class OwnGates(NamedTuple):
         """values * gate, values and indices."""
         return self._gated(values_BK), values_BK, indices_BK
 
-    unsorted_codes = sorted_codes
+    def unsorted_codes(
+        self, values_BK: Tensor, indices_BK: Tensor, gates_BA: Tensor | None, groups: ExpertGroups
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        acts_BK, values_BK, indices_BK = self.sorted_codes(values_BK, indices_BK, gates_BA, groups)
+        return acts_BK, acts_BK, values_BK, indices_BK
 
     def code_grads(
         self,

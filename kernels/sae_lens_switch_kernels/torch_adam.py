@@ -3,6 +3,8 @@
 An optimiser that has no kernel steps in blocks that stay in cache instead.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -97,6 +99,39 @@ def lazy_adam_rows(
     step_F[rows_R] = step_R
     if copy_FD is not None:
         copy_FD[rows_R] = new[0].to(copy_FD.dtype)
+
+
+def adam_tensors(
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Step several tensors of any shape by Adam, in place; each by its own count of steps, otherwise as ``adam_rows``.
+
+    Args:
+        parameters: Weights.
+        grads: Their gradients.
+        exp_avgs: First moments.
+        exp_avg_sqs: Second moments.
+        steps: Which step this is for each, from 1.
+        lr: Learning rate.
+        beta1: Decay of the first moments.
+        beta2: Decay of the second moments.
+        eps: Added to the root of the second moments.
+        grad_scale: Gradients are divided by it; None: by 1.
+        found_inf: Nothing changes where it is 1.
+    """
+    for W, grad, m, v, step in zip(parameters, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        rows = W.view(1, -1), grad.view(1, -1), m.view(1, -1), v.view(1, -1)
+        adam_rows(*rows, step, lr, beta1, beta2, eps, grad_scale, found_inf)
 
 
 def _stepped(

@@ -8,7 +8,7 @@ Letters beside the package's: R here counts the rows of a tile, P the latents of
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,21 +26,39 @@ from sae_lens_switch_kernels.indexing import (
     n_rows,
     one_group,
 )
-from sae_lens_switch_kernels.torch_adam import adam_rows, lazy_adam_rows
+from sae_lens_switch_kernels.torch_adam import adam_rows, adam_tensors, lazy_adam_rows
 from sae_lens_switch_kernels.torch_batch_topk import BatchTopK
 from sae_lens_switch_kernels.torch_clipping import clip
-from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
+from sae_lens_switch_kernels.torch_codes import (
+    code_grads,
+    count_codes,
+    sorted_codes,
+    sorted_rows,
+    unsorted_codes,
+)
+from sae_lens_switch_kernels.torch_grouped import (
+    gated_decode,
+    gated_grads,
+    grouped_decode,
+    grouped_matmul_at_indices,
+    grouped_weight_grad,
+    grouped_weight_grads,
+)
+from sae_lens_switch_kernels.torch_loss import loss, loss_backward
 from sae_lens_switch_kernels.torch_routing import route, route_backward, update_expert_bias, update_loads
-from sae_lens_switch_kernels.torch_tiles import group_offsets, pre_activation_tiles, row_tiles, tile_rows
+from sae_lens_switch_kernels.torch_tiles import pre_activation_tiles
 from sae_lens_switch_kernels.torch_topk import select_topk
-from sae_lens_switch_kernels.working_copy import working_copy
 
 __all__ = [
     "adam_rows",
+    "adam_tensors",
     "batch_topk_encode",
     "clip",
     "code_grads",
+    "count_codes",
     "expert_groups",
+    "gated_decode",
+    "gated_grads",
     "grouped_decode",
     "grouped_matmul_at_indices",
     "grouped_weight_grad",
@@ -48,6 +66,8 @@ __all__ = [
     "latent_index",
     "latent_weight_grads",
     "lazy_adam_rows",
+    "loss",
+    "loss_backward",
     "matmul_at_indices",
     "route",
     "route_backward",
@@ -156,12 +176,13 @@ def topk_encode(
     bias_F: Tensor | None,
     scale_F: Tensor | None,
     dtype: torch.dtype,
+    relu: bool = False,
     select: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of (x W_e^T + bias) * scale per row: pre-activations without the scale, and indices over all F.
 
-    2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. ``select``
-    searches a tile; default: ``select_topk``.
+    2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. With ``relu``
+    pre-activations that are chosen, and negative, are 0. ``select`` searches a tile; default: ``select_topk``.
     """
     M = len(W_FD) // (len(groups.offsets_E1) - 1)
     values_BK = W_FD.new_empty(len(x_BD), k)
@@ -179,7 +200,7 @@ def topk_encode(
             found = []
     if len(groups.offsets_E1) > 2:
         indices_BK += groups.first_latents(len(x_BD), len(W_FD))
-    return values_BK, indices_BK
+    return values_BK.relu_() if relu else values_BK, indices_BK
 
 
 def batch_topk_encode(
@@ -202,91 +223,3 @@ def _best(found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None) ->
     values, indices = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
     best_RK = (values if scale_F is None else values * scale_F[indices]).topk(k, dim=1, sorted=False).indices
     return values.gather(1, best_RK), indices.gather(1, best_RK)
-
-
-def grouped_decode(
-    values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    """sparse_decode as one dense product per expert, 2BMD flops: faster while M / K is small.
-
-    Codes are sorted by expert, as everywhere; what they decode to is in the order of the tokens.
-    """
-    out_BD = W_FD.new_empty(len(values_BK), W_FD.shape[1])
-    for block, tile, buffer_RM in _tiles(len(values_BK), len(W_FD), groups, dtype):
-        acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
-        _mm(out_BD[tile], acts_RM, working_copy(W_FD[block], dtype))
-    return groups.unsorted(out_BD)
-
-
-def grouped_matmul_at_indices(
-    g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    """matmul_at_indices as one dense product per expert."""
-    out_BK = g_BD.new_empty(indices_BK.shape)
-    for block, tile, buffer_RM in _tiles(len(g_BD), len(W_FD), groups, dtype):
-        torch.mm(g_BD[tile].to(dtype), working_copy(W_FD[block], dtype).T, out=buffer_RM)
-        out_BK[tile] = buffer_RM.gather(1, indices_BK[tile] - block.start)
-    return out_BK
-
-
-def grouped_weight_grad(
-    values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
-) -> Tensor:
-    """latent_weight_grad as one dense product per expert."""
-    grad_FD = empty_huge(n_latents, g_BD.shape[1], dtype=g_BD.dtype, device=g_BD.device)
-    written = 0
-    for block, tile, buffer_RM in _tiles(len(g_BD), n_latents, groups, dtype):
-        acts_RM = _scatter(buffer_RM, values_BK[tile], indices_BK[tile] - block.start)
-        g_RD = g_BD[tile].to(dtype)
-        if block.stop > written:  # the first tile of this expert
-            grad_FD[written : block.start] = 0  # experts without tokens
-            _mm(grad_FD[block], acts_RM.T, g_RD)
-            written = block.stop
-        elif dtype == grad_FD.dtype:
-            grad_FD[block].addmm_(acts_RM.T, g_RD)
-        else:
-            grad_FD[block] += acts_RM.T @ g_RD
-    grad_FD[written:] = 0
-    return grad_FD
-
-
-def grouped_weight_grads(
-    values_BK: Tensor,
-    indices_BK: Tensor,
-    g_BD: Tensor,
-    d_pre_BK: Tensor,
-    x_BD: Tensor,
-    n_latents: int,
-    groups: ExpertGroups,
-    dtype: torch.dtype,
-) -> LatentGrads:
-    """latent_weight_grads as two dense products per expert; in the dtype of the values."""
-    return LatentGrads(
-        grouped_weight_grad(values_BK, indices_BK, g_BD, n_latents, groups, dtype),
-        grouped_weight_grad(d_pre_BK, indices_BK, x_BD, n_latents, groups, dtype),
-        latent_sums(d_pre_BK, indices_BK, n_latents),
-    )
-
-
-def _tiles(
-    n_tokens: int, n_latents: int, groups: ExpertGroups, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each expert's latents with each tile of its rows, and a buffer [rows, M] that all tiles share."""
-    device = groups.offsets_E1.device
-    M = n_latents // (len(groups.offsets_E1) - 1)
-    rows = tile_rows(device)
-    buffer = empty_huge(min(rows, n_tokens), M, dtype=dtype, device=device)
-    for (tile,) in row_tiles(group_offsets(groups, n_tokens), rows, alone=True):
-        block, part = slice(tile.expert * M, (tile.expert + 1) * M), slice(tile.start, tile.end)
-        yield block, part, buffer[: tile.end - tile.start]
-
-
-def _scatter(buffer_RM: Tensor, values_RK: Tensor, indices_RK: Tensor) -> Tensor:
-    return buffer_RM.zero_().scatter_add_(1, indices_RK, values_RK.to(buffer_RM.dtype))
-
-
-def _mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)

@@ -29,9 +29,11 @@ def sorted_codes(
 
 def unsorted_codes(
     values_BK: Tensor, indices_BK: Tensor, gates_B: Tensor | None, groups: ExpertGroups
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows sorted by expert: values * gate, still sorted; values and indices in the order of the tokens."""
-    return gated(values_BK, gates_B, groups), groups.unsorted(values_BK), groups.unsorted(indices_BK)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows sorted by expert: values * gate, still sorted; them, values and indices in the order of the tokens."""
+    sorted_acts_BK, values_BK = gated(values_BK, gates_B, groups), groups.unsorted(values_BK)
+    acts_BK = values_BK if gates_B is None else values_BK * gates_B.unsqueeze(1).to(values_BK.dtype)
+    return sorted_acts_BK, acts_BK, values_BK, groups.unsorted(indices_BK)
 
 
 def gated(values_BK: Tensor, gates_B: Tensor | None, groups: ExpertGroups) -> Tensor:
@@ -65,6 +67,31 @@ def code_grads(
         d_values_BK = d_values_BK + groups.sorted(grad_values_BK)
     # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
     return d_values_BK * (values_BK > 0), d_gates_B
+
+
+def count_codes(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    is_finite: Tensor,
+    number: int | Tensor,
+    last_F: Tensor,
+    total_F: Tensor,
+) -> None:
+    """Note which latents are active, in place; nothing unless ``is_finite``.
+
+    Args:
+        values_BK: Latents are active where these are positive.
+        indices_BK: Which latents.
+        is_finite: Whether there is anything to note.
+        number: What ``last_F`` becomes where a latent is active: larger than all that it holds.
+        last_F: int32.
+        total_F: int64; to it are added the tokens that each latent is active on.
+    """
+    active_S, indices_S = (values_BK.flatten() > 0) & is_finite, indices_BK.flatten().long()
+    never = last_F.new_full((), torch.iinfo(last_F.dtype).min)
+    number = number if isinstance(number, Tensor) else last_F.new_full((), number)
+    last_F.scatter_reduce_(0, indices_S, torch.where(active_S, number, never), "amax")
+    total_F.scatter_add_(0, indices_S, active_S.to(total_F.dtype))
 
 
 def latent_sums(t_BK: Tensor, indices_BK: Tensor, n_latents: int) -> Tensor:

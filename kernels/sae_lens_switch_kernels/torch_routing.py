@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lens_switch_kernels.indexing import expert_groups
+
 
 class Routed(NamedTuple):
     """What follows from a router's logits [B, E].
@@ -15,6 +17,9 @@ class Routed(NamedTuple):
         gates_B: Its probability.
         load_E: Share of the tokens that each expert receives.
         importance_E: Batch mean of each expert's probability.
+        balance: E * sum_e load_e importance_e: 1 when uniform.
+        order_B: The token in each row of the batch sorted by expert.
+        offsets_E1: [E + 1], int32; expert e owns the sorted rows offsets_E1[e] to offsets_E1[e + 1].
     """
 
     probs_BE: Tensor
@@ -22,6 +27,9 @@ class Routed(NamedTuple):
     gates_B: Tensor
     load_E: Tensor
     importance_E: Tensor
+    balance: Tensor
+    order_B: Tensor
+    offsets_E1: Tensor
 
 
 def biased_probs(probs_BE: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -47,12 +55,18 @@ def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
     expert_B1 = biased_probs(probs_BE, bias_E).argmax(dim=-1, keepdim=True)
     counts_E = probs_BE.new_zeros(probs_BE.shape[-1])
     counts_E.index_add_(0, expert_B1.flatten(), counts_E.new_ones(()).expand(len(probs_BE)))
+    order_B, offsets_E1 = expert_groups(expert_B1.flatten(), len(counts_E))
+    assert order_B is not None
+    load_E, importance_E = counts_E / max(1, len(probs_BE)), probs_BE.mean(dim=0)
     return Routed(
         probs_BE,
         expert_B1.flatten(),
         probs_BE.gather(-1, expert_B1).flatten(),
-        counts_E / max(1, len(probs_BE)),
-        probs_BE.mean(dim=0),
+        load_E,
+        importance_E,
+        len(load_E) * torch.dot(load_E, importance_E),
+        order_B,
+        offsets_E1.int(),
     )
 
 
@@ -62,8 +76,13 @@ def route_backward(
     grad_probs_BE: Tensor | None,
     grad_gates_B: Tensor | None,
     grad_importance_E: Tensor | None,
+    grad_balance: Tensor | None,
+    load_E: Tensor,
 ) -> Tensor:
-    """The gradient of the logits, [B, E]."""
+    """The gradient of the logits, [B, E]. That of the balance goes through the importance only."""
+    if grad_balance is not None:
+        through_balance_E = (grad_balance * len(load_E)) * load_E
+        grad_importance_E = through_balance_E if grad_importance_E is None else grad_importance_E + through_balance_E
     d_probs_BE = torch.zeros_like(probs_BE) if grad_probs_BE is None else grad_probs_BE.clone()
     if grad_gates_B is not None:
         d_probs_BE.scatter_add_(1, expert_B.unsqueeze(1), grad_gates_B.unsqueeze(1))

@@ -190,26 +190,23 @@ class ExpertShard(SwitchTrainingSAE):
         probs_BE = logits_BE.softmax(dim=-1)
         own_BE = probs_BE[:, self.first : self.first + self.cfg.n_experts]
         experts_B1 = own_BE.argmax(dim=-1, keepdim=True)
-        importance_E = probs_BE.sum(dim=0) / batch.n_tokens
         load_E = batch.load_E.to(probs_BE.dtype)
-        return Assignment(logits_BE, probs_BE, experts_B1, own_BE.gather(-1, experts_B1), load_E, importance_E)
+        balance = len(load_E) * torch.dot(load_E, probs_BE.sum(dim=0) / batch.n_tokens)
+        return Assignment(logits_BE, probs_BE, experts_B1, own_BE.gather(-1, experts_B1), load_E, balance)
 
+    @property
     @override
-    def _load_balance_scale(self, x_BD: Tensor) -> Tensor | float:
-        if self.cfg.load_balance_scale == "d_in":
-            return super()._load_balance_scale(x_BD)
-        return self.received.variance
-
-    @override
-    def _reconstruction_error(self, sae_out: Tensor, x_BD: Tensor) -> Tensor:
-        return super()._reconstruction_error(sae_out, x_BD) * self._share(x_BD)
+    def _load_balance_scale(self) -> float | Tensor | None:
+        scale = super()._load_balance_scale
+        return self.received.variance if scale is None else scale
 
     @override
     def _aux_loss(
         self, x_BD: Tensor, sae_out_BD: Tensor, result: Reconstruction, dead: DeadLatents, n_dead: Tensor | int
     ) -> Tensor:
-        return super()._aux_loss(x_BD, sae_out_BD, result, dead, n_dead) * self._share(x_BD)
+        return super()._aux_loss(x_BD, sae_out_BD, result, dead, n_dead) * self._batch_share(x_BD)
 
-    def _share(self, x_BD: Tensor) -> float:
+    @override
+    def _batch_share(self, x_BD: Tensor) -> float:
         """What the mean of these tokens counts for in that of the whole batch."""
         return len(x_BD) / self.received.n_tokens

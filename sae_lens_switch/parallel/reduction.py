@@ -5,13 +5,14 @@ from functools import reduce
 
 import torch
 from sae_lens_switch_kernels import RowGrads
+from sae_lens_switch_kernels.torch_clipping import total_norm
 from torch import Tensor, nn
 
 from sae_lens_switch.parallel.expert_shard import ExpertShard
 from sae_lens_switch.parallel.ranks import Ranks
+from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.training.firing import Firings
-from sae_lens_switch.training.optim.gradients import total_norm
 
 
 def sum_together_(tensors: Sequence[Tensor], ranks: Ranks, what: str) -> None:
@@ -96,9 +97,9 @@ def firings_over_data(firings: list[Firings], d_sae: int, ranks: Ranks) -> list[
     if ranks.n_rows == 1:
         return firings
     counts_F = torch.zeros(d_sae, device=ranks.device)
-    for indices, counts in firings:
-        if indices is None:
-            counts_F += counts
+    for fired in firings:
+        if isinstance(fired, SparseCodes):
+            counts_F.index_add_(0, fired.indices.flatten(), (fired.values.flatten() > 0).to(counts_F.dtype))
         else:
-            counts_F.index_add_(0, indices, counts.to(counts_F.dtype))
-    return [(None, ranks.sum_over_data_(counts_F, "firings"))]
+            counts_F += fired
+    return [ranks.sum_over_data_(counts_F, "firings")]

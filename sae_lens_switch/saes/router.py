@@ -5,20 +5,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from sae_lens_switch_kernels import biased_probs, route
+from sae_lens_switch_kernels import ExpertGroups, biased_probs, route
 from torch import Tensor
 
 from sae_lens_switch.saes.expert_layout import ExpertLayout
-
-# Where torch's variance, which reads a batch once, takes half as long again as several passes.
-_IN_PASSES = {"cpu"}
 
 
 @dataclass(frozen=True)
 class Assignment:
     """Router logits and probabilities of all experts; indices and probabilities of the A chosen ones, best first.
 
-    In training also the load and the batch mean of the probabilities, where they are by-products.
+    In training also the load, its balance and the tokens sorted by expert, where they are by-products.
     """
 
     logits_BE: Tensor
@@ -26,7 +23,8 @@ class Assignment:
     experts_BA: Tensor
     gates_BA: Tensor
     load_E: Tensor | None = None
-    importance_E: Tensor | None = None
+    balance: Tensor | None = None
+    groups: ExpertGroups | None = None
 
 
 def router_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,8 +50,10 @@ def assign(logits_BE: Tensor, probs_BE: Tensor, n_active: int = 1, bias_E: Tenso
 
 def assign_batch(logits_BE: Tensor, bias_E: Tensor | None = None) -> Assignment:
     """``assign`` of a whole batch, with its load, in one operator that can be differentiated once."""
-    probs_BE, expert_B, gates_B, load_E, importance_E = route(logits_BE, bias_E)
-    return Assignment(logits_BE, probs_BE, expert_B.unsqueeze(1), gates_B.unsqueeze(1), load_E, importance_E)
+    found = route(logits_BE, bias_E)
+    chosen = found.expert_B.unsqueeze(1), found.gates_B.unsqueeze(1)
+    groups = ExpertGroups(found.order_B, found.offsets_E1)
+    return Assignment(logits_BE, found.probs_BE, *chosen, found.load_E, found.balance, groups)
 
 
 def expert_load(assignment: Assignment) -> Tensor:
@@ -71,22 +71,14 @@ def load_balance_loss(assignment: Assignment, load_E: Tensor) -> Tensor:
 
     The gradient goes through P only.
     """
-    importance_E = assignment.importance_E
-    if importance_E is None:
-        importance_E = assignment.probs_BE.mean(dim=0)
-    return len(load_E) * torch.dot(load_E.detach(), importance_E)
+    if assignment.balance is not None:
+        return assignment.balance
+    return len(load_E) * torch.dot(load_E.detach(), assignment.probs_BE.mean(dim=0))
 
 
 def router_z_loss(logits_BE: Tensor) -> Tensor:
     """mean_B logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906, equation 5): it keeps the logits small."""
     return logits_BE.logsumexp(dim=-1).square().mean()
-
-
-def spread(x_BD: Tensor) -> Tensor:
-    """Mean squared distance of the rows from their mean."""
-    if x_BD.device.type in _IN_PASSES:
-        return (x_BD - x_BD.mean(dim=0)).square_().sum(dim=-1).mean()
-    return x_BD.var(dim=0, correction=0).sum()
 
 
 class RoutingStatistics:

@@ -13,6 +13,7 @@ from sae_lens_switch_kernels import Reconstruction
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_switch.saes.losses import reconstruction_error
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_topk_sae import Selection
 from sae_lens_switch.saes.step import DeadLatents
@@ -36,14 +37,14 @@ class SparseMatryoshkaBatchTopKTrainingSAE(SparseBatchTopKTrainingSAE, Matryoshk
         return super()._selection(n_tokens)._replace(ends_L=self._ends_L)
 
     @override
-    def _reconstruction(self, result: Reconstruction) -> Tensor:
-        return result.out_BD.sum(1) + self.b_dec
+    def _product(self, result: Reconstruction) -> Tensor:
+        return result.out_BD.sum(1)
 
     @override
     def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:
         widths = self.cfg.matryoshka_widths[:-1]  # the last is the whole, which has a loss already
         return {
-            f"inner_mse_loss_{width}": self._reconstruction_error(sae_out, x_BD)
+            f"inner_mse_loss_{width}": reconstruction_error(self, sae_out, x_BD)
             for width, sae_out in zip(widths, self._reconstructions(result.out_BD), strict=False)
         }
 

@@ -2,11 +2,9 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.folds import CountedFolds
+from sae_lens_switch.saes.losses import Balance, is_plain, losses_of_output, losses_of_product
 from sae_lens_switch.saes.pickling import PicklableSAE
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics
 from sae_lens_switch.saes.serialization import latent_major
@@ -179,31 +178,39 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         inputs_BD = self.normalized_input(x_BD)
         acts, codes, result, dead = None, None, None, DeadLatents(None, 0)
         metrics: Metrics = {}
+        share = self._batch_share(x_BD)
         if self.has_dense_hooks:
             acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
-            sae_out = self.decode(acts)
+            sae_out, product = self.decode(acts), None
         else:
             assignment = self._route_batch(inputs_BD)
             dead = self._dead_latents(step_input.dead_neuron_mask)
             row_grads = None if options is None else options.row_grads
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
-            sae_out = self._finish_decoding(self._reconstruction(result))
+            product = self._product(result)
+            sae_out = None if share is None and is_plain(self) else self._finish_decoding(product + self.b_dec)
             codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae, result.offsets_B1)
             codes = codes.view(*given.shape[:-1])
             if result.doubtful_B is not None:
                 doubtful_B = result.doubtful_B
                 metrics["doubtful_tokens"] = lambda: doubtful_B.float().mean()
 
-        losses = {"mse_loss": self._reconstruction_error(sae_out, x_BD)}
-        routing = self._add_routing(losses, metrics, step_input, x_BD, assignment)
+        balance, routing = self._balance(step_input, metrics, assignment)
+        if sae_out is None:
+            assert product is not None
+            sae_out, loss, losses = losses_of_product(product, self.b_dec, x_BD, balance)
+        else:
+            _, loss, losses = losses_of_output(self, sae_out, x_BD, balance, share)
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = sae_out.new_zeros(())
         if result is not None:
             if dead.indices_N is not None:
                 n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
                 losses["auxiliary_reconstruction_loss"] = self._aux_loss(x_BD, sae_out, result, dead, n_dead)
-            losses |= self._inner_losses(result, x_BD)
-        loss = reduce(torch.add, losses.values())
+                loss = loss + losses["auxiliary_reconstruction_loss"]
+            inner = self._inner_losses(result, x_BD)
+            losses |= inner
+            loss = sum(inner.values(), start=loss)
         if options is None or options.refuse_non_finite:
             self._check_loss(loss, x_BD, step_input.n_training_steps)
 
@@ -241,30 +248,25 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     ) -> tuple[Reconstruction, Tensor]:
         """The fused encoder and decoder, without b_dec; and the latents as seen from outside, [B, K], detached."""
 
-    def _reconstruction(self, result: Reconstruction) -> Tensor:
-        return result.out_BD + self.b_dec
+    def _product(self, result: Reconstruction) -> Tensor:
+        """Of codes and decoder, without b_dec."""
+        return result.out_BD
 
     def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Losses of parts of the dictionary, added to that of the whole."""
         return {}
 
-    def _reconstruction_error(self, sae_out: Tensor, x_BD: Tensor) -> Tensor:
-        """mean_B ||x - sae_out||^2 by SAELens's loss function, in the wider of the two dtypes.
-
-        So does torch, where it can: not all its versions differentiate a loss of two dtypes.
-        """
-        dtype = torch.promote_types(sae_out.dtype, x_BD.dtype)
-        return self.mse_loss_fn(sae_out.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()
-
-    def _add_routing(
+    def _balance(
         self,
-        losses: dict[str, Tensor],  # noqa: ARG002
-        metrics: Metrics,  # noqa: ARG002
         step_input: TrainStepInput,  # noqa: ARG002
-        x_BD: Tensor,  # noqa: ARG002
+        metrics: Metrics,  # noqa: ARG002
         assignment: Assignment | None,  # noqa: ARG002
-    ) -> RoutingStatistics | None:
-        """Add the router's losses and metrics; returns statistics of the routing."""
+    ) -> tuple[Balance | None, RoutingStatistics | None]:
+        """How even the load of the experts is, and statistics of the routing; adds the router's metrics."""
+        return None, None
+
+    def _batch_share(self, x_BD: Tensor) -> float | None:  # noqa: ARG002
+        """What part of the batch these tokens are, where processes divide it; None: they are all of it."""
         return None
 
     def _check_loss(self, loss: Tensor, x_BD: Tensor, step: int) -> None:

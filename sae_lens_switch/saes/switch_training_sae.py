@@ -10,6 +10,7 @@ from sae_lens_switch_kernels import (
     Reconstruction,
     RowGrads,
     biased_probs,
+    router_logits,
     sparse_autoencode,
     switch_encode,
     update_expert_bias,
@@ -30,18 +31,16 @@ from sae_lens_switch.saes.decoder_constraint import (
 )
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.expert_overlap import STRONGEST, TOKENS_PER_SAMPLE, overlap_penalty
+from sae_lens_switch.saes.losses import Balance, losses_of_router, scale_of
 from sae_lens_switch.saes.router import (
     Assignment,
     RoutingStatistics,
     assign_batch,
     expert_load,
     load_balance_loss,
-    router_dtype,
     router_z_loss,
-    spread,
 )
 from sae_lens_switch.saes.serialization import FRESH
-from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents, LatentParameters, activation_rows, why_not_finite
 from sae_lens_switch.saes.switch_sae import SwitchBase
@@ -132,10 +131,10 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     @override
     def settle_step(self, is_finite: Tensor) -> None:
         self._start.settle(self.named_parameters(), is_finite)
-        self._balance(is_finite)
+        self._move_bias(is_finite)
 
     @torch.no_grad()
-    def _balance(self, is_finite: Tensor) -> None:
+    def _move_bias(self, is_finite: Tensor) -> None:
         """Move ``expert_bias`` against the load of the step."""
         counts_E, self._counts_E = self._counts_E, None
         if counts_E is not None and self.expert_bias is not None:
@@ -162,7 +161,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     def _route_batch(self, inputs_BD: Tensor) -> Assignment:
         if has_hooks(self.hook_sae_router_probs) or self.cfg.n_active_experts > 1:
             return self._route(inputs_BD)
-        return assign_batch(self._router_logits(inputs_BD), self.expert_bias)
+        logits_BE = router_logits(inputs_BD, self.W_router, self.effective_router_bias)
+        return assign_batch(self.hook_sae_router_logits(logits_BE), self.expert_bias)
 
     @override
     def _autoencode(
@@ -178,6 +178,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             self.W_dec,
             self.cfg.k,
             expert_B=experts_BA,
+            groups=assignment.groups,
             n_experts=self.cfg.n_experts,
             n_shared=self.cfg.layout.shared_width,
             gates_B=gates_BA,
@@ -187,8 +188,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             row_grads=row_grads,
             encoder_precision=self.encoder_precision,
         )
-        codes = SparseCodes(result.values_BK.detach(), result.indices_BK, self.cfg.d_sae)
-        values_BK = self._gated(codes, assignment).detach()
+        assert result.acts_BK is not None
+        values_BK = result.acts_BK.detach()
         if self.cfg.expert_overlap_coefficient:
             self._overlap = self._expert_overlap(inputs_BD, assignment, values_BK, result.indices_BK)
         return result, values_BK
@@ -209,30 +210,36 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         return overlap_penalty(self.W_dec, indices_BK[:S].gather(1, place_SN), other[1], fires_SNN)
 
     @override
-    def _add_routing(
-        self,
-        losses: dict[str, Tensor],
-        metrics: Metrics,
-        step_input: TrainStepInput,
-        x_BD: Tensor,
-        assignment: Assignment | None,
-    ) -> RoutingStatistics:
+    def _balance(
+        self, step_input: TrainStepInput, metrics: Metrics, assignment: Assignment | None
+    ) -> tuple[Balance, RoutingStatistics]:
         assert assignment is not None
         load_E = expert_load(assignment)
-        balance, scale = load_balance_loss(assignment, load_E), self._load_balance_scale(x_BD)
-        losses["load_balance_loss"] = step_input.coefficients["load_balance"] * scale * balance
-        if self.cfg.router_z_loss_coefficient:
-            z_loss = router_z_loss(assignment.logits_BE)
-            losses["router_z_loss"] = self.cfg.router_z_loss_coefficient * scale * z_loss
-        overlap, self._overlap = self._overlap, None
-        if overlap is not None:
-            losses["expert_overlap_loss"] = self.cfg.expert_overlap_coefficient * scale * overlap
+        value = load_balance_loss(assignment, load_E)
         if self.expert_bias is not None and torch.is_grad_enabled():
             self._count(load_E, assignment.experts_BA.numel())
         gates_B = assignment.gates_BA.detach().flatten()
         statistics = RoutingStatistics(load_E, gates_B, self.cfg.layout, step_input.dead_neuron_mask)
-        metrics.update(load_balance=balance.detach(), **statistics.metrics())
-        return statistics
+        metrics.update(load_balance=value.detach(), **statistics.metrics())
+        others = self._other_losses(activation_rows(step_input.sae_in, self.cfg.d_in), assignment)
+        return Balance(value, step_input.coefficients["load_balance"], self._load_balance_scale, others), statistics
+
+    @property
+    def _load_balance_scale(self) -> float | Tensor | None:
+        return float(self.cfg.d_in) if self.cfg.load_balance_scale == "d_in" else None
+
+    def _other_losses(self, x_BD: Tensor, assignment: Assignment) -> dict[str, Tensor]:
+        """The router's z-loss and the penalty on overlap, each if it has a coefficient."""
+        losses: dict[str, Tensor] = {}
+        z_coefficient = self.cfg.router_z_loss_coefficient
+        overlap, self._overlap = self._overlap, None
+        if z_coefficient or overlap is not None:
+            scale = scale_of(self._load_balance_scale, x_BD)
+            if z_coefficient:
+                losses["router_z_loss"] = z_coefficient * scale * router_z_loss(assignment.logits_BE)
+            if overlap is not None:
+                losses["expert_overlap_loss"] = self.cfg.expert_overlap_coefficient * scale * overlap
+        return losses
 
     def _count(self, load_E: Tensor, n_choices: int) -> None:
         counts_E = (load_E * n_choices).round()  # whole numbers, so that an even load is found to be even
@@ -251,16 +258,9 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """The load-balance loss alone; ``training_forward_pass`` has it already and does not call this."""
-        losses: dict[str, Tensor] = {}
         x_BD = activation_rows(step_input.sae_in, self.cfg.d_in)
-        self._add_routing(losses, {}, step_input, x_BD, self._route(self.normalized_input(x_BD)))
-        return losses
-
-    @torch.no_grad()
-    def _load_balance_scale(self, x_BD: Tensor) -> Tensor | float:
-        if self.cfg.load_balance_scale == "d_in":
-            return float(self.cfg.d_in)
-        return spread(x_BD.to(router_dtype(x_BD.dtype)))
+        balance, _ = self._balance(step_input, {}, self._route(self.normalized_input(x_BD)))
+        return losses_of_router(balance, x_BD)
 
     # Dead latents: those of a token's own expert
 
@@ -305,7 +305,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             normalize_rows_(self.W_dec)
         self.after_own_step()
         if self.expert_bias is not None:
-            self._balance(torch.ones((), dtype=torch.bool, device=self.expert_bias.device))
+            self._move_bias(torch.ones((), dtype=torch.bool, device=self.expert_bias.device))
 
     # Files and logs
 

@@ -72,6 +72,19 @@ def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
     )
 
 
+class Shares:
+    """What the losses of parts are differentiated with: their shares of the batch, on their device, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def of(self, loss: Tensor, share: float) -> Tensor:
+        key = share, loss.dtype, loss.device
+        if key not in self._made:
+            self._made[key] = torch.full_like(loss.detach(), share)
+        return self._made[key]
+
+
 class RowGradsSum:
     """The sum of what several backward passes leave in one RowGrads; autograd sums the other gradients itself."""
 

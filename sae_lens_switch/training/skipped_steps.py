@@ -12,7 +12,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class SkippedSteps:
-    """How many steps were skipped, in a row and in all."""
+    """How many steps were skipped, in a row and in all: ``counts``, which the optimiser keeps."""
 
     def __init__(self, most_in_a_row: int, device: str) -> None:
         self.most_in_a_row = most_in_a_row
@@ -23,11 +23,6 @@ class SkippedSteps:
     def total(self) -> int:
         """Waits for the device."""
         return int(self.counts[1])
-
-    def update(self, is_finite: Tensor) -> None:
-        skipped = ~is_finite
-        self.counts += skipped
-        self.counts[0].mul_(skipped)
 
     def report(self, sae: AnyTrainingSAE, x_BD: Tensor, step: int) -> int | None:
         """Log what was skipped since the last report. Returns how many in a row, if these are too many."""

@@ -18,7 +18,7 @@ from sae_lens_switch.saes.config import check_trainable
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput, activation_rows
 from sae_lens_switch.training import checkpoints
-from sae_lens_switch.training.accumulation import RowGradsSum, merged, release, without_graph
+from sae_lens_switch.training.accumulation import RowGradsSum, Shares, merged, release, without_graph
 from sae_lens_switch.training.activations import ActivationSource, activation_batches
 from sae_lens_switch.training.collapse_response import CollapseResponse
 from sae_lens_switch.training.config import SparseSAETrainerConfig, refuse_several_processes
@@ -90,6 +90,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.optimizer = optimizer_for(sae, cfg)
         self.lr_scheduler = self._make_schedule(cfg)
         self._graph, self._scalars = self._make_graph()
+        self._shares = Shares()
         self.n_batches_drawn = 0
         self.skipped = SkippedSteps(cfg.max_skipped_steps, cfg.device)
         self.collapse = CollapseResponse(cfg.on_collapse)
@@ -128,6 +129,15 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.firing.passes_since_fired_F = value
 
     @property
+    def act_freq_scores(self) -> Tensor:  # pyright: ignore
+        """[F], float32, as in SAELens: how often each latent fired since these counts were last reset."""
+        return self.firing.frequencies_F
+
+    @act_freq_scores.setter
+    def act_freq_scores(self, value: Tensor) -> None:
+        self.firing.frequencies_F = value
+
+    @property
     @override
     def dead_neurons(self) -> Tensor:
         return self.firing.dead_F(self.cfg.dead_feature_window)
@@ -150,7 +160,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def _reset_running_sparsity_stats(self) -> None:
-        cast(Tensor, self.act_freq_scores).zero_()  # in place: a captured step keeps writing there
+        self.firing.counts_F.zero_()  # in place: a captured step keeps writing there
         self.n_frac_active_samples = 0
 
     @override
@@ -173,8 +183,8 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
         dead_mask = self._dead_mask()
-        self.firing.begin_pass()
         graph = self._graph
+        self.firing.begin_pass(is_captured=graph is not None)
         if graph is not None:
             for name, value in self._numbers().items():
                 self._scalars[name].fill_(value)
@@ -203,7 +213,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         firings: list[Firings] = []
         for part in parts:
             output = self._forward(part, dead_mask, row_grads)
-            (output.loss if len(parts) == 1 else output.loss * (len(part) / len(sae_in))).backward()
+            output.loss.backward(self._shares.of(output.loss, len(part) / len(sae_in)))
             row_grads_sum.take()
             firings.append(firings_of(output))
             if outputs:
@@ -213,11 +223,11 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         row_grads_sum.put_back()
         with torch.no_grad():
             output, firings = self._over_ranks(output, firings)
-            is_finite = self.optimizer.clipped_step(output.loss, self.cfg.max_grad_norm, self._scalars.get("lr"))
-            self.skipped.update(is_finite)
+            lr, skipped = self._scalars.get("lr"), self.skipped.counts
+            is_finite = self.optimizer.clipped_step(output.loss, self.cfg.max_grad_norm, lr, skipped)
             if self._sparse_sae is not None:
                 self._sparse_sae.settle_step(is_finite)
-            self.firing.count(firings, is_finite, cast(Tensor, self.act_freq_scores))
+            self.firing.count(firings, is_finite)
             if self.routing is not None and isinstance(output, SparseStepOutput) and output.routing is not None:
                 self.routing.update(output.routing.load_E)
         self.optimizer.zero_grad()

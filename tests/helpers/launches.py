@@ -27,7 +27,15 @@ from sae_lens_switch.training import trainer
 # Of one call, where CUDA launches more than one kernel. A stable sort of int64 was measured to take eight passes (its
 # DeviceRadixSortOnesweepKernel, docs/gpu); its histogram, prefix sum, and the making of its indices are known from its
 # source. Of the others only the least is known.
-_SEVERAL = {"sort": 12, "topk": 2, "embedding_bag": 3, "_embedding_bag": 3, "unique_consecutive": 4, "_foreach_norm": 3}
+_SEVERAL = {
+    "_grouped_mm": 2,
+    "sort": 12,
+    "topk": 2,
+    "embedding_bag": 3,
+    "_embedding_bag": 3,
+    "unique_consecutive": 4,
+    "_foreach_norm": 3,
+}
 _NONE = {
     "squeeze_",
     "empty",
@@ -128,6 +136,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         sys.modules["torch.utils._foreach_utils"], "_get_foreach_kernels_supported_devices", lambda: ["meta"]
     )
+    # Every storage of the meta device would be at 0, and all weights one.
+    monkeypatch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
     monkeypatch.setattr(torch, "autocast", _Autocast)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: _Autocast.on)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: torch.bfloat16)

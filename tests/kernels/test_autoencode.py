@@ -6,6 +6,7 @@ from helpers.kernel_cases import OPTIONS, assert_close, autoencoder_inputs, shap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens_switch_kernels import RowGrads, products, reference, sparse_autoencode, torch_backend
+from sae_lens_switch_kernels.indexing import ExpertGroups
 from torch import Tensor
 
 
@@ -191,3 +192,15 @@ def test_gradients_of_the_joint_operators_gradients_are_refused():
     (grad,) = torch.autograd.grad(sparse_autoencode(**leaves, **constants).out_BD.square().sum(), W, create_graph=True)
     with pytest.raises(RuntimeError, match="autoencode_backward"):
         grad.sum().backward()
+
+
+def test_sparse_or_dense_on_a_gpu_is_decided_by_latents_per_active_one_and_dtype():
+    groups = ExpertGroups(None, torch.zeros(5, dtype=torch.long))  # four experts
+    gpu = torch.device("cuda")
+
+    def up_to(dtype: torch.dtype) -> int:
+        """The widest expert with dense products, by its latents per active one."""
+        return max(ratio for ratio in range(1, 200) if products.is_dense(4 * 3 * ratio, 3, groups, gpu, dtype))
+
+    assert up_to(torch.bfloat16) == up_to(torch.float16) == 32
+    assert up_to(torch.float32) == 8

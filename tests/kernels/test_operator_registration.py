@@ -14,39 +14,48 @@ OPERATORS = {
     "latent_weight_grad of variable codes": lambda t: (t["values_S"], t["indices_S"], t["g"], 8, t["offsets"]),
     "encode": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(None, 0, 0, False),
+        *(None, 0, 0, False, None, None),
     ),
     "encode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 3, 1, torch.float64),
-        *(torch.bfloat16, 7, 0, False),
+        *(torch.bfloat16, 7, 0, False, None, None),
     ),
     "encode over the batch": lambda t: (
         *(t["x"], t["W"], t["bias"], t["scale"], None, None, None, 17, 1, torch.float64),
-        *(None, 0, 0, True),
+        *(None, 0, 0, True, None, None),
     ),
     "autoencode": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0, False),
-        *(t["W_dec"], torch.arange(4), 2, [], None),
+        *(None, None, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "encode shared latents": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
-        *(None, 0, 2, False),
+        *(None, 0, 2, False, None, None),
     ),
     "autoencode shared latents": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
-        *(None, 0, 2, False, t["W_dec"], torch.arange(4), 2, [], None),
+        *(None, 0, 2, False, None, None, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode in low precision": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 2, 2, torch.float64, torch.bfloat16, 3),
-        *(0, False, t["W_dec"], torch.arange(4), 2, [], None),
+        *(0, False, None, None, t["W_dec"], torch.arange(4), 2, [], None),
+    ),
+    "autoencode what is sorted": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"], t["gates"], 3, 2, torch.float64, None, 0, 0, False),
+        *(t["experts"].argsort(stable=True), torch.tensor([0, 3, 6]), t["W_dec"], None, 0, [], None),
+    ),
+    "autoencode shared latents of what is sorted": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
+        *(None, 0, 2, False, t["experts"].argsort(stable=True), torch.tensor([0, 3, 6])),
+        *(t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode over the batch": lambda t: (
         *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, None, 0, 0, True),
-        *(t["W_dec"], torch.arange(4), 2, [], None),
+        *(None, None, t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "autoencode over the batch in levels": lambda t: (
         *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, torch.bfloat16, 20),
-        *(0, True, t["W_dec"], torch.arange(4), 2, [1, 3], torch.tensor([3, 8])),
+        *(0, True, None, None, t["W_dec"], torch.arange(4), 2, [1, 3], torch.tensor([3, 8])),
     ),
 }
 

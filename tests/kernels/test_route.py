@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_lens_switch_kernels import route, update_expert_bias, update_loads
+from sae_lens_switch_kernels import route, router_logits, routing, update_expert_bias, update_loads
 from sae_lens_switch_kernels.routing import routed
 from torch import Tensor
 
@@ -19,12 +19,16 @@ def by_parts(logits: Tensor, bias: Tensor | None = None):
     ranked = logits.detach() if bias is None else logits.detach() + bias
     expert = torch.tensor([max(range(len(row)), key=lambda e, row=row: float(row[e])) for row in ranked])
     gates = torch.stack([row[e] for row, e in zip(probs, expert, strict=True)])
-    load = torch.tensor([float((expert == e).sum()) / len(logits) for e in range(logits.shape[1])]).double()
-    return probs, expert, gates, load, probs.sum(0) / len(logits)
+    counts = torch.tensor([int((expert == e).sum()) for e in range(logits.shape[1])])
+    load = counts.double() / len(logits)
+    importance = probs.sum(0) / len(logits)
+    order = torch.tensor([b for e in range(logits.shape[1]) for b in range(len(logits)) if expert[b] == e])
+    offsets = torch.tensor([int((expert < e).sum()) for e in range(logits.shape[1] + 1)])
+    return probs, expert, gates, load, importance, logits.shape[1] * (load * importance).sum(), order, offsets
 
 
 @pytest.mark.parametrize(("B", "E"), SHAPES, ids=str)
-@pytest.mark.parametrize("used", [(0,), (2,), (4,), (0, 2, 4), (2, 4)], ids=str)
+@pytest.mark.parametrize("used", [(0,), (2,), (4,), (5,), (0, 2, 4, 5), (2, 5)], ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 def test_outputs_and_every_gradient(B, E, used, biased):
     logits = logits_of(B, E).requires_grad_()
@@ -118,3 +122,28 @@ def test_loads_are_followed_step_by_step():
         seen.append((without.tolist(), busy.item()))
     assert seen == [([0, 0, 1], 0), ([0, 0, 2], 1), ([0, 1, 0], 2), ([0, 0, 0], 0)]
     torch.testing.assert_close(running.tolist(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("by_token", [{"cpu"}, set()], ids=["on a CPU", "on a GPU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_logits_and_every_gradient(dtype, by_token, needs_x, monkeypatch):
+    monkeypatch.setattr(routing, "_BY_TOKEN", by_token)
+    high = torch.promote_types(dtype, torch.float32)
+    x, W, bias = logits_of(9, 5).to(dtype), logits_of(5, 3).to(high), logits_of(5, 1)[:, 0].to(high)
+    leaves = [x.requires_grad_(needs_x), W.requires_grad_(), bias.requires_grad_()][0 if needs_x else 1 :]
+    grads = []
+    for logits in (router_logits(x, W, bias), (x.to(high) - bias) @ W):
+        upstream = logits_of(9, 3).to(high)
+        grads.append([logits, *torch.autograd.grad(logits, leaves, upstream)])
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == b.dtype
+        if by_token:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b)
+
+
+def test_the_logits_are_an_operator_of_torch():
+    leaves = [logits_of(6, 4), logits_of(4, 3), logits_of(4, 1)[:, 0]]
+    torch.library.opcheck(routing.logits_of, tuple(t.requires_grad_() for t in leaves))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_lens_switch_kernels import code_gates, sparse_autoencode, switch_encode
+from sae_lens_switch_kernels import ExpertGroups, code_gates, route, sparse_autoencode, switch_encode
 
 
 def test_one_expert_in_a_column_is_one_expert():
@@ -14,6 +14,34 @@ def test_one_expert_in_a_column_is_one_expert():
     )
     assert torch.equal(column.out_BD, row.out_BD)
     assert torch.equal(column.indices_BK, row.indices_BK)
+
+
+@pytest.mark.parametrize("n_shared", [0, 2])
+@pytest.mark.parametrize("dead", [None, torch.tensor([0, 3, 5, 9, 13])], ids=["", "dead"])
+def test_tokens_that_are_sorted_already_give_the_same_and_the_same_gradients(n_shared, dead):
+    torch.manual_seed(0)
+    found = []
+    logits, x, W = torch.randn(9, 3), torch.randn(9, 5), torch.randn(12 + n_shared, 5)
+    routed = route(logits)
+    dead = None if dead is None else dead[dead < len(W)]
+    for groups in (None, ExpertGroups(routed.order_B, routed.offsets_E1)):
+        leaves = x.clone(), W.clone(), W.flip(0).clone(), routed.gates_B.clone(), torch.ones(5)
+        x_BD, W_enc, W_dec, gates, pre_bias = (t.requires_grad_() for t in leaves)
+        options = {"expert_B": routed.expert_B, "n_experts": 3, "n_shared": n_shared, "pre_bias_D": pre_bias}
+        options |= {"dead_N": dead, "aux_k": 0 if dead is None else 2}
+        result = sparse_autoencode(x_BD, W_enc, W_dec, 3, groups=groups, gates_B=gates, **options)
+        outputs = [result.out_BD, *([] if dead is None else [result.aux_out_BD])]
+        grads = torch.autograd.grad(sum(t.square().sum() for t in outputs), [x_BD, W_enc, W_dec, gates, pre_bias])
+        found.append([*outputs, result.indices_BK, result.acts_BK, *grads])
+    for given, sorted_here in zip(*found, strict=True):
+        assert torch.equal(given, sorted_here)
+
+
+def test_groups_of_tokens_with_several_experts_are_refused():
+    x, W, groups = torch.zeros(4, 5), torch.zeros(14, 5), ExpertGroups(torch.arange(4), torch.tensor([0, 2, 4]))
+    for expert in (None, torch.tensor([[0, 1]] * 4)):
+        with pytest.raises(ValueError, match="groups must be of tokens with one expert each"):
+            sparse_autoencode(x, W, W, 2, expert_B=expert, n_experts=1 if expert is None else 2, groups=groups)
 
 
 def test_a_gate_ranks_the_latents_of_an_expert_behind_shared_ones():

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from helpers.kernel_cases import assert_close, autoencoder_inputs
-from sae_lens_switch_kernels import reference, sparse_autoencode, switch_encode, torch_backend, torch_tiles, torch_topk
+from sae_lens_switch_kernels import (
+    reference,
+    sparse_autoencode,
+    switch_encode,
+    torch_backend,
+    torch_tiles,
+    torch_topk,
+)
 
 
 @pytest.mark.parametrize(("n_latents", "k"), [(1000, 4), (4099, 3), (9000, 32), (300, 1), (64, 64), (40000, 5)])

@@ -6,7 +6,6 @@ from helpers.token_loop import make_batch, make_sae, reference_loss, step_input,
 from torch import Tensor
 
 from sae_lens_switch import SwitchTrainingSAE, SwitchTrainingSAEConfig
-from sae_lens_switch.saes import router
 
 
 def test_tied_router_bias_is_one_vector():
@@ -65,16 +64,14 @@ def test_a_bias_balances_the_routing_without_a_loss_at_any_size_of_the_activatio
     assert max(shares) < 1.3, shares
 
 
-def test_the_spread_of_a_batch_is_the_same_in_one_pass_and_in_several(monkeypatch):
-    x = make_batch()
-    for in_passes in ({"cpu"}, set()):
-        monkeypatch.setattr(router, "_IN_PASSES", in_passes)
-        assert float(router.spread(x)) == pytest.approx(variance(x), rel=1e-12)
-
-
 def test_the_load_balance_loss_scales_as_the_reconstruction_error_does():
     sae = make_sae()
     x = make_batch()
-    assert sae._load_balance_scale(10 * x) == pytest.approx(100 * float(sae._load_balance_scale(x)), rel=1e-12)
-    assert sae._load_balance_scale(x) == pytest.approx(variance(x), rel=1e-12)
-    assert make_sae(load_balance_scale="d_in")._load_balance_scale(10 * x) == 10.0
+
+    def scale_of(sae, x):
+        output = sae.training_forward_pass(step_input(x, 3.0))
+        return float(output.losses["load_balance_loss"] / (3 * output.metrics["load_balance"]))
+
+    assert scale_of(sae, x) == pytest.approx(variance(x), rel=1e-12)
+    assert scale_of(sae, 10 * x) == pytest.approx(variance(10 * x), rel=1e-12)
+    assert scale_of(make_sae(load_balance_scale="d_in"), 10 * x) == pytest.approx(10.0)

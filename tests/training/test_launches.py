@@ -14,29 +14,47 @@ pytest.importorskip("triton")
 B, SHAPE = 8192, {"d_in": 768, "d_sae": 24576, "k": 32, "device": "meta", "dtype": "float32"}
 
 OPTIONS = {
-    "switch, biased": {"load_balancing": "bias"},
-    "switch, overlap": {"expert_overlap_coefficient": 0.01},
-    "switch with a shared expert": {"n_shared_experts": 1, "shared_width": 768},
+    "biased": {"load_balancing": "bias"},
+    "overlap": {"expert_overlap_coefficient": 0.01},
+    "with a shared expert": {"n_shared_experts": 1, "shared_width": 768},
 }
 
 
 def make_sae(architecture: str):
     options = {**SHAPE, "aux_loss_coefficient": 0.0}
     if architecture.startswith("switch"):
-        options |= OPTIONS.get(architecture, {})
-        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=32))
+        _, n_experts, *which = architecture.split(maxsplit=2)
+        options |= {} if not which else OPTIONS[which[0]]
+        return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=int(n_experts)))
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
 
 
-@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "float32"])
+def test_torchs_grouped_product_launches_two_more_kernels_and_never_waits(monkeypatch):
+    from sae_lens_switch_kernels.triton_backend import grouped_library
+
+    monkeypatch.delenv("SAE_LENS_SWITCH_GROUPED", raising=False)
+    monkeypatch.setattr(grouped_library, "_is_hopper", lambda _: True)
+    launches = launches_of_a_step(make_sae("switch 32"), B, True, monkeypatch)
+    assert sum(n for (_, name), n in launches.places.items() if name == "_grouped_mm") == 4
+    assert launches.n == 32, launches.table()
+    assert launches.waits == []
+
+
 @pytest.mark.parametrize(
-    ("architecture", "at_most"),
+    ("architecture", "autocast", "at_most"),
     [
-        ("switch", 76),
-        ("switch, biased", 80),
-        ("switch, overlap", 150),
-        ("switch with a shared expert", 133),
-        ("sparse_topk", 73),
+        ("switch 32", True, 30),
+        ("switch 128", True, 30),
+        ("switch 128", False, 29),
+        ("switch 32", False, 41),  # sparse products: in float32 dense ones would take twice as long
+        ("switch 32 biased", True, 33),
+        ("switch 32 biased", False, 44),
+        ("switch 32 overlap", True, 108),
+        ("switch 32 overlap", False, 118),
+        ("switch 32 with a shared expert", True, 87),
+        ("switch 32 with a shared expert", False, 82),
+        ("sparse_topk", True, 47),
+        ("sparse_topk", False, 43),
     ],
 )
 def test_a_step_launches_few_kernels_and_never_waits(architecture, at_most, autocast, monkeypatch):

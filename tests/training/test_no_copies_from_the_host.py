@@ -1,5 +1,6 @@
 """What a step does beside its kernels, on torch's meta device in place of a GPU."""
 
+import pytest
 import torch
 from helpers import D, F, K, training_sae
 from helpers.pretended_gpu import on_device
@@ -22,14 +23,15 @@ def test_the_weight_of_aux_k_is_made_on_the_device(copies):
     assert copies == []
 
 
-def test_firing_is_counted_on_the_device(copies):
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_firing_is_counted_on_the_device(copies, is_captured):
     counter = FiringCounter(F, "meta")
-    counter.begin_pass()
+    counter.begin_pass(is_captured)
     x = on_device(B, D)
     fields = dict.fromkeys(TrainStepOutput.__annotations__) | {"sae_in": x}
     fields.pop("feature_acts")
     output = SparseStepOutput(codes=SparseCodes(on_device(B, K), on_device(B, K, dtype=torch.int64), F), **fields)
-    counter.count([firings_of(output)], on_device(dtype=torch.bool), on_device(F))
+    counter.count([firings_of(output)], on_device(dtype=torch.bool))
     assert copies == []
 
 

@@ -10,16 +10,20 @@ from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.float8 import operands
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads
 from sae_lens_switch_kernels.triton_backend.adam import adam_rows, lazy_adam_rows
+from sae_lens_switch_kernels.triton_backend.adam_tensors import adam_tensors
 from sae_lens_switch_kernels.triton_backend.clipping import clip
 from sae_lens_switch_kernels.triton_backend.code_rows import (
     code_grads,
     dense_rows,
     sorted_codes,
+    sorted_row_pair,
     sorted_rows,
     take_in_rows,
     unsorted_codes,
 )
+from sae_lens_switch_kernels.triton_backend.count_codes import count_codes
 from sae_lens_switch_kernels.triton_backend.counting_sort import expert_groups, latent_index
+from sae_lens_switch_kernels.triton_backend.gated_codes import gated_row_grads, gated_rows
 from sae_lens_switch_kernels.triton_backend.gather import matmul_at_indices, sparse_decode
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_decode as decode_dense
 from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_encode as encode_dense
@@ -27,19 +31,26 @@ from sae_lens_switch_kernels.triton_backend.grouped_matmul import grouped_weight
 from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
 from sae_lens_switch_kernels.triton_backend.routing import route, route_backward, update_expert_bias, update_loads
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk
+from sae_lens_switch_kernels.triton_backend.step_loss import loss, loss_backward
 from sae_lens_switch_kernels.working_copy import working_copy
 
 __all__ = [
     "adam_rows",
+    "adam_tensors",
     "clip",
     "code_grads",
+    "count_codes",
     "expert_groups",
+    "gated_decode",
+    "gated_grads",
     "grouped_decode",
     "grouped_matmul_at_indices",
     "grouped_weight_grads",
     "latent_index",
     "latent_weight_grads",
     "lazy_adam_rows",
+    "loss",
+    "loss_backward",
     "matmul_at_indices",
     "route",
     "route_backward",
@@ -61,12 +72,13 @@ def topk_encode(
     bias_F: Tensor | None,
     scale_F: Tensor | None,
     dtype: torch.dtype,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """With one expert, select_topk over tiles of torch's own matrix product; with several, one grouped product."""
     if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
-        return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, select_topk)
+        return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu, select_topk)
     pre_BM = encode_dense(*operands(x_BD, W_FD, dtype), groups.offsets_E1)
-    return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype)
+    return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype, relu=relu)
 
 
 def grouped_decode(
@@ -81,6 +93,42 @@ def grouped_matmul_at_indices(
 ) -> Tensor:
     out_BM = encode_dense(g_BD.to(dtype), working_copy(W_FD, dtype), groups.offsets_E1)
     return take_in_rows(out_BM, indices_BK, groups.offsets_E1, W_FD.dtype)
+
+
+def gated_decode(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    gates_B: Tensor | None,
+    W_FD: Tensor,
+    groups: ExpertGroups,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acts_BM, acts_BK, values_BK, indices_BK = gated_rows(values_BK, indices_BK, gates_B, len(W_FD), groups, dtype)
+    out_BD = decode_dense(acts_BM, working_copy(W_FD, dtype), groups.offsets_E1, groups.order_B, W_FD.dtype)
+    return out_BD, acts_BK, values_BK, indices_BK
+
+
+def gated_grads(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    gates_B: Tensor | None,
+    grad_values_BK: Tensor | None,
+    grad_out_BD: Tensor,
+    x_BD: Tensor,
+    bias_D: Tensor | None,
+    W_FD: Tensor,
+    groups: ExpertGroups,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    g_BD, centered_BD = sorted_row_pair(grad_out_BD, x_BD, bias_D, groups, dtype)
+    dots_BM = encode_dense(g_BD, working_copy(W_FD, dtype), groups.offsets_E1)
+    gated = values_BK, indices_BK, gates_B, grad_values_BK
+    acts_BM, d_pre_BM, d_gates_B = gated_row_grads(*gated, dots_BM, groups)
+    found = weight_grads_dense(acts_BM, g_BD, d_pre_BM, centered_BD, groups.offsets_E1, values_BK.dtype)
+    dW_dec_FD, dW_enc_FD, d_bias_F = found
+    assert dW_enc_FD is not None
+    assert d_bias_F is not None
+    return dW_dec_FD, dW_enc_FD, d_bias_F, d_gates_B, centered_BD
 
 
 def grouped_weight_grads(

@@ -33,7 +33,7 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _step_sizes(t, lr, log_beta1, log_beta2, LR_ON_DEVICE: tl.constexpr):
+def step_sizes(t, lr, log_beta1, log_beta2, LR_ON_DEVICE: tl.constexpr):
     """Step size, and the root of the second moment's correction, of step number t."""
     rate = tl.load(lr) if LR_ON_DEVICE else lr
     return rate / _one_minus_exp(t * log_beta1), tl.sqrt(_one_minus_exp(t * log_beta2))
@@ -57,7 +57,7 @@ def _store_weights(W, copy, at, w, inside):
 
 
 @triton.jit
-def _adam(w, g, m, v, step_size, root, beta1, beta2, rest1, rest2, eps):
+def adam_number(w, g, m, v, step_size, root, beta1, beta2, rest1, rest2, eps):
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     return w - step_size * m / (tl.sqrt(v) / root + eps), m, v
@@ -104,7 +104,7 @@ def _adam_rows_kernel(
     r = tl.program_id(0).to(tl.int64)
     f = r if rows is None else tl.load(rows + r).to(tl.int64)
     t = tl.load(step) if rows is None else tl.load(step + f) + 1.0
-    step_size, root = _step_sizes(t, lr, log_beta1, log_beta2, LR_ON_DEVICE)
+    step_size, root = step_sizes(t, lr, log_beta1, log_beta2, LR_ON_DEVICE)
     scale = 1.0 if grad_scale is None else tl.load(grad_scale)
     width = tl.where(r < n_rows - 1, D, last)
     if found_inf is not None:
@@ -119,7 +119,7 @@ def _adam_rows_kernel(
         if PROJECT:
             along = tl.sum(g * w, 0) if radial is None else along
             g -= along * w
-        w, m, v = _adam(w, g / scale, m, v, step_size, root, beta1, beta2, rest1, rest2, eps)
+        w, m, v = adam_number(w, g / scale, m, v, step_size, root, beta1, beta2, rest1, rest2, eps)
         if UNIT:
             w *= _to_unit(tl.sum(tl.where(d < width, w * w, 0.0), 0))
         _store_weights(W, copy, w_at, w, d < width)
@@ -139,7 +139,7 @@ def _adam_rows_kernel(
             w, g, m, v = _load_tile(W, grad, exp_avg, exp_avg_sq, w_at + start, g_at + start, m_at + start, inside)
             if PROJECT:
                 g -= along * w
-            w, m, v = _adam(w, g / scale, m, v, step_size, root, beta1, beta2, rest1, rest2, eps)
+            w, m, v = adam_number(w, g / scale, m, v, step_size, root, beta1, beta2, rest1, rest2, eps)
             if UNIT:
                 squares += tl.where(inside, w * w, 0.0)
                 tl.store(W + w_at + start, w, mask=inside)
@@ -262,8 +262,8 @@ def _launch(
         lr=lr if isinstance(lr, Tensor) else float(lr),
         grad_scale=grad_scale,
         found_inf=found_inf,
-        log_beta1=_log(beta1),
-        log_beta2=_log(beta2),
+        log_beta1=log_of_decay(beta1),
+        log_beta2=log_of_decay(beta2),
         beta1=float(beta1),
         beta2=float(beta2),
         rest1=1.0 - beta1,
@@ -283,7 +283,7 @@ def _warps(block: int, lanes: int) -> int:
     return max(1, min(_MAX_THREADS, block // _PER_LANE) // lanes)
 
 
-def _log(beta: float) -> float:
+def log_of_decay(beta: float) -> float:
     """Of a decay; of 0, whose bias correction is 1 at every step, a number whose exponential is 0."""
     return math.log(beta) if beta > 0 else -1e4
 

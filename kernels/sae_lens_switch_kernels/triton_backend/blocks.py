@@ -63,6 +63,8 @@ def tile_warps(elements: int, lanes: int) -> int:
     return min(4, max(1, elements // (_PER_LANE * lanes)))
 
 
+_WIDE = 64  # rows that the tensor cores of Hopper multiply at a time
+
 # Of a row held in registers: up to here one launch over all of it is used, and beyond, block by block, up to this many.
 ONE_PASS, WIDEST_ROW = 2048, 16384
 
@@ -70,6 +72,11 @@ ONE_PASS, WIDEST_ROW = 2048, 16384
 def registers_warps(elements: int, lanes: int) -> int:
     """Warps that hold a row, 32 numbers per lane. Rows of one warp are counted without a barrier."""
     return min(16, max(1, elements // (32 * lanes)))
+
+
+def swaps(blocks: "GemmBlocks", arch: Arch) -> bool:
+    """Whether a product is computed transposed: where rows are too few for the instruction of Hopper and later GPUs."""
+    return arch.lanes == 32 and arch.shared > 200_000 and blocks.rows < _WIDE <= blocks.columns
 
 
 def gemm_blocks(
@@ -111,6 +118,9 @@ def gemm_blocks(
     if block_rows * block_columns < largest_rows * largest_columns:
         threads = 128
     num_warps = max(4, threads // arch.lanes)  # one per scheduler of a multiprocessor
+    # So many rows that every lane loads 16 bytes at once; fewer TF32 rows that are transposed spill on sm_80.
+    fewest = max(16 * num_warps * arch.lanes // (inner * itemsize), 32 if tf32 and not inner_contiguous else 16)
+    block_rows = max(block_rows, min(largest_rows, fewest))
     stage_bytes = (block_rows + block_columns) * inner * itemsize
     num_stages = 3 if arch.shared >= 3 * stage_bytes else 2
     return GemmBlocks(block_rows, block_columns, inner, num_warps, 1 if tf32 and not inner_contiguous else num_stages)

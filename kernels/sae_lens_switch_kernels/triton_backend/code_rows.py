@@ -26,9 +26,11 @@ def expert_of(row, offsets, E, BLOCK_E: tl.constexpr):
 @triton.jit
 def _sorted_rows_kernel(
     t,  # [B, D]
+    more,  # [B, D] or None, without the bias
     bias,  # [D] or None
     order,  # [B] or None
     out,  # [B, D]
+    more_out,  # [B, D] or None
     D,
     BLOCK_D: tl.constexpr,
 ):
@@ -41,6 +43,9 @@ def _sorted_rows_kernel(
     if bias is not None:
         number -= load_row(bias + d, d < D).to(tl.float32)
     tl.store(out + row * D + d, number.to(out.dtype.element_ty), mask=d < D)
+    if more is not None:
+        number = load_row(more + b * D + d, d < D)
+        tl.store(more_out + row * D + d, number.to(more_out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -165,12 +170,33 @@ def sorted_rows(t_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype
     """t - bias, rows sorted by expert, in ``dtype``; t itself where that changes nothing."""
     if bias_D is None and groups.order_B is None:
         return t_BD.to(dtype)
-    B, D = t_BD.shape
-    out_BD = t_BD.new_empty(B, D, dtype=dtype)
-    BLOCK_D, num_warps = row_block(D, arch_of(t_BD.device).lanes, max_warps=4)
-    tensors = {"t": t_BD.contiguous(), "bias": _contiguous(bias_D), "order": groups.order_B, "out": out_BD}
-    launch(_sorted_rows_kernel, (B, cdiv(D, BLOCK_D)), num_warps, **tensors, D=D, BLOCK_D=BLOCK_D)
+    out_BD = torch.empty(t_BD.shape, dtype=dtype, device=t_BD.device)
+    _sort_rows(t_BD, None, bias_D, groups, out_BD, None)
     return out_BD
+
+
+def sorted_row_pair(
+    t_BD: Tensor, x_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """t and x - bias, rows of both sorted by expert, in ``dtype``."""
+    t_out_BD, x_out_BD = (torch.empty(x_BD.shape, dtype=dtype, device=x_BD.device) for _ in range(2))
+    _sort_rows(x_BD, t_BD, bias_D, groups, x_out_BD, t_out_BD)
+    return t_out_BD, x_out_BD
+
+
+def _sort_rows(
+    t_BD: Tensor,
+    more_BD: Tensor | None,
+    bias_D: Tensor | None,
+    groups: ExpertGroups,
+    out_BD: Tensor,
+    more_out_BD: Tensor | None,
+) -> None:
+    B, D = t_BD.shape
+    BLOCK_D, num_warps = row_block(D, arch_of(t_BD.device).lanes, max_warps=4)
+    tensors = {"t": t_BD.contiguous(), "more": _contiguous(more_BD), "bias": _contiguous(bias_D)}
+    tensors |= {"order": groups.order_B, "out": out_BD, "more_out": more_out_BD}
+    launch(_sorted_rows_kernel, (B, cdiv(D, BLOCK_D)), num_warps, **tensors, D=D, BLOCK_D=BLOCK_D)
 
 
 def sorted_codes(
@@ -182,9 +208,11 @@ def sorted_codes(
 
 def unsorted_codes(
     values_BK: Tensor, indices_BK: Tensor, gates_B: Tensor | None, groups: ExpertGroups
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows sorted by expert: values * gate, still sorted; values and indices in the order of the tokens."""
-    return _gated_codes(values_BK, indices_BK, gates_B, groups, unsort=True)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows sorted by expert: values * gate, still sorted; them, values and indices in the order of the tokens."""
+    sorted_acts_BK, values_BK, indices_BK = _gated_codes(values_BK, indices_BK, gates_B, groups, unsort=True)
+    acts_BK = values_BK if gates_B is None else values_BK * gates_B.unsqueeze(1).to(values_BK.dtype)
+    return sorted_acts_BK, acts_BK, values_BK, indices_BK
 
 
 def _gated_codes(

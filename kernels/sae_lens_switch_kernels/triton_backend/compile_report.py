@@ -75,6 +75,7 @@ _COLUMNS = {
     "row_loads_narrow": "row narrow",
     "other_loads": "other ld",
     "atomics": "atomics",
+    "wide_products": "wide mma",
     "warps": "warps",
     "stages": "stages",
 }

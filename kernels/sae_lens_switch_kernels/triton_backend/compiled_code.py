@@ -1,7 +1,7 @@
 """Compile one launch ahead of time for one GPU architecture, and count what the compiler made of it.
 
-Counted are registers, spills, shared memory, atomics and the width of every load of a matrix row; those are found in
-the assembly by the source file of ``load_row``.
+Counted are registers, spills, shared memory, atomics that are not sums of integers, and the width of every load of a
+matrix row; those are found in the assembly by the source file of ``load_row``.
 """
 
 import contextlib
@@ -112,7 +112,9 @@ def _count_cuda(ptx: str, log: str) -> dict[str, int]:
         "registers": in_log(r"Used (\d+) registers"),
         "spill_bytes": in_log(r"(\d+) bytes spill"),
         "local_bytes": in_log(r"(\d+) bytes stack frame"),
-        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.MULTILINE)),
+        "wide_products": len(re.findall(r"^\s*(?:@\S+ )?(?:wgmma\.mma_async|tcgen05\.mma)\.", ptx, re.MULTILINE)),
+        # Sums of integers are the same in any order.
+        "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.(?!\S*\.add\.[us](?:32|64)\s)", ptx, re.MULTILINE)),
         **_count_loads(ptx, bits),
     }
 
@@ -131,7 +133,8 @@ def _count_amd(assembly: str) -> dict[str, int]:
         "registers": in_metadata("vgpr_count"),
         "spill_bytes": 4 * in_metadata("[sv]gpr_spill_count"),
         "local_bytes": in_metadata("private_segment_fixed_size"),
-        "atomics": len(re.findall(r"(?:global|buffer|flat)_atomic_", assembly)),
+        "wide_products": 0,  # an instruction of NVIDIA's
+        "atomics": len(re.findall(r"(?:global|buffer|flat)_atomic_(?!add(?:_x2|_u32|_u64)?\s)", assembly)),
         **_count_loads(assembly, bits),
     }
 

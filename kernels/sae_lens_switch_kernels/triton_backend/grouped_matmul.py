@@ -9,6 +9,9 @@ how many tiles an expert has; programs are launched for the largest possible num
 their tile themselves: tile i of expert e is number offsets[e] // rows + e + i, a different number for every tile, since
 an expert's last tile begins before offsets[e + 1].
 
+Hopper's wide tensor-core instruction multiplies 64 rows at a time. An expert with fewer tokens than that fills it with
+its latents instead: the product is computed transposed.
+
 Letters beside the package's: C is the summed dimension of a product, N the columns of its result, R the rows of a tile.
 """
 
@@ -18,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_lens_switch_kernels.indexing import LatentGrads
-from sae_lens_switch_kernels.triton_backend.blocks import cdiv, gemm_blocks, next_power_of_2
+from sae_lens_switch_kernels.triton_backend.blocks import cdiv, gemm_blocks, next_power_of_2, swaps
+from sae_lens_switch_kernels.triton_backend.grouped_library import library_encode
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
 
@@ -33,6 +37,7 @@ def _grouped_matmul_kernel(
     C,
     N,
     TRANSPOSED: tl.constexpr,
+    SWAPPED: tl.constexpr,  # out^T = W a^T
     PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -53,7 +58,7 @@ def _grouped_matmul_kernel(
     r = start.to(tl.int64) + tl.arange(0, BLOCK_R)
     n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     W += tl.cast(e, tl.int64) * C * N
-    acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_R] if SWAPPED else [BLOCK_R, BLOCK_N], tl.float32)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         a_RC = load_row(a + r[:, None] * C + c[None, :], (r < end)[:, None] & (c < C)[None, :])
@@ -61,7 +66,12 @@ def _grouped_matmul_kernel(
             w_CN = tl.trans(load_row(W + n[:, None].to(tl.int64) * C + c[None, :], (n < N)[:, None] & (c < C)[None, :]))
         else:
             w_CN = load_row(W + c[:, None].to(tl.int64) * N + n[None, :], (c < C)[:, None] & (n < N)[None, :])
-        acc = tl.dot(a_RC, w_CN, acc, input_precision=PRECISION)
+        if SWAPPED:
+            acc = tl.dot(tl.trans(w_CN), tl.trans(a_RC), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a_RC, w_CN, acc, input_precision=PRECISION)
+    if SWAPPED:
+        acc = tl.trans(acc)
     to = r
     if order is not None:
         to = tl.load(order + r, mask=r < end, other=0).to(tl.int64)
@@ -113,7 +123,8 @@ def _grouped_weight_grad_kernel(
 
 def grouped_encode(x_BD: Tensor, W_FD: Tensor, offsets_E1: Tensor) -> Tensor:
     """out[r] = x[r] W_e^T, shape [B, M], for the expert e that owns row r."""
-    return _grouped_matmul(x_BD, W_FD, offsets_E1, transposed=True)
+    found = library_encode(x_BD, W_FD, offsets_E1)
+    return _grouped_matmul(x_BD, W_FD, offsets_E1, transposed=True) if found is None else found
 
 
 def grouped_decode(
@@ -147,6 +158,7 @@ def _grouped_matmul(
         inner_contiguous=transposed,
     )
     tiles = cdiv(B, blocks.rows) + E - 1 if B else 0
+    on_tensor_cores = a_BC.dtype.itemsize == 2 or (precision == "tf32" and transposed)
     launch(
         _grouped_matmul_kernel,
         (tiles * cdiv(N, blocks.columns),),
@@ -161,6 +173,7 @@ def _grouped_matmul(
         C=C,
         N=N,
         TRANSPOSED=transposed,
+        SWAPPED=on_tensor_cores and swaps(blocks, arch_of(a_BC.device)),
         PRECISION=precision,
         BLOCK_E=next_power_of_2(E),
         BLOCK_R=blocks.rows,

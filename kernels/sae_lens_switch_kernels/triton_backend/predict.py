@@ -13,7 +13,8 @@ from sae_lens_switch_kernels.triton_backend.adam import (
     lazy_adam_rows,
     lazy_adam_rows_traffic,
 )
-from sae_lens_switch_kernels.triton_backend.clipping import clip
+from sae_lens_switch_kernels.triton_backend.adam_tensors import adam_tensors, adam_tensors_traffic
+from sae_lens_switch_kernels.triton_backend.clipping import clip, clip_traffic
 from sae_lens_switch_kernels.triton_backend.code_rows import (
     code_grads,
     code_grads_traffic,
@@ -21,13 +22,21 @@ from sae_lens_switch_kernels.triton_backend.code_rows import (
     dense_rows,
     dense_rows_traffic,
     sorted_codes,
+    sorted_row_pair,
     sorted_rows,
     sorted_rows_traffic,
     take_in_rows,
     take_in_rows_traffic,
     unsorted_codes,
 )
+from sae_lens_switch_kernels.triton_backend.count_codes import count_codes, count_codes_traffic
 from sae_lens_switch_kernels.triton_backend.counting_sort import expert_groups, latent_index, sorted_places_traffic
+from sae_lens_switch_kernels.triton_backend.gated_codes import (
+    gated_row_grads,
+    gated_row_grads_traffic,
+    gated_rows,
+    gated_rows_traffic,
+)
 from sae_lens_switch_kernels.triton_backend.gather import (
     matmul_at_indices,
     matmul_at_indices_traffic,
@@ -52,6 +61,7 @@ from sae_lens_switch_kernels.triton_backend.routing import (
     update_loads,
 )
 from sae_lens_switch_kernels.triton_backend.select_topk import select_topk, select_topk_traffic
+from sae_lens_switch_kernels.triton_backend.step_loss import loss, loss_backward, loss_backward_traffic, loss_traffic
 from sae_lens_switch_kernels.triton_backend.topk_rows import topk_rows_traffic
 
 B, K, F, E = 4096, 32, 32768, 32
@@ -97,6 +107,16 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     yield Operation("grouped_encode", lambda: grouped_encode(x, W, offsets), products, True)
     yield Operation("grouped_decode", lambda: grouped_decode(a, W, offsets), products, True)
     yield Operation("grouped_decode, unsorted", lambda: grouped_decode(a, W, offsets, order, fp32), products, True)
+    for tokens in (16, 32, 64):  # per expert
+        n = B // tokens
+        few = empty(B, F // n), empty(n + 1, dtype=torch.int64)
+        traffic = grouped_traffic(B, D, F // n, n, size)
+        yield Operation(
+            f"grouped_encode, {tokens} tokens each", lambda few=few: grouped_encode(x, W, few[1]), traffic, True
+        )
+        yield Operation(
+            f"grouped_decode, {tokens} tokens each", lambda few=few: grouped_decode(few[0], W, few[1]), traffic, True
+        )
     yield Operation("grouped_weight_grad", lambda: grouped_weight_grad(a, x, offsets), products, True)
     yield Operation(
         "grouped_weight_grads",
@@ -143,6 +163,7 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
     if dtype != "fp32":  # which all weights are stepped in
         return
     yield from _routing(size)
+    yield from _losses(D, size)
     yield from _optimisers(D)
 
 
@@ -166,6 +187,19 @@ def _optimisers(D: int) -> Iterator[Operation]:
             lambda lr=lr, given=given: adam_rows(W, grad, m, v, number, lr, *options, *numbers, **given),
             adam_rows_traffic(F, D, "project" in given, 2 if "copy_FD" in given else 0),
         )
+    small = [empty(D), empty(D, E), empty(D)]
+    small_state, sizes = (small, small, small, small, [number] * 3), [t.numel() for t in small]
+    for name, lr in (("adam_tensors", 1e-4), ("adam_tensors, lr on device", number)):
+        yield Operation(
+            name, lambda lr=lr: adam_tensors(*small_state, lr, *options, *numbers), adam_tensors_traffic(sizes)
+        )
+    grads = [W, grad.T, *small]
+    for name, max_norm in (("clip", 1.0), ("clip, no limit", None)):
+        yield Operation(
+            name,
+            lambda limit=max_norm: clip(grads, number, limit, empty(2, dtype=torch.int64), [number] * 5),
+            clip_traffic([t.numel() for t in grads]),
+        )
     R = F // 4
     moments, grad_RD, rows, steps_F = empty(F, 2, D), empty(R, D), empty(R, dtype=torch.int64), empty(F)
     stepped = grad_RD, moments[:, 0], moments[:, 1], steps_F, rows
@@ -188,9 +222,27 @@ def _around(D: int, x: Tensor, values: Tensor, indices: Tensor, groups: ExpertGr
     for n in (E, 128):
         traffic = sorted_places_traffic(B, n, itemsize=8)
         yield Operation(f"expert_groups, {n} experts", lambda n=n: expert_groups(expert, n), traffic)
+    last, total = expert.new_empty(F, dtype=torch.int32), expert.new_empty(F)
+    yield Operation(
+        "count_codes",
+        lambda: count_codes(values, indices, last[0] > 0, 1, last, total),
+        count_codes_traffic(B, K, size),
+    )
     yield Operation("latent_index", lambda: latent_index(indices, F), sorted_places_traffic(B * K, F))
     yield Operation("sorted_rows", lambda: sorted_rows(x, bias, groups, x.dtype), sorted_rows_traffic(B, D, size, size))
     codes = codes_traffic(B, K, size)
+    pair = sorted_rows_traffic(B, D, 2 * size, 2 * size)
+    yield Operation("sorted_row_pair", lambda: sorted_row_pair(x, x, bias, groups, x.dtype), pair)
+    yield Operation(
+        "gated_rows",
+        lambda: gated_rows(values, indices, gates, F, groups, x.dtype),
+        gated_rows_traffic(B, K, M, size, size),
+    )
+    yield Operation(
+        "gated_row_grads",
+        lambda: gated_row_grads(values, indices, gates, None, x.new_empty(B, M), groups),
+        gated_row_grads_traffic(B, K, M, size, size),
+    )
     yield Operation("sorted_codes", lambda: sorted_codes(values, indices, gates, groups), codes)
     yield Operation("unsorted_codes", lambda: unsorted_codes(values, indices, gates, groups), codes)
     yield Operation("code_grads", lambda: code_grads(values, more, gates, None, groups), code_grads_traffic(B, K, size))
@@ -206,14 +258,31 @@ def _around(D: int, x: Tensor, values: Tensor, indices: Tensor, groups: ExpertGr
     )
 
 
+def _losses(D: int, size: int) -> Iterator[Operation]:
+    out = torch.empty(B, D, dtype=fp32, device="meta")
+    number, low = out.new_empty(()), out.to(torch.bfloat16)
+    for name, x, given in (
+        ("loss", out, (None, 1.0, 1.0)),
+        ("loss, balance and spread", out, (number, 1.0, None)),
+        ("loss, bf16 target, on device", low, (number, number, None)),
+    ):
+        traffic = loss_traffic(B, D, size)
+        yield Operation(name, lambda x=x, given=given: loss(out, out[0], x, *given), traffic)
+    columns, grads = out.new_empty(64, D), (None, number, None, None)
+    traffic = loss_backward_traffic(B, D, size)
+    yield Operation("loss_backward", lambda: loss_backward(out, out, number, columns, *grads), traffic)
+    yield Operation("loss_backward, bf16 target", lambda: loss_backward(out, low, number, columns, *grads), traffic)
+
+
 def _routing(size: int) -> Iterator[Operation]:
     logits = torch.empty(B, E, dtype=fp32, device="meta")
     gates, loads, expert = logits.new_empty(B), logits.new_empty(E), logits.new_empty(B, dtype=torch.int64)
-    yield Operation("route", lambda: route(logits), route_traffic(B, E))
+    for n in (E, 512):
+        yield Operation(f"route, {n} experts", lambda n=n: route(logits.new_empty(B, n)), route_traffic(B, n))
     yield Operation("route, biased", lambda: route(logits, loads), route_traffic(B, E))
     yield Operation(
         "route_backward",
-        lambda: route_backward(logits, expert, logits, gates, loads),
+        lambda: route_backward(logits, expert, logits, gates, loads, loads[0], loads),
         route_backward_traffic(B, E),
     )
     yield Operation(
@@ -226,7 +295,6 @@ def _routing(size: int) -> Iterator[Operation]:
         lambda: update_expert_bias(loads, loads, loads[0] > 0, 1e-3),
         Traffic(flops=6 * E, streamed=3 * E * size),
     )
-    yield Operation("clip", lambda: clip(loads[0], loads[0], 1.0), Traffic(flops=3, streamed=4 * size))
 
 
 def predicted_seconds(traffic: Traffic, gpu: Gpu, unit: str) -> float:

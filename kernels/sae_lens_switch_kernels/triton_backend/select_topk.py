@@ -74,24 +74,26 @@ def select_topk(
     scale_F: Tensor | None = None,
     groups: ExpertGroups | None = None,
     dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Values and indices (int64), [R, k], of the k largest (pre + bias) * scale; values are pre + bias, unscaled.
 
     Keys are compared in float32. Indices are distinct within a row and in no particular order; the choice between equal
     keys is arbitrary but the same on every run. With ``groups``, rows are sorted by expert, and indices count over the
-    latents of all experts. ``dtype`` is that of the values, by default that of pre.
+    latents of all experts. ``dtype`` is that of the values, by default that of pre. With ``relu`` negative ones are 0.
     """
     F = pre_RF.shape[1]
     block = candidate_block(F, k)
     widest = max(cdiv(F, block), next_power_of_2(k) * block)
     pays = cdiv(F, block) + k * block <= F // 2
     if F <= ONE_PASS or (F <= WIDEST_ROW and not pays):
-        return topk_rows(pre_RF, k, bias_F, scale_F, offsets_E1=groups and groups.offsets_E1, dtype=dtype)
+        return topk_rows(pre_RF, k, bias_F, scale_F, offsets_E1=groups and groups.offsets_E1, dtype=dtype, relu=relu)
     if pays and widest <= WIDEST_ROW:
-        return select_in_blocks(pre_RF, k, bias_F, scale_F, groups, dtype)
+        return select_in_blocks(pre_RF, k, bias_F, scale_F, groups, dtype, relu)
     indices_Rk = _direct_keys(pre_RF, bias_F, scale_F).topk(k, sorted=False).indices
     values_Rk = pre_RF.gather(1, indices_Rk)
     values_Rk = (values_Rk if bias_F is None else values_Rk + bias_F[indices_Rk]).to(pre_RF.dtype)
+    values_Rk = values_Rk.relu_() if relu else values_Rk
     E = 1 if groups is None else len(groups.offsets_E1) - 1
     first = 0 if groups is None else groups.first_latents(len(pre_RF), E * F)
     return values_Rk.to(dtype or pre_RF.dtype), indices_Rk + first
@@ -104,6 +106,7 @@ def select_in_blocks(
     scale_F: Tensor | None = None,
     groups: ExpertGroups | None = None,
     dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``select_topk`` in three launches."""
     R, F = pre_RF.shape
@@ -128,7 +131,7 @@ def select_in_blocks(
         BLOCK_F=BLOCK_F,
     )
     _, blocks_Rk = topk_rows(maxima_RN, k)
-    return topk_rows(pre_RF, k, bias_F, scale_F, blocks_Rk, BLOCK_F, groups and groups.offsets_E1, dtype)
+    return topk_rows(pre_RF, k, bias_F, scale_F, blocks_Rk, BLOCK_F, groups and groups.offsets_E1, dtype, relu)
 
 
 def _direct_keys(pre_RF: Tensor, bias_F: Tensor | None, scale_F: Tensor | None) -> Tensor:

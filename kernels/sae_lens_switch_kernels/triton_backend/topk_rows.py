@@ -99,6 +99,7 @@ def _topk_rows_kernel(
     BLOCK_F: tl.constexpr,
     AT_ONCE: tl.constexpr,  # blocks read again and stored at a time: few registers
     BLOCK_E: tl.constexpr,
+    RELU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     owner = 0
@@ -121,6 +122,8 @@ def _topk_rows_kernel(
         stored += tl.sum(counts, 0)
         chosen = sure | (border & (ranks >> 16 <= needed))
         place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, needed) - 1
+        if RELU:  # what is not a number stays so
+            shifted = tl.where(shifted < 0, 0.0, shifted)
         tl.store(values + place, shifted.to(values.dtype.element_ty), mask=chosen)
         tl.store(indices + place, columns.to(tl.int64) + owner, mask=chosen)
 
@@ -134,6 +137,7 @@ def topk_rows(
     block: int = 0,
     offsets_E1: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As ``select_topk``, indices in ascending order within a row, or within each of its blocks.
 
@@ -146,6 +150,7 @@ def topk_rows(
         block: Their length, a power of two.
         offsets_E1: If given, rows are sorted by expert, and indices count over the latents of all experts.
         dtype: Of the values; default: that of the rows.
+        relu: Whether negative values become 0.
     """
     R, F = pre_RF.shape
     lanes = arch_of(pre_RF.device).lanes
@@ -177,6 +182,7 @@ def topk_rows(
         BLOCK_F=BLOCK_F,
         AT_ONCE=max(1, at_once // BLOCK_F),
         BLOCK_E=next_power_of_2(E),
+        RELU=relu,
     )
     return values_Rk, indices_Rk
 

@@ -1,6 +1,7 @@
 """Adam that keeps the rows of one matrix, the decoder, at unit norm."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from sae_lens_switch.saes.decoder_constraint import (
     project_out_rows_,
     row_blocks,
 )
-from sae_lens_switch.training.optim.gradients import gradients, parameters_of, total_norm, trained
+from sae_lens_switch.training.optim.gradients import gradients, parameters_of, trained
 from sae_lens_switch.training.optim.master_weights import MasterWeights
 
 # Tuned on a CPU: a block of rows stays in cache while it is projected, stepped and renormalised.
@@ -59,7 +60,8 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         except RuntimeError:  # torch has no fused step for this device
             super().__init__(parameters, lr=lr, betas=betas)
         self.unit_rows, self.project = unit_rows, project
-        self.total_norm = total_norm
+        # Of all processes' gradients, where this one has a part of them.
+        self.total_norm: Callable[[list[Tensor]], Tensor] | None = None
         self.row_grads = RowGrads(active_only=False) if unit_rows is not None and project else None
         self.copies = WorkingCopies(copied)
         self._masters = MasterWeights(self, masters=True, after_step=after_step, copies=self.copies)
@@ -97,26 +99,31 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
                     state["step"] = state["step"].to(p.device, torch.float32)
 
     @torch.no_grad()
-    def clipped_step(self, loss: Tensor, max_norm: float | None, lr: Tensor | None = None) -> Tensor:
+    def clipped_step(
+        self, loss: Tensor, max_norm: float | None, lr: Tensor | None = None, skipped: Tensor | None = None
+    ) -> Tensor:
         """Clip, project, step, renormalise; skips a step whose loss or gradients are non-finite.
 
         Args:
             loss: What was differentiated.
             max_norm: Gradients are scaled down to this total norm; None: they are not.
             lr: See ``step``.
+            skipped: How many steps in a row, and in all, were skipped, [2]; kept up to date.
 
         Returns:
             Whether there was a step: a bool on the device, for which a GPU is not waited for.
         """
         grads = gradients(parameters_of(self))
-        norm = self.total_norm(grads)
-        is_finite, found_inf, scale = clip(norm, loss, max_norm)
-        if norm.device.type in _READ_AT_ONCE and not is_finite:
+        reads, fused = loss.device.type in _READ_AT_ONCE, self.is_fused and not any(map(_is_double, grads))
+        counted = self._counted_steps() if fused and not reads else []
+        normed = grads if self.total_norm is None else [self.total_norm(grads)]
+        is_finite, found_inf, scale = clip(normed, loss, max_norm, skipped, counted)
+        if reads and not is_finite:
             pass
-        elif self.is_fused and norm.dtype == torch.float32:
+        elif fused:
             # The fused step divides by the scale, and changes nothing where something was non-finite.
             radial_F = None if self.row_grads is None else self.row_grads.radial_R
-            self.step(grad_scale=scale, found_inf=found_inf, radial_F=radial_F, lr=lr)
+            self.step(grad_scale=scale, found_inf=found_inf, radial_F=radial_F, lr=lr, counted=counted)
         elif is_finite:
             for grad in grads:
                 grad.div_(scale)
@@ -124,6 +131,11 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         if self.row_grads is not None:
             self.row_grads.clear()
         return is_finite
+
+    def _counted_steps(self) -> list[Tensor]:
+        """How many steps each parameter has taken that will be stepped; without those that have not taken any."""
+        stepped = (p for p in trained(parameters_of(self)) if p.grad is not None)
+        return [self.state[p]["step"] for p in stepped if self.state.get(p)]
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -134,6 +146,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         found_inf: Tensor | None = None,
         radial_F: Tensor | None = None,
         lr: Tensor | None = None,
+        counted: Sequence[Tensor] = (),
     ) -> None:
         """One step. All arguments are for a fused float32 step only.
 
@@ -143,6 +156,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             radial_F: <unit_rows.grad, unit_rows> per row, as a backward pass leaves it in ``row_grads``; computed if
                 None.
             lr: A float32 number on the device that replaces the groups' own.
+            counted: Which parameters' counts of steps include this one already.
         """
         for group in self.param_groups:
             lists: Any = [[] for _ in range(6)]
@@ -155,13 +169,22 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             if not group["fused"]:
                 self._step_not_fused(lists, options)
                 continue
-            steps = lists[-1]
-            add_to_all(steps, 1 if found_inf is None else 1 - found_inf)
-            for p, grad, m, v, step in zip(*lists[:4], steps, strict=True):
-                # torch's fused step assumes the parameter's layout
-                state = _State(p, grad.contiguous(), m, v, step)
-                with self._masters.written(p) as copy:
-                    self._step_fused(state, copy, options, radial_F if p is self.unit_rows else None, fused)
+            steps, known = lists[-1], {id(step) for step in counted}
+            uncounted = [step for step in steps if id(step) not in known]
+            if uncounted:
+                add_to_all(uncounted, 1 if found_inf is None else 1 - found_inf)
+            # torch's fused step assumes the parameter's layout
+            states = [_State(p, g.contiguous(), m, v, step) for p, g, m, v, step in zip(*lists[:4], steps, strict=True)]
+            with ExitStack() as written:
+                copies = [written.enter_context(self._masters.written(state.p)) for state in states]
+                plain = [
+                    s for s, copy in zip(states, copies, strict=True) if copy is None and s.p is not self.unit_rows
+                ]
+                together = _step_together(plain, options)
+                for state, copy in zip(states, copies, strict=True):
+                    if state.p not in together:
+                        along_F = radial_F if state.p is self.unit_rows else None
+                        self._step_fused(state, copy, options, along_F, fused)
 
     def _step_not_fused(self, lists: Any, options: dict[str, Any]) -> None:
         W = self.unit_rows if self.unit_rows is not None and self.unit_rows.requires_grad else None
@@ -184,8 +207,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         unit = p is self.unit_rows
         adam_rows = _kernel_for(p, grad, m, v)
         if adam_rows is not None:
-            numbers = [options[name] for name in ("lr", "beta1", "beta2", "eps", "grad_scale", "found_inf")]
-            adam_rows(p, grad, m, v, step, *numbers, radial_F, unit, unit and self.project, copy)
+            adam_rows(p, grad, m, v, step, *_numbers(options), radial_F, unit, unit and self.project, copy)
         elif p.ndim and (unit or copy is not None):
             self._step_blocks(state, copy, partial(fused, **options), radial_F, unit)
         else:
@@ -225,6 +247,24 @@ class _State(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+
+
+def _step_together(states: list["_State"], options: dict[str, Any]) -> set[nn.Parameter]:
+    """Step in one launch what a kernel can. Returns which parameters."""
+    states = [s for s in states if all(t.dtype == torch.float32 and t.is_contiguous() for t in s)]
+    kernel = triton_kernel("adam_tensors", states[0].p) if states else None
+    if kernel is None:
+        return set()
+    kernel(*map(list, zip(*states, strict=True)), *_numbers(options))
+    return {s.p for s in states}
+
+
+def _numbers(options: dict[str, Any]) -> list[Any]:
+    return [options[name] for name in ("lr", "beta1", "beta2", "eps", "grad_scale", "found_inf")]
+
+
+def _is_double(t: Tensor) -> bool:
+    return t.dtype == torch.float64
 
 
 def _kernel_for(*matrices: Tensor) -> Callable[..., None] | None:

@@ -1,5 +1,6 @@
 """Row-sparse Adam: a step whose cost does not grow with the width of the dictionary."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.decoder_constraint import AppliesConstraint, normalize_rows_, project_out_rows
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
-from sae_lens_switch.training.optim.gradients import gradients, parameters_of, total_norm, trained
+from sae_lens_switch.training.optim.gradients import gradients, parameters_of, trained
 
 # Tuned on a CPU: a block of rows stays in cache while it is gathered, stepped and scattered.
 _ROWS_STEPPED = 1024
@@ -49,23 +50,29 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.sae = sae
         self.row_grads = RowGrads()
-        self.total_norm = total_norm
+        # Of all processes' gradients, where this one has a part of them.
+        self.total_norm: Callable[[list[Tensor]], Tensor] | None = None
         self.copies = WorkingCopies((sae.W_enc, sae.W_dec))
 
     @torch.no_grad()
-    def clipped_step(self, loss: Tensor, max_norm: float | None, lr: Tensor | None = None) -> Tensor:
+    def clipped_step(
+        self, loss: Tensor, max_norm: float | None, lr: Tensor | None = None, skipped: Tensor | None = None
+    ) -> Tensor:
         """Clip, project, step, renormalise; skips a step whose loss or gradients are non-finite.
 
         Args:
             loss: What was differentiated.
             max_norm: Gradients are scaled down to this total norm; None: they are not.
             lr: Must be None: which rows were active has been waited for, so that nothing is left to hide from the host.
+            skipped: As in ``ConstrainedAdam``.
 
         Returns:
             Whether there was a step.
         """
         assert lr is None
-        is_finite, _, scale = clip(self.total_norm(self._gradients()), loss, max_norm)
+        grads = self._gradients()
+        normed = grads if self.total_norm is None else [self.total_norm(grads)]
+        is_finite, _, scale = clip(normed, loss, max_norm, skipped)
         if is_finite:
             self.step(grad_scale=scale)
             self.sae.after_own_step()

@@ -53,11 +53,12 @@ def test_codes_are_sorted_gated_and_put_back(shape, dtype, has_gates):
     gates = random(B, seed=1).sigmoid() if has_gates else None
     ours = code_rows.unsorted_codes(values, indices, gates, groups)
     theirs = torch_codes.unsorted_codes(values, indices, gates, groups)
-    back = code_rows.sorted_codes(*ours[1:], gates, groups)
+    back = code_rows.sorted_codes(*ours[2:], gates, groups)
     assert torch.equal(ours[0], back[0])
+    assert torch.equal(ours[1], groups.unsorted(ours[0]))
     exact = torch_codes.unsorted_codes(*double(values, indices, gates), groups)[0]
     assert_as_good_as_torch("acts", ours[0], exact, theirs[0])
-    for a, b in zip((*ours[1:], *back[1:]), (*theirs[1:], values, indices), strict=True):
+    for a, b in zip((*ours[2:], *back[1:]), (*theirs[2:], values, indices), strict=True):
         assert torch.equal(a, b)
 
 

@@ -6,7 +6,9 @@ from helpers.triton_checks import DEVICE, assert_as_good_as_torch, random
 from sae_lens_switch_kernels import torch_routing
 from sae_lens_switch_kernels.triton_backend import routing
 
-shapes = pytest.mark.parametrize(("B", "E"), [(1, 1), (7, 3), (33, 32), (130, 5), (5, 130), (2, 1500)], ids=str)
+shapes = pytest.mark.parametrize(
+    ("B", "E"), [(1, 1), (7, 3), (33, 32), (130, 5), (2100, 128), (5, 130), (2, 1500)], ids=str
+)
 
 
 @shapes
@@ -16,21 +18,24 @@ def test_route(B, E, biased):
     ours, plain = routing.route(logits, bias), torch_routing.route(logits, bias)
     exact = torch_routing.route(logits.double(), None if bias is None else bias.double())
     assert torch.equal(ours.expert_B, plain.expert_B)
-    assert torch.equal(ours.load_E, plain.load_E)
-    for name in ("probs_BE", "gates_B", "importance_E"):
+    for name in ("load_E", "order_B", "offsets_E1"):
+        assert torch.equal(getattr(ours, name), getattr(plain, name)), name
+    assert exact.balance == pytest.approx(E * float(exact.load_E @ exact.importance_E))
+    for name in ("probs_BE", "gates_B", "importance_E", "balance"):
         assert_as_good_as_torch(name, *(getattr(found, name) for found in (ours, exact, plain)))
 
 
 @shapes
-@pytest.mark.parametrize("given", [(True, False, False), (False, True, True), (True, True, True)], ids=str)
+@pytest.mark.parametrize("given", [(1, 0, 0, 0), (0, 1, 1, 0), (0, 1, 0, 1), (1, 1, 1, 1)], ids=str)
 def test_its_gradient(B, E, given):
     probs = random(B, E).softmax(1)
-    upstream = random(B, E, seed=1), random(B, seed=2), random(E, seed=3)
+    upstream = random(B, E, seed=1), random(B, seed=2), random(E, seed=3), random(1, seed=4)[0]
+    load = random(E, seed=5).softmax(0)
     grads = [t if is_given else None for t, is_given in zip(upstream, given, strict=True)]
-    ours = routing.route_backward(probs, probs.argmax(1), *grads)
-    plain = torch_routing.route_backward(probs, probs.argmax(1), *grads)
+    ours = routing.route_backward(probs, probs.argmax(1), *grads, load)
+    plain = torch_routing.route_backward(probs, probs.argmax(1), *grads, load)
     double = [None if t is None else t.double() for t in grads]
-    exact = torch_routing.route_backward(probs.double(), probs.argmax(1), *double)
+    exact = torch_routing.route_backward(probs.double(), probs.argmax(1), *double, load.double())
     if E == 1:  # a softmax of one number has none
         assert ours.abs().max() <= 1e-6
     else:
