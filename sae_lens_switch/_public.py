@@ -10,6 +10,7 @@ from sae_lens_switch.saes.config import (
     SwitchSAEConfig,
     SwitchTrainingSAEConfig,
 )
+from sae_lens_switch.saes.init_from import init_from
 from sae_lens_switch.saes.registration import override, override_topk, register
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_codes import SparseCodes
@@ -80,6 +81,7 @@ __all__ = [
     "decode_sparse",
     "encode_sparse",
     "grow",
+    "init_from",
     "override",
     "override_topk",
     "run_transcoder_evals",

@@ -1,13 +1,12 @@
 """SAELens's SAEs in inference, whose latents are SparseCodes: no tensor of tokens x d_sae is made."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from sae_lens.saes.abstopk_sae import AbsTopK, AbsTopKSAE
 from sae_lens.saes.gated_sae import GatedSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
-from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.standard_sae import StandardSAE
 from sae_lens.saes.topk_sae import TopK, TopKSAE
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder, SkipTranscoder, Transcoder
@@ -15,6 +14,7 @@ from sae_lens_switch_kernels import matmul_at_indices, threshold_encode, topk_en
 from torch import Tensor, nn
 
 from sae_lens_switch.common.torch_private import has_hooks
+from sae_lens_switch.common.types import AnySAE
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
 from sae_lens_switch.saes.step import differentiable_codes
@@ -27,7 +27,7 @@ _CLASSES = (
 )
 
 
-def encode_sparse(sae: SAE[Any], x: Tensor) -> SparseCodes:
+def encode_sparse(sae: AnySAE, x: Tensor) -> SparseCodes:
     """The latents that ``sae.encode(x)`` finds, without a tensor of tokens x d_sae, on a CPU or a GPU.
 
     For SAELens's inference SAEs ``standard``, ``jumprelu`` (as which BatchTopK SAEs are saved), ``gated``, ``topk``,
@@ -62,7 +62,7 @@ def encode_sparse(sae: SAE[Any], x: Tensor) -> SparseCodes:
         return _encode_rows(sae, inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1])
 
 
-def decode_sparse(sae: SAE[Any], codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+def decode_sparse(sae: AnySAE, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
     """What ``sae.decode`` makes of the same latents: 2 B k d_in flops instead of 2 B d_sae d_in.
 
     Differentiable as ``sae.decode``, also in the values of the codes, which may be edited.
@@ -98,7 +98,7 @@ def decode_sparse(sae: SAE[Any], codes: SparseCodes, x: Tensor | None = None) ->
     return out
 
 
-def _encode_rows(sae: SAE[Any], x_BD: Tensor) -> SparseCodes:
+def _encode_rows(sae: AnySAE, x_BD: Tensor) -> SparseCodes:
     if isinstance(sae, TopKSAE):
         return _largest(sae, x_BD)
     if isinstance(sae, GatedSAE):
@@ -120,7 +120,7 @@ def _gated(sae: GatedSAE, x_BD: Tensor) -> SparseCodes:
     return replace(codes, values=values)
 
 
-def _above(sae: SAE[Any], x_BD: Tensor, threshold_F: Tensor, bias_F: Tensor | None = None) -> SparseCodes:
+def _above(sae: AnySAE, x_BD: Tensor, threshold_F: Tensor, bias_F: Tensor | None = None) -> SparseCodes:
     values, indices, offsets = threshold_encode(x_BD, sae.W_enc.T, threshold_F, bias_F=bias_F)
     if torch.is_grad_enabled():
         values = _pre_activations(sae, x_BD, indices, offsets, bias_F)
@@ -137,14 +137,14 @@ def _largest(sae: TopKSAE, x_BD: Tensor) -> SparseCodes:
 
 
 def _pre_activations(
-    sae: SAE[Any], x_BD: Tensor, indices: Tensor, offsets_B1: Tensor | None, bias_F: Tensor | None
+    sae: AnySAE, x_BD: Tensor, indices: Tensor, offsets_B1: Tensor | None, bias_F: Tensor | None
 ) -> Tensor:
     """Of these latents, once more and with a gradient: 2 B k d_in flops."""
     products = matmul_at_indices(x_BD, sae.W_enc.T, indices, offsets_B1)
     return products if bias_F is None else products + bias_F[indices]
 
 
-def _check_class(sae: SAE[Any]) -> None:
+def _check_class(sae: AnySAE) -> None:
     if isinstance(sae, SparseSAE):
         return
     if type(sae) not in _CLASSES:
@@ -157,7 +157,7 @@ def _check_class(sae: SAE[Any]) -> None:
         raise ValueError(f"sae.activation_fn of a {type(sae).__name__} must be {names}; got {sae.activation_fn!r}")
 
 
-def _check_hooks(sae: SAE[Any]) -> None:
+def _check_hooks(sae: AnySAE) -> None:
     hooked = [name for name in ("hook_sae_acts_pre", "hook_sae_acts_post") if has_hooks(sae.get_submodule(name))]
     if hooked:
         raise ValueError(
@@ -166,7 +166,7 @@ def _check_hooks(sae: SAE[Any]) -> None:
         )
 
 
-def _check_width(sae: SAE[Any], x: Tensor) -> None:
+def _check_width(sae: AnySAE, x: Tensor) -> None:
     reshapes = sae.hook_z_reshaping_mode and not isinstance(sae, Transcoder)
     width = x.shape[-2:].numel() if reshapes else x.shape[-1] if x.ndim else 0
     if width != sae.cfg.d_in or (reshapes and x.ndim < 2):

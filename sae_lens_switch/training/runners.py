@@ -22,6 +22,7 @@ from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.common.types import AnyTrainingSAE
+from sae_lens_switch.saes.init_from import saved_for
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training import checkpoints, field_rules
 from sae_lens_switch.training.activation_pairs import (
@@ -66,12 +67,10 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
             refuse_several_processes(cfg.expert_parallel)
         check_run_fits(cfg, cfg.sae)
         _check_dataset(cfg, override_dataset)
-        if (
-            override_sae is None
-            and cfg.from_pretrained_path is not None
-            and not Path(cfg.from_pretrained_path).is_dir()
-        ):
-            raise ValueError(f"from_pretrained_path must be a folder with an SAE; got {cfg.from_pretrained_path!r}")
+        if override_sae is None and cfg.from_pretrained_path is not None:
+            if not Path(cfg.from_pretrained_path).is_dir():
+                raise ValueError(f"from_pretrained_path must be a folder with an SAE; got {cfg.from_pretrained_path!r}")
+            override_sae = saved_for(cfg.sae, Path(cfg.from_pretrained_path))
         hook_out = hook_out_of(cfg, has_model=override_model is not None)
         if override_model is None and cfg.model_class_name == "HookedTransformer" and not cfg.use_cached_activations:
             check_hook_name(cfg.hook_name)

@@ -24,6 +24,12 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens_switch import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
+    SparseAbsTopKTrainingSAE,
+    SparseAbsTopKTrainingSAEConfig,
+    SparseBatchTopKTrainingSAE,
+    SparseBatchTopKTrainingSAEConfig,
+    SparseMatryoshkaBatchTopKTrainingSAE,
+    SparseMatryoshkaBatchTopKTrainingSAEConfig,
     SparseSAETrainer,
     SparseSAETrainerConfig,
     SparseTopKTrainingSAE,
@@ -60,6 +66,13 @@ BATCH, STEPS = 8, 12
 SAES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "switch": (SwitchTrainingSAE, SwitchTrainingSAEConfig, {"d_in": D, "d_sae": F, "n_experts": E, "k": K}),
     "sparse_topk": (SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, {"d_in": D, "d_sae": F, "k": K}),
+    "sparse_abstopk": (SparseAbsTopKTrainingSAE, SparseAbsTopKTrainingSAEConfig, {"d_in": D, "d_sae": F, "k": K}),
+    "sparse_batchtopk": (SparseBatchTopKTrainingSAE, SparseBatchTopKTrainingSAEConfig, {"d_in": D, "d_sae": F, "k": K}),
+    "sparse_matryoshka_batchtopk": (
+        SparseMatryoshkaBatchTopKTrainingSAE,
+        SparseMatryoshkaBatchTopKTrainingSAEConfig,
+        {"d_in": D, "d_sae": F, "k": K, "matryoshka_widths": [F // 2, F]},
+    ),
 }
 # Not for a trial to choose: what only speaks to W&B, what compiles, what is of no use to a run.
 LEFT_ALONE = {"log_to_wandb", "metadata", "sae", "logger", "compile_llm", "compile_sae", "hook_eval", "verbose"}
