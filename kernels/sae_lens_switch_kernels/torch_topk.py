@@ -6,7 +6,7 @@ Letters: R rows of F numbers; N blocks of height H.
 import torch
 from torch import Tensor
 
-SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in cache
+_SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in cache
 
 
 def select_topk(
@@ -20,7 +20,7 @@ def select_topk(
 
     By magnitude: of the k largest absolute values. May overwrite pre.
     """
-    rows = max(1, SEARCH_ELEMENTS // pre_RF.shape[1])
+    rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
     scratch = pre_RF.new_empty(0 if scale_F is None else min(rows, len(pre_RF)), pre_RF.shape[1])
     found = []
     for part in pre_RF.split(rows):
