@@ -56,7 +56,7 @@ class BatchTopK:
         if not _may_wait_for(ranked_RP.device):  # for how many exceed a bound
             return ranked_RP.flatten().topk(min(self.k, n), sorted=False).indices
         if self._bound is not None:
-            return _above(ranked_RP, self._bound)
+            return above(ranked_RP, self._bound)
         bound = _least_of_top(ranked_RP, self.k)
         return torch.arange(n) if bound is None else (~(ranked_RP < bound)).flatten().nonzero().flatten()
 
@@ -93,13 +93,13 @@ def _may_wait_for(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _above(ranked_RP: Tensor, bound: Tensor) -> Tensor:
+def above(ranked_RP: Tensor, bound: Tensor | float) -> Tensor:
     """Places in the flattened tile of what exceeds the bound; as in torch.topk, NaN exceeds everything."""
     P = ranked_RP.shape[1]
     N = P // _HEIGHT
     # Block j is columns j, j + N, j + 2N, ...: the maxima are then elementwise maxima of contiguous rows.
     row, column = (~(ranked_RP[:, : N * _HEIGHT].unflatten(1, (_HEIGHT, N)).amax(1) <= bound)).nonzero(as_tuple=True)
-    column_CH = column.unsqueeze(1) + torch.arange(_HEIGHT) * N
+    column_CH = column.unsqueeze(1) + torch.arange(_HEIGHT, device=column.device) * N
     is_above_CH = ~(ranked_RP[row.unsqueeze(1), column_CH] <= bound)
     places = (row.unsqueeze(1) * P + column_CH)[is_above_CH]
     rest_row, rest_column = (~(ranked_RP[:, N * _HEIGHT :] <= bound)).nonzero(as_tuple=True)

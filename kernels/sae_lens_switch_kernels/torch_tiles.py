@@ -121,7 +121,8 @@ def product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor
             part_RP = onednn_linear(padded_RD, W_PD[low : low + block])
             out_RP[:, low : low + block].copy_(part_RP[: len(x_RD)])
         return
-    # oneDNN's products in 16 bits find their own blocks.
-    block = _PRODUCT_LATENTS if x_RD.device.type == "cpu" and x_RD.dtype.itemsize > 2 else len(W_PD)
+    # oneDNN's products in 16 bits find their own blocks, and so does MKL for weights stored as [D, F].
+    wants_blocks = x_RD.device.type == "cpu" and x_RD.dtype.itemsize > 2 and W_PD.is_contiguous()
+    block = _PRODUCT_LATENTS if wants_blocks else len(W_PD)
     for low in range(0, len(W_PD), block):
         torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])

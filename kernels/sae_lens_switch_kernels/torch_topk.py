@@ -6,7 +6,7 @@ Letters: R rows of F numbers; N blocks of height H.
 import torch
 from torch import Tensor
 
-SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in cache
+_SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in cache
 
 
 def select_topk(
@@ -20,7 +20,7 @@ def select_topk(
 
     With ``by_magnitude`` the k farthest from 0. May overwrite pre.
     """
-    rows = max(1, SEARCH_ELEMENTS // pre_RF.shape[1])
+    rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
     needs_scratch = scale_F is not None or by_magnitude
     scratch = pre_RF.new_empty(min(rows, len(pre_RF)) if needs_scratch else 0, pre_RF.shape[1])
     found = []

@@ -15,7 +15,7 @@ from sae_lens_switch_kernels import (
 )
 from torch import Tensor
 
-# B, D, F: one token, one latent, widths that are no multiple of eight, more latents and more tokens than a tile holds
+# B, D, F: one token, one latent, widths that are no multiple of a block, more latents and tokens than a tile holds
 SHAPES = [(1, 5, 7), (9, 3, 1), (23, 17, 31), (64, 6, 96), (601, 4, 83)]
 shapes = pytest.mark.parametrize(("B", "D", "F"), SHAPES, ids=str)
 options = pytest.mark.parametrize("names", [(), ("bias_F",)], ids=["bare", "with a bias"])
@@ -28,8 +28,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def use_small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(torch_tiles, "_TILE_LATENTS", 19)
-    monkeypatch.setattr(torch_inference, "SEARCH_ELEMENTS", 60)
-    monkeypatch.setattr(torch_topk, "SEARCH_ELEMENTS", 60)
+    monkeypatch.setitem(torch_inference._SEARCH_ELEMENTS, "cpu", 60)
+    monkeypatch.setattr(torch_topk, "_SEARCH_ELEMENTS", 60)
 
 
 @shapes
