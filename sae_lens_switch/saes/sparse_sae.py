@@ -221,7 +221,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             self._check_loss(loss, step_input)
 
         fields = {
-            "sae_in": given if target_BD is x_BD else target_BD.view(*lead, target_BD.shape[-1]),
+            "sae_in": step_input.sae_in if target_BD is x_BD else target_BD.view(*lead, target_BD.shape[-1]),
             "sae_out": sae_out.view(*lead, sae_out.shape[-1]),
             "hidden_pre": hidden_pre.detach().view(*lead, hidden_pre.shape[-1]) if codes is None else codes.values,
             "loss": loss,
