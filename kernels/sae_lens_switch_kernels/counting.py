@@ -11,7 +11,7 @@ def count_codes(
     """Note which latents are active, in place, waiting for nothing.
 
     Args:
-        values_BK: Latents are active where these are positive.
+        values_BK: Latents are active where these are neither 0 nor NaN.
         indices_BK: Which latents.
         is_finite: Whether there is anything to note; one bool on the device.
         number: What ``last_F`` becomes where a latent is active: larger than all that it holds. A step that is captured

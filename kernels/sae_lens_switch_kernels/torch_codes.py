@@ -80,14 +80,14 @@ def count_codes(
     """Note which latents are active, in place; nothing unless ``is_finite``.
 
     Args:
-        values_BK: Latents are active where these are not 0.
+        values_BK: Latents are active where these are neither 0 nor NaN.
         indices_BK: Which latents.
         is_finite: Whether there is anything to note.
         number: What ``last_F`` becomes where a latent is active: larger than all that it holds.
         last_F: int32.
         total_F: int64; to it are added the tokens that each latent is active on.
     """
-    active_S, indices_S = (values_BK.flatten() != 0) & is_finite, indices_BK.flatten().long()
+    active_S, indices_S = (values_BK.flatten().abs() > 0) & is_finite, indices_BK.flatten().long()
     never = last_F.new_full((), torch.iinfo(last_F.dtype).min)
     number = number if isinstance(number, Tensor) else last_F.new_full((), number)
     last_F.scatter_reduce_(0, indices_S, torch.where(active_S, number, never), "amax")

@@ -99,7 +99,7 @@ def firings_over_data(firings: list[Firings], d_sae: int, ranks: Ranks) -> list[
     counts_F = torch.zeros(d_sae, device=ranks.device)
     for fired in firings:
         if isinstance(fired, SparseCodes):
-            counts_F.index_add_(0, fired.indices.flatten(), (fired.values.flatten() != 0).to(counts_F.dtype))
+            counts_F.index_add_(0, fired.indices.flatten(), (fired.values.flatten().abs() > 0).to(counts_F.dtype))
         else:
             counts_F += fired
     return [ranks.sum_over_data_(counts_F, "firings")]

@@ -81,7 +81,7 @@ def test_what_a_dry_run_prints_is_a_file_that_gives_the_same_run(tmp_path, capsy
     if "matryoshka" in architecture:
         argv += ["--matryoshka-widths", "10", "20", str(F)]
     argv += ["--n-experts", "4", "-k", "3"] if architecture.startswith("switch") else []
-    argv += ["-k", "3"] if "topk" in architecture and architecture != "abstopk" else []
+    argv += ["-k", "3"] if "topk" in architecture else []
     table = shown(capsys, *argv)
     text = json.dumps(table) if suffix == "json" else yaml.safe_dump(table)
     file = file_of(tmp_path / f"run.{suffix}", text)

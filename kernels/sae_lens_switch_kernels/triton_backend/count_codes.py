@@ -30,7 +30,7 @@ def _count_codes_kernel(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(values + at, mask=at < S, other=0.0).to(tl.float32)
-    active = (tl.where(tl.load(is_finite) != 0, value, 0.0) != 0) & (at < S)
+    active = (tl.where(tl.load(is_finite) != 0, tl.abs(value), 0.0) > 0) & (at < S)
     latent = tl.load(indices + at, mask=at < S, other=0).to(tl.int64)
     now = tl.load(number) if ON_DEVICE else number
     tl.store(last + latent, tl.zeros([BLOCK], tl.int32) + now, mask=active)

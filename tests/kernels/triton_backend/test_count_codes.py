@@ -21,7 +21,7 @@ def test_active_latents_are_counted(B, K, F, dtype, number):
         total = torch.arange(F, device=DEVICE) + 2**24
         ours, theirs = (last, total), (last.clone(), total.clone())
         expected = total.clone()
-        for latent in indices[values > 0].tolist() if is_finite else ():
+        for latent in indices[values.abs() > 0].tolist() if is_finite else ():
             expected[latent] += 1
         count_codes(values, indices, given, number, *ours)
         torch_codes.count_codes(values, indices, given, number, *theirs)
