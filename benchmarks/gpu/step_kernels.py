@@ -83,7 +83,7 @@ def check_counts(p: Any, c: SimpleNamespace) -> Pairs:
     last_F, total_F = (torch.zeros(c.s.F, dtype=t, device=c.x.device) for t in (torch.int32, torch.int64))
     p.count_codes(c.values, c.indices, torch.ones((), dtype=torch.bool, device=c.x.device), 5, last_F, total_F)
     truth = torch.zeros(c.s.F, dtype=torch.float64, device=c.x.device)
-    truth.index_add_(0, c.indices.flatten(), (c.values > 0).flatten().double())
+    truth.index_add_(0, c.indices.flatten(), (c.values != 0).flatten().double())
     yield "counts", total_F.double(), truth
     yield "last", last_F.double(), 5.0 * (truth > 0)
 

@@ -15,7 +15,7 @@ def threshold_encode(
     """Every pre-activation ``x W_enc^T + bias`` that exceeds its latent's threshold (arXiv 2407.14435).
 
     Never makes a [B, F] tensor; what is active takes 12 bytes a latent in float32, twice that for a moment. Plain torch
-    on every device: a GPU is waited for once per tile. No gradient. Under autocast as ``topk_encode``.
+    on every device: a GPU is waited for several times per tile. No gradient. Under autocast as ``topk_encode``.
 
     Args:
         x_BD: Tokens.
