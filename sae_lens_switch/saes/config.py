@@ -125,12 +125,16 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         check_sae(self)
+        self.resolve()
+        super().__post_init__()
+
+    def resolve(self) -> None:
+        """Give fields that are None what that stands for; they may have been set since the config was made."""
         if self.load_balance_coefficient is None:
             default = _DEFAULT_COEFFICIENT[self.load_balance_scale]
             self.load_balance_coefficient = default if self.load_balancing == "loss" else 0.0
         if self.aux_k is None:
             self.aux_k = self.k
-        super().__post_init__()
 
 
 @dataclass

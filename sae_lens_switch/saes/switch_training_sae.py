@@ -61,6 +61,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     def __init__(self, cfg: SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
+        cfg.resolve()
         self._start = FirstBatchStart(self.named_parameters() if self.device.type != "meta" else None)
         self._overlap: Tensor | None = None  # the penalty, between two parts of a step
         self._counts_E: Tensor | None = None  # tokens of each expert since the last optimiser step
@@ -68,7 +69,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         coefficient = self.cfg.load_balance_coefficient
-        assert coefficient is not None  # the config resolves None
+        assert coefficient is not None  # it is resolved
         return {"load_balance": TrainCoefficientConfig(coefficient, self.cfg.load_balance_warm_up_steps)}
 
     @override
@@ -275,7 +276,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
     @property
     @override
     def aux_k(self) -> int:
-        assert self.cfg.aux_k is not None  # the config resolves None
+        assert self.cfg.aux_k is not None  # it is resolved
         return self.cfg.aux_k
 
     @property

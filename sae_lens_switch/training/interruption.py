@@ -31,10 +31,11 @@ def exit_code(interruption: BaseException) -> int:
 class Interruption:
     """Inside the context, signals raise immediately within ``waiting()``, and otherwise at the next ``check()``.
 
-    SIGINT raises KeyboardInterrupt; SIGTERM and SIGHUP raise SAELens's InterruptedException. A signal that is ignored,
-    as SIGHUP is under nohup, stays ignored; a handler that was not installed from Python is left alone. Until the
-    first signal has been raised, later ones are ignored. Only the main thread receives signals; in any other thread
-    the context does nothing.
+    SIGINT raises KeyboardInterrupt; SIGTERM and SIGHUP raise SAELens's InterruptedException. What others' code swallows
+    within ``waiting()``, by a broad except or since it was in a finaliser, is raised again at the next ``check()``. A
+    signal that is ignored, as SIGHUP is under nohup, stays ignored; a handler that was not installed from Python is
+    left alone. Until the first signal has been raised, later ones are ignored. Only the main thread receives signals;
+    in any other thread the context does nothing.
     """
 
     def __init__(self) -> None:
@@ -59,8 +60,9 @@ class Interruption:
 
     def check(self) -> None:
         """Raise a signal that has arrived and not been raised yet."""
-        if self._pending is not None:
-            self._raise(self._pending)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._raise(pending)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -69,6 +71,9 @@ class Interruption:
         try:
             self.check()
             yield
+        except INTERRUPTIONS:
+            self._pending = None  # it is on its way
+            raise
         finally:
             self._waiting = False
 
@@ -79,7 +84,7 @@ class Interruption:
             self._raise(self._pending)
 
     def _raise(self, signum: int) -> None:
-        self._pending, self._waiting = None, False
+        self._waiting = False
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SignalledError(signum)

@@ -1,5 +1,6 @@
 """Signals in one process and from a terminal: held while a checkpoint is saved, and given back."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -48,6 +49,29 @@ def test_each_signal_raises_with_its_exit_code_and_handlers_are_given_back(handl
             os.kill(os.getpid(), signum)
         assert exit_code(caught.value) == code
         assert {s: signal.getsignal(s) for s in handlers} == handlers
+
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def except_everything() -> None:
+    with contextlib.suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("swallow", [Finalised, except_everything])
+def test_a_signal_that_others_swallow_is_raised_at_the_next_moment(swallow, handlers):  # noqa: ARG001
+    with Interruption() as held:
+        with held.waiting():
+            swallow()
+        with pytest.raises(interruption.SignalledError):
+            held.check()
+        held.check()  # once
+    with pytest.raises(interruption.SignalledError), Interruption() as held, held.waiting():
+        swallow()
 
 
 def test_a_handler_that_was_not_set_from_python_is_left_alone(monkeypatch, handlers):

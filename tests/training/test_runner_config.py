@@ -119,7 +119,7 @@ def test_to_dict_json_from_dict_round_trip_through_our_class_and_stocks(architec
         "batchtopk": {"k": K + 0.5},
         "matryoshka_batchtopk": {"k": K, "matryoshka_widths": [F // 2, F]},
     }
-    own = options.get(architecture.removeprefix("sparse_"), {})
+    own = options.get(architecture.removeprefix("sparse_").removesuffix("_transcoder"), {})
     cfg = LanguageModelSAERunnerConfig(
         architecture=architecture, d_in=D, d_sae=F, **own, **run_fields(tmp_path, seed=5)
     )

@@ -48,7 +48,7 @@ def at_hooks(model, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def test_rows_of_the_store_are_one_tokens_activations_at_both_hooks(tmp_path, model, dataset):
     """However rows are mixed: each is one of those that the model has for the dataset's tokens."""
     store = runner(config(tmp_path, exclude_special_tokens=[0], seqpos_slice=(0, 9)), model).activations_store
-    x, y = at_hooks(model, torch.tensor(dataset["tokens"]))
+    x, y = at_hooks(model, torch.as_tensor(dataset[:]["tokens"]))
     known = torch.cat([x, y], dim=-1)[:, 1:9].flatten(0, 1)  # without <bos>
     for _ in range(3):
         rows = store.next_batch()

@@ -10,7 +10,7 @@ from helpers import HOOK, K, switch_config, training_config
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAEConfig
 
-from sae_lens_switch import SwitchSAEConfig, SwitchTrainingSAEConfig
+from sae_lens_switch import SwitchSAEConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
 
 OTHER_FIELDS = {
     "n_experts": 5,
@@ -117,3 +117,11 @@ def test_the_command_line_of_saelens_offers_switch_and_its_flags():
 
 def test_the_command_line_defaults_of_saelens_make_a_valid_switch_config():
     assert _parse_cfg_args(["--architecture", "switch"]).sae == SwitchTrainingSAEConfig(d_in=512, d_sae=1024)
+
+
+def test_none_that_is_set_after_a_config_is_made_stands_for_the_default():
+    cfg = training_config(load_balance_coefficient=0.7, aux_k=2, aux_loss_coefficient=1.0)
+    cfg.load_balance_coefficient = cfg.aux_k = None
+    sae = SwitchTrainingSAE(cfg)
+    assert sae.get_coefficients()["load_balance"].value == training_config().load_balance_coefficient
+    assert sae.aux_k == cfg.k
