@@ -1,4 +1,4 @@
-"""Arguments and results of the operators as tuples, and the flat schema under which torch registers what takes one."""
+"""The encoder's arguments as one tuple, and the flat schema under which torch registers an operator that takes it."""
 
 from typing import Any, NamedTuple, get_type_hints
 
@@ -95,101 +95,6 @@ class EncoderInputs(NamedTuple):
     def centered(self, groups: ExpertGroups, dtype: torch.dtype | None = None) -> Tensor:
         """x - pre_bias, rows sorted by expert; x itself where that changes nothing. On a GPU in ``dtype``, if given."""
         return primitives(self.x_BD).sorted_rows(self.x_BD, self.pre_bias_D, groups, dtype or self.x_BD.dtype)
-
-
-class DecoderInputs(NamedTuple):
-    """The arguments of ``autoencode`` that follow the encoder's.
-
-    Attributes:
-        W_dec_FD: Decoder weights.
-        dead_N: The dead latents, for AuxK.
-        aux_k: How many of them are chosen per token.
-    """
-
-    W_dec_FD: Tensor
-    dead_N: Tensor | None
-    aux_k: int
-
-
-class Outputs(NamedTuple):
-    """What ``autoencode`` computes; empty tensors where there is no AuxK.
-
-    Attributes:
-        out_BD: Reconstruction.
-        values_BK: Values of the active latents, after ReLU and before the gate.
-        indices_BK: The active latents.
-        aux_out_BD: Reconstruction from dead latents alone.
-        aux_values_BA: Pre-activations of the chosen dead latents, rows sorted by expert.
-        aux_slots_BA: Their slots in ``DeadLatents``, rows sorted by expert.
-        centered_BD: The encoder's input, rows sorted by expert; empty if it is x itself, which an operator may not
-            return, and on a GPU, which makes it anew in less time than it takes to save it.
-        order_B: Of the ``ExpertGroups``; empty if there is one group, or if the groups were given.
-        offsets_E1: Likewise; empty if they were given.
-        doubtful_B: Whether low precision may have missed a latent of the token; empty without candidates.
-        acts_BK: Values times gates; empty without gates.
-    """
-
-    out_BD: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_out_BD: Tensor
-    aux_values_BA: Tensor
-    aux_slots_BA: Tensor
-    centered_BD: Tensor
-    order_B: Tensor
-    offsets_E1: Tensor
-    doubtful_B: Tensor
-    acts_BK: Tensor
-
-
-class BackwardInputs(NamedTuple):
-    """Arguments of ``autoencode_backward``: upstream gradients, then what forward saved, then what is needed."""
-
-    grad_out_BD: Tensor | None
-    grad_values_BK: Tensor | None
-    grad_aux_BD: Tensor | None
-    x_BD: Tensor
-    centered_BD: Tensor
-    W_enc_FD: Tensor
-    W_dec_FD: Tensor
-    pre_bias_D: Tensor | None
-    gates_B: Tensor | None
-    expert_B: Tensor | None
-    dead_N: Tensor | None
-    order_B: Tensor
-    offsets_E1: Tensor
-    values_BK: Tensor
-    indices_BK: Tensor
-    aux_values_BA: Tensor
-    aux_slots_BA: Tensor
-    n_experts: int
-    n_shared: int
-    dtype: torch.dtype
-    needs_x: bool
-    needs_pre_bias: bool
-
-    @property
-    def blocks(self) -> ExpertBlocks:
-        return ExpertBlocks(len(self.W_dec_FD), self.n_experts, self.n_shared)
-
-    def groups(self) -> ExpertGroups:
-        return ExpertGroups(self.order_B if self.order_B.numel() else None, self.offsets_E1)
-
-    def centered(self, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:
-        if self.centered_BD.numel():
-            return self.centered_BD
-        return primitives(self.x_BD).sorted_rows(self.x_BD, self.pre_bias_D, groups, dtype)
-
-
-class InputGrads(NamedTuple):
-    """Gradients, under the names of the arguments of ``autoencode``; empty where not needed."""
-
-    x_BD: Tensor
-    W_enc_FD: Tensor
-    W_dec_FD: Tensor
-    gates_B: Tensor
-    pre_bias_D: Tensor
-    bias_F: Tensor
 
 
 def token_groups(x_BD: Tensor, expert_B: Tensor | None, n_experts: int) -> ExpertGroups:

@@ -53,7 +53,7 @@ def _above(pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None) -> Iterat
     for start in range(0, R, rows):
         part = pre_RP[start : start + rows].to(threshold_P.dtype)
         part = part if bias_P is None else part.add_(bias_P)
-        # A difference is positive exactly where the first number is larger. torch compares half as fast.
+        # A difference is positive exactly where the first number is larger; torch subtracts faster than it compares.
         place_S = above(torch.sub(part, threshold_P, out=scratch[: len(part)]), 0.0)
         row_S = torch.div(place_S, P, rounding_mode="floor")
         latent_S = place_S - row_S * P

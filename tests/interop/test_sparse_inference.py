@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import D, E, K, M, largest_allocation, random_input, switch_sae
 from helpers.inference_saes import ALL, D_OUT, SAES, TOPK_K, F, with_few_active
+from helpers.transcoders import every_kind, transcoder, with_and_without_skip
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.sae import SAE, SAEMetadata
@@ -43,6 +44,15 @@ def test_latents_reconstruction_and_forward_equal_saelens_for_any_leading_shape(
         assert codes.batch_shape == lead
         assert codes.to_coo().shape == (*lead, F)
         assert decode_sparse(sae, codes).shape == (*lead, D_OUT if "transcoder" in name else D)
+
+
+@every_kind
+@with_and_without_skip
+def test_transcoders_of_this_package_add_their_skip_connection_to_given_inputs(kind, skip):
+    sae, x = transcoder(kind, skip_connection=skip), random_input(20, 12)
+    codes = encode_sparse(sae, x)
+    torch.testing.assert_close(decode_sparse(sae, codes, x), sae(x), **tightly)
+    torch.testing.assert_close(decode_sparse(sae, codes), sae.decode(sae.encode(x)), **tightly)
 
 
 @every
