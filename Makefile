@@ -32,12 +32,13 @@ quickstart: install
 check: lint
 	$(MAKE) test COVERAGE=1
 
-# COVERAGE=1 measures coverage as well, a third slower; the least figure is in pyproject.toml.
+# COVERAGE=1 measures coverage as well, a third slower; the least figure is in pyproject.toml. Tests use one thread each,
+# so processes share them: WORKERS=0 runs all in one.
+WORKERS ?= 2
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest
-	$(if $(COVERAGE),$(BIN)/python -m coverage report)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(if $(COVERAGE),--cov)
 
 # The real language model, full training runs, everything marked slow.
 test-slow: install

@@ -14,12 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import backend, reference, torch_backend
+from sae_lens_switch_kernels import backend, torch_backend
 from sae_lens_switch_kernels.indexing import ExpertGroups, expert_groups, latent_index, one_group
 from torch import Tensor
-from torch.nn import functional
 
-from gpu import gradients, repeats, step_kernels
+from gpu import adam_kernels, gradients, repeats, step_kernels
 from gpu.record import Case
 from gpu.shapes import Shape
 from gpu.timing import PRECISIONS, dtype_of, free, normal, triton_runs, use
@@ -29,6 +28,7 @@ TOLERATED = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 8e-3}
 ODD, REAL = Shape(515, 80, 318, 5, 6), Shape(4096, 768, 24576, 32, 32)
 TINY_ODD, TINY_REAL = Shape(13, 20, 21, 3, 3), Shape(20, 32, 64, 2, 4)
 WIDE_TILES = Shape(2048, 2304, 8192, 64, 8)
+TRAINED = ("switch", "sparse_topk", "sparse_abstopk", "sparse_batchtopk", "sparse_matryoshka_batchtopk")
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -41,7 +41,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for label, shape in shapes.items():
         for precision in precisions:
             for name, check in CHECKS.items():
-                if name in ("adam_rows", "lazy_adam_rows", "adam_tensors", "clip", "route") and precision != "fp32":
+                if name in (*adam_kernels.CHECKS, "clip", "route") and precision != "fp32":
                     continue  # all weights are stepped in it
                 yield (
                     f"{name}, {label}, {precision}",
@@ -49,7 +49,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 )
         if shape != TINY_REAL:
             yield from gradients.cases(label, shape, (*precisions, "autocast"), args.device)
-    for kind in ("switch", "sparse_topk"):
+    for kind in TRAINED:
         s = shapes["odd"] if kind == "switch" else shapes["odd"]._replace(E=1)
         for precision in (*precisions, "autocast") if on_gpu else ("fp32",):
             for optimizer in ("adam", "row_sparse_adam"):
@@ -57,7 +57,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                     f"training of {kind} twice, {precision}, {optimizer}",
                     lambda k=kind, s=s, p=precision, o=optimizer: repeats.check(k, s, p, args.device, o),
                 )
-    for kind in ("switch", "sparse_topk"):
+    for kind in TRAINED:
         yield (
             f"nondeterministic operators, {kind}",
             lambda k=kind: gradients.nondeterministic(k, args.device, args.tiny),
@@ -222,63 +222,6 @@ def selected(values_BK: Tensor, indices_BK: Tensor, pre_BF: Tensor, keys_BF: Ten
     yield "repeated indices", repeated.unsqueeze(0), torch.zeros(1, dtype=torch.float64, device=values_BK.device)
 
 
-def check_adam(p: Any, c: SimpleNamespace) -> Pairs:
-    """Rows as they are, and joined to ones too wide for registers; with a constraint and without; float32 always."""
-    W_FD, grad_FD, m_FD, v_FD = (normal(c.s.F, c.s.D, seed=i, device=c.x.device) for i in range(4))
-    matrices = (functional.normalize(W_FD, dim=1), grad_FD, m_FD, v_FD.square())
-    step, lr, scale, found = (torch.full((), x, device=c.x.device) for x in (3.0, 0.01, 2.0, 0.0))
-    for label, rows in (("", 1), ("wide ", 6000 // c.s.D)):
-        F = c.s.F // rows
-        given = [t[: F * rows].reshape(F, -1) for t in matrices] if F else []
-        for unit, radial in ((False, False), (True, False), (True, True)) if F else ():
-            along_F = (given[0] * given[1]).sum(1) if radial else None
-            W, grad, m, v = (t.clone() for t in given)
-            low = torch.full_like(W, torch.nan, dtype=torch.bfloat16)
-            p.adam_rows(W, grad, m, v, step, lr, 0.9, 0.999, 1e-8, scale, found, along_F, unit, unit, low)
-            exact = [t.double() for t in given]
-            truths = reference.adam_rows(*exact, 3.0, 0.01, 0.9, 0.999, 1e-8, 2.0, unit, unit)
-            constraint = ("unit rows, radial given" if radial else "unit rows") if unit else "no constraint"
-            for name, ours, truth in zip("Wmv", (W, m, v), truths, strict=True):
-                yield f"{label}{constraint}, {name}", ours, truth
-            yield f"{label}{constraint}, copy", *not_near(low, W)
-
-
-def check_lazy_adam(p: Any, c: SimpleNamespace) -> Pairs:
-    """Every third row, each of its own age, moments side by side; all other rows keep their bits."""
-    W_FD, m_FD, v_FD = (normal(c.s.F, c.s.D, seed=i, device=c.x.device) for i in range(3))
-    W_FD, moments_F2D = functional.normalize(W_FD, dim=1), torch.stack([m_FD, v_FD.square()], 1)
-    step_F, rows_R = torch.arange(c.s.F, device=c.x.device) % 1000.0, torch.arange(0, c.s.F, 3, device=c.x.device)
-    grad_RD, scale = normal(len(rows_R), c.s.D, seed=3, device=c.x.device), torch.full((), 2.0, device=c.x.device)
-    options = 0.01, 0.9, 0.999, 1e-8
-    old_W, old_m, old_v = (t[rows_R].double() for t in (W_FD, moments_F2D[:, 0], moments_F2D[:, 1]))
-    exact, age_R1 = (old_W, grad_RD.double(), old_m, old_v), step_F[rows_R].double().unsqueeze(1) + 1
-    rest_F = torch.ones(c.s.F, dtype=torch.bool, device=c.x.device).index_fill_(0, rows_R, False)
-    for unit, radial in ((False, False), (True, False), (True, True)):
-        W, moments, step, low = W_FD.clone(), moments_F2D.clone(), step_F.clone(), W_FD.to(torch.bfloat16)
-        radial_R = (W[rows_R] * grad_RD).sum(1) if radial else None
-        m, v = moments[:, 0], moments[:, 1]
-        p.lazy_adam_rows(W, grad_RD, m, v, step, rows_R, *options, scale, radial_R, unit, unit, low)
-        constraint = ("unit rows, radial given" if radial else "unit rows") if unit else "no constraint"
-        truths = reference.adam_rows(*exact, age_R1, *options, 2.0, unit, unit)
-        for name, ours, truth in zip("Wmv", (W, m, v), truths, strict=True):
-            yield f"{constraint}, {name}", ours[rows_R], truth
-        yield f"{constraint}, copy", *not_near(low, W)
-        yield f"{constraint}, other rows", *equal_bits(moments[rest_F], moments_F2D[rest_F])
-        yield f"{constraint}, step", step, step_F.double() + ~rest_F
-
-
-def not_near(low: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """As a pair: how many numbers are further than one rounding from W, and none. The interpreter cuts bits off."""
-    far = ((low.float() - W).abs() > torch.finfo(low.dtype).eps * W.abs()) | low.isnan()
-    return far.sum().unsqueeze(0), torch.zeros(1, dtype=torch.float64, device=W.device)
-
-
-def equal_bits(ours: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """As a pair: how many numbers differ, and none."""
-    differ = (ours != expected).sum().unsqueeze(0)
-    return differ, torch.zeros(1, dtype=torch.float64, device=ours.device)
-
-
 CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "sparse_decode": check_decode,
     "matmul_at_indices": check_dots,
@@ -288,8 +231,7 @@ CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "select_topk": check_select_topk,
     "topk_encode, experts": check_switch_encode,
     "topk_encode, bias and scale": check_topk_encode,
-    "adam_rows": check_adam,
-    "lazy_adam_rows": check_lazy_adam,
+    **adam_kernels.CHECKS,
     **step_kernels.CHECKS,
 }
 

@@ -1,4 +1,4 @@
-"""Stage `correctness`, the kernels around a step's products: routing, gates, loss, clipping, counts, small Adam."""
+"""Stage `correctness`, the kernels around a step's products: routing, gates, loss, clipping, counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import reference, torch_grouped, torch_loss, torch_routing
+from sae_lens_switch_kernels import torch_grouped, torch_loss, torch_routing
 from sae_lens_switch_kernels.indexing import expert_groups
 from torch import Tensor
 
@@ -88,27 +88,10 @@ def check_counts(p: Any, c: SimpleNamespace) -> Pairs:
     yield "last", last_F.double(), 5.0 * (truth > 0)
 
 
-def check_adam_tensors(p: Any, c: SimpleNamespace) -> Pairs:
-    """Biases and a router, each of its own age; float32 always."""
-    shapes, device = ((c.s.D,), (c.s.D, c.s.E), (c.s.F,)), c.x.device
-    W, grad, m, v = ([normal(*shape, seed=90 + i, device=device) for shape in shapes] for i in range(4))
-    v, steps = [t.square() for t in v], [torch.full((), 1.0 + i, device=device) for i in range(3)]
-    options, scale, found = (0.01, 0.9, 0.999, 1e-8), *torch.tensor([2.0, 0.0]).to(device)
-    exact = [
-        reference.adam_rows(*(t.double().view(1, -1) for t in given), 1.0 + i, *options, 2.0, False, False)
-        for i, given in enumerate(zip(W, grad, m, v, strict=True))
-    ]
-    p.adam_tensors(W, grad, m, v, steps, *options, scale, found)
-    for i, truths in enumerate(exact):
-        for name, ours, truth in zip("Wmv", (W[i], m[i], v[i]), truths, strict=True):
-            yield f"{name} {i}", ours, truth.view_as(ours)
-
-
 CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "route": check_route,
     "gated": check_gated,
     "loss": check_loss,
     "clip": check_clip,
     "count_codes": check_counts,
-    "adam_tensors": check_adam_tensors,
 }

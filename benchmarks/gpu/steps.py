@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -20,14 +20,7 @@ from gpu import shapes
 from gpu.record import Case, Record
 from gpu.shapes import Shape
 from gpu.timing import free, normal, synchronize, use
-from sae_lens_switch import (
-    SparseSAETrainer,
-    SparseSAETrainerConfig,
-    SparseTopKTrainingSAE,
-    SparseTopKTrainingSAEConfig,
-    SwitchTrainingSAE,
-    SwitchTrainingSAEConfig,
-)
+from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig
 
 GPT2, GEMMA = Shape(8192, 768, 24576, 32), Shape(8192, 2304, 65536, 64)
 WIDE, WIDEST = (Shape(8192, 4096, F, 64, 512) for F in (1 << 18, 1 << 19))
@@ -61,6 +54,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 yield step("sparsify", s, precision)
             yield step("all experts, masked", s._replace(E=experts[0]), "tf32")
             yield step("switch", s._replace(E=experts[0]), "bf16", optimizer="row_sparse_adam")
+            for architecture in ("batchtopk", "matryoshka_batchtopk", "abstopk"):
+                yield step(f"SAELens {architecture}", s, "bf16")
+                for graph in (True, False):
+                    yield step(f"sparse_{architecture}", s, "bf16", cuda_graph=graph)
     if args.tiny:
         return
     yield step("switch", WIDE, "bf16", cuda_graph=True)
@@ -93,16 +90,22 @@ def trainer_of(
     run["autocast"] = precision in ("bf16", "autocast")
     batches = [normal(s.B, s.D, seed=30 + i, device=device) for i in range(4)]
     use(precision)
-    if kind == "SAELens topk":
-        sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(**options))
+    if "matryoshka" in kind:
+        options["matryoshka_widths"] = [s.F >> i for i in (4, 3, 2, 1, 0)]
+    if kind.startswith("SAELens "):
+        sae = _sae(kind.removeprefix("SAELens "), options)
         return SAETrainer(cfg=SAETrainerConfig(**run), sae=sae, data_provider=iter([])), batches
     options["encoder_precision"] = encoder_precision
     if kind == "switch":
-        sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=s.E))
-    else:
-        sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
+        options["n_experts"] = s.E
+    sae = _sae(kind, options)
     cfg = SparseSAETrainerConfig(**run, optimizer=optimizer, cuda_graph=cuda_graph)  # type: ignore[arg-type]
     return SparseSAETrainer(cfg, sae, iter([])), batches
+
+
+def _sae(architecture: str, options: dict[str, Any]) -> Any:
+    sae_class, config_class = get_sae_training_class(architecture)
+    return sae_class(config_class(**options))
 
 
 def stepper_of(kind: str, s: Shape, precision: str, device: str, **options: Any) -> Callable[[int], Any]:

@@ -67,16 +67,18 @@ def step(case: str, found: dict[str, Any], cases: Cases) -> str:
         return ""
     more = f"{found['launches']:5} launches{found['peak_GB']:6.1f} GB" if "launches" in found else ""
     ratios = [f"{ms / found['ms']:.1f} ({precision})" for precision, ms in stock_ms(found, cases).items()]
-    stock = f", x stock {', '.join(ratios)}" if ratios and found["kind"] != "SAELens topk" else ""
+    stock = f", x stock {', '.join(ratios)}" if ratios and not found["kind"].startswith("SAELens ") else ""
     return (
         f"{case:52}{found['ms']:8.2f} ms, host {found['host_ms']:.2f}{more}{found['times_floor']:6.1f} x floor{stock}"
     )
 
 
 def stock_ms(found: dict[str, Any], cases: Cases) -> dict[str, float]:
-    """SAELens's TopK at the same shape, by precision."""
+    """SAELens's SAE of the same kind, or its TopK, at the same shape, by precision."""
+    kind = found["kind"]
+    theirs = f"SAELens {kind.removeprefix('sparse_')}" if kind.startswith("sparse_") else "SAELens topk"
     width = {letter: n for letter, n in found["shape"].items() if letter != "E"}
-    stock = [c for c in cases.values() if c.get("kind") == "SAELens topk" and width.items() <= c["shape"].items()]
+    stock = [c for c in cases.values() if c.get("kind") == theirs and width.items() <= c["shape"].items()]
     return {c["precision"]: c["ms"] for c in stock if c["precision"] in ("fp32", "bf16")}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import shapes, supervise
+from gpu import gradients, shapes, supervise
 from gpu.record import Record, run_cases
 from gpu.table import LINES, table
 from helpers import ROOT
@@ -49,7 +49,9 @@ def test_what_the_stages_measure(rehearsal):
     correctness, primitives, steps, training = (
         json.loads((rehearsal[0] / f"{stage}.json").read_text())["cases"] for stage in STAGES
     )
-    for kind in ("sparse_decode", "latent_weight_grads", "grouped", "gradients of switch", "nondeterministic"):
+    kinds = ["sparse_decode", "latent_weight_grads", "grouped", "adam_rows", "route", "nondeterministic"]
+    kinds += [f"gradients of {kind}," for kind in gradients.KINDS]
+    for kind in (*kinds, "training of switch", "training of sparse_batchtopk twice"):
         assert any(name.startswith(kind) for name in correctness), kind
     timed = [case for case in primitives.values() if "floor_ms" in case]
     assert timed

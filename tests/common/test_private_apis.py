@@ -31,7 +31,9 @@ def test_saelens_still_has_the_private_methods_we_override_or_call(path, method)
     assert callable(vars(saelens_class(path)).get(method)), f"{path} has no {method}: {OVERRIDDEN[path][method]}"
 
 
-@pytest.mark.parametrize(("module", "name"), [(module, n) for module, names in SUBSTITUTED.items() for n in names])
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, n) for module, names in SUBSTITUTED.items() for n in sorted(names)]
+)
 def test_saelens_still_has_the_names_we_substitute(module, name):
     assert callable(vars(importlib.import_module(module)).get(name))
 
