@@ -34,6 +34,8 @@ _AT_LEAST = {torch.bfloat16: 4, torch.float8_e4m3fn: 16}
 # A token is in doubt if a latent outside its candidates would be chosen, were it off by this many times the error that
 # its candidates show.
 _STANDARD_DEVIATIONS = 4
+# Of the summed dimension, for the product; and rows of weights that are scaled at a time, to stay in cache.
+_MULTIPLE, _ROWS = 32, 1024
 
 
 class Selected(NamedTuple):
@@ -107,15 +109,18 @@ def select_from_candidates(
     """The k largest of the candidates by their exact pre-activations; rows are sorted by expert."""
     bias_F, scale_F, dtype = inputs.bias_F, inputs.scale_F, inputs.candidate_dtype
     assert dtype is not None
-    found = select(p, inputs, centered_BD, groups, inputs.n_candidates, dtype)
-    guesses_BC, candidates_BC, _, offsets_B1 = found
+    is_folded = dtype == torch.bfloat16 and p is torch_backend and (bias_F is not None or scale_F is not None)
+    low, low_BD = folded(inputs, centered_BD, dtype) if is_folded else (inputs, centered_BD)
+    guesses_BC, candidates_BC, _, offsets_B1 = select(p, low, low_BD, groups, inputs.n_candidates, dtype)
     exact_BC = p.matmul_at_indices(
         centered_BD, inputs.W_enc_FD, candidates_BC, offsets_B1 if inputs.over_batch else None
     )
     if bias_F is not None:
         exact_BC += bias_F[candidates_BC]
-    scale_BC = None if scale_F is None else scale_F[candidates_BC]
-    ranked_BC, guesses_BC = (t if scale_BC is None else t * scale_BC for t in (exact_BC, guesses_BC))
+    ranked_BC = exact_BC
+    if scale_F is not None:
+        scale_BC = scale_F[candidates_BC]
+        ranked_BC, guesses_BC = exact_BC * scale_BC, guesses_BC if is_folded else guesses_BC * scale_BC
     if inputs.by_magnitude:
         ranked_BC, guesses_BC = ranked_BC.abs(), guesses_BC.abs()
     best_BK, place_BK = ranked_BC.topk(inputs.k, dim=-1, sorted=False)
@@ -124,6 +129,26 @@ def select_from_candidates(
         place_BK, doubtful_B = place_BK.sort().values, doubtful_B.expand(len(centered_BD)).clone()
         offsets_B1 = torch.searchsorted(place_BK, offsets_B1)
     return Selected(exact_BC.gather(-1, place_BK), candidates_BC.gather(-1, place_BK), doubtful_B, offsets_B1)
+
+
+def folded(inputs: EncoderInputs, x_BD: Tensor, dtype: torch.dtype) -> tuple[EncoderInputs, Tensor]:
+    """Bias and scale inside the product, which is then what ranks: (x, 1) times scale (W, bias).
+
+    On a CPU each would be a pass over the product's B * F numbers.
+    """
+    W_FD, bias_F, scale_F = inputs.W_enc_FD, inputs.bias_F, inputs.scale_F
+    F, D = W_FD.shape
+    width = D + 1 + -(D + 1) % _MULTIPLE
+    low_FD, low_BD = W_FD.new_empty(F, width, dtype=dtype), x_BD.new_empty(len(x_BD), width, dtype=dtype)
+    low_FD[:, D:], low_BD[:, D:] = 0, 0
+    for start in range(0, F, _ROWS):
+        rows = slice(start, start + _ROWS)
+        low_FD[rows, :D] = W_FD[rows] if scale_F is None else W_FD[rows] * scale_F[rows].unsqueeze(1)
+    low_BD[:, :D] = x_BD
+    if bias_F is not None:
+        low_FD[:, D] = bias_F if scale_F is None else bias_F * scale_F
+        low_BD[:, D] = 1
+    return inputs._replace(W_enc_FD=low_FD, bias_F=None, scale_F=None), low_BD
 
 
 def _is_doubtful(guesses_BC: Tensor, exact_BC: Tensor, best_BK: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ def select_topk(
 
     With ``by_magnitude`` the k farthest from 0. May overwrite pre.
     """
+    # Of two dtypes torch would make a copy of the whole tile in the wider one first.
+    bias_F, scale_F = (None if t is None else t.to(pre_RF.dtype) for t in (bias_F, scale_F))
     rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
     needs_scratch = scale_F is not None or by_magnitude
     scratch = pre_RF.new_empty(min(rows, len(pre_RF)) if needs_scratch else 0, pre_RF.shape[1])
