@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import traceback
@@ -49,8 +48,11 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        """Beside its place first, then renamed: whoever reads finds the old file or the new one."""
-        unfinished = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        """Beside its place first, then renamed: whoever reads finds the old file or the new one.
+
+        A file has one writer at a time; what one that was killed left unfinished is written over.
+        """
+        unfinished = self.file.with_name(f".{self.file.name}.unfinished")
         unfinished.write_text(json.dumps(self.data, indent=1) + "\n")
         unfinished.replace(self.file)
 

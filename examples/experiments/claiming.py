@@ -29,9 +29,12 @@ def claimed(folder: Path, name: str) -> Iterator[bool]:
 
 
 def write(file: Path, content: Any) -> None:
-    """Write JSON atomically; it is on the disk when it appears."""
+    """Write JSON atomically; it is on the disk when it appears. For the one process that has claimed the file.
+
+    What a killed process left unfinished is written over.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished = file.with_suffix(".unfinished")
     with open(unfinished, "w") as handle:
         handle.write(json.dumps(content, indent=1) + "\n")
         handle.flush()

@@ -183,6 +183,16 @@ def test_killed_anywhere_it_goes_on_to_the_same_results(cache, uninterrupted, tm
     assert not [name for name in now if not re.search(r"/\d+\.json$", name)]  # nothing half-made is left
 
 
+def test_a_result_whose_writing_was_killed_leaves_nothing_once_it_is_written(tmp_path):
+    file, n_killed = tmp_path / "cell" / "640.json", 0
+    for at in range(6):
+        n_killed += kills.killed(lambda at=at: claiming.write(file, {"n": at}), at=at)
+    assert n_killed > 2
+    claiming.write(file, {"n": 6})
+    assert json.loads(file.read_text()) == {"n": 6}
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
 def test_a_claim_is_one_processs_and_ends_with_it(tmp_path):
     def hold():
         with claiming.claimed(tmp_path / "locks", "cell") as mine:

@@ -14,7 +14,7 @@ import torch
 from gpu import gradients, shapes, supervise
 from gpu.record import Record, run_cases
 from gpu.table import LINES, table
-from helpers import ROOT
+from helpers import ROOT, kills
 
 
 def check(output: Path, *options: str) -> subprocess.CompletedProcess:
@@ -110,6 +110,16 @@ def test_a_case_that_raises_is_recorded_with_its_place_and_the_others_run(tmp_pa
     assert read()["wrong"]["status"] == "ok"
     run_cases(record, [("after the deadline", dict)], time.time() - 1)
     assert "after the deadline" not in read()
+
+
+def test_a_record_whose_writing_was_killed_leaves_nothing_once_it_is_written(tmp_path):
+    record, n_killed = Record(tmp_path / "stage.json"), 0
+    for at in range(6):
+        n_killed += kills.killed(lambda at=at: record.set("case", status="ok", n=at), at=at)
+    assert n_killed > 1
+    record.set("case", status="ok", n=6)
+    assert Record(record.file).cases["case"]["n"] == 6
+    assert [p.name for p in tmp_path.iterdir()] == ["stage.json"]
 
 
 STAGE = """
