@@ -18,7 +18,7 @@ class TrainerOptions:
     Args:
         optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which only updates latents that were active in the step, at most k per token, however wide the dictionary.
         gradient_accumulation_steps (int): Number of parts in which each batch is computed, one after the other, in the memory of one part; their gradients are summed. Batch statistics, such as the load balance, are computed per part.
-        cuda_graph (bool): Capture the training step as one CUDA graph and replay it, which removes the host's part, most of a small step. Results are the same but for the learning rate's rounding to float32. Requires "adam", and switch or sparse_topk without auxiliary loss. No effect on a CPU.
+        cuda_graph (bool): Capture the training step as one CUDA graph and replay it, which removes the host's part, most of a small step. Results are the same but for the learning rate's rounding to float32. Requires "adam", and one of our architectures without auxiliary loss. No effect on a CPU.
         expert_parallel (int): Number of processes that the experts of a Switch SAE are divided over; it divides n_experts and the number of processes that torchrun has started. With 1, every process has all experts, and the processes divide the data.
         rank_timeout (float): Seconds after which a process of a parallel run that does not answer counts as lost, and the others stop. Longer than it takes to write a checkpoint.
         max_grad_norm (float | None): Gradients are clipped to this total norm. None: they are not.

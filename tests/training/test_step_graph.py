@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from helpers import D, F, K, activations, training_sae
+from helpers import D, E, F, K, activations, training_sae
 from sae_lens import LoggingConfig
+from sae_lens.registry import get_sae_training_class
 
-from sae_lens_switch import (
-    SparseSAETrainer,
-    SparseSAETrainerConfig,
-    SparseTopKTrainingSAE,
-    SparseTopKTrainingSAEConfig,
-)
+from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig
 from sae_lens_switch.training.step_graph import StepGraph
 
 
@@ -19,11 +15,20 @@ def make_sae(architecture: str, **fields):
         return training_sae(dtype="float32", load_balance_warm_up_steps=5, **fields)
     torch.manual_seed(0)
     fields = {"d_in": D, "d_sae": F, "k": K, "aux_loss_coefficient": 0.0, **fields}
-    return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**fields))
+    if "matryoshka" in architecture:
+        fields["matryoshka_widths"] = [F // 3, F]
+    if "transcoder" in architecture:
+        fields["d_out"] = D
+    if "switch" in architecture:
+        fields["n_experts"] = E
+    sae_class, config_class = get_sae_training_class(architecture)
+    return sae_class(config_class(**fields))
 
 
 def make_trainer(sae, **fields) -> SparseSAETrainer:
     batches = [*activations(15), activations(1, batch=40)[0], *activations(9, seed=5)]
+    if sae.batch_width > D:  # a transcoder: other tokens are its targets
+        batches = [torch.cat([x, x.roll(1, 0)], dim=1) for x in batches]
     cfg = {"lr": 1e-2, "lr_warm_up_steps": 3, "feature_sampling_window": 7, **fields}
     return SparseSAETrainer(SparseSAETrainerConfig(sum(map(len, batches)), 64, **cfg), sae, iter(batches))
 
@@ -35,7 +40,11 @@ def no_history(monkeypatch):
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["switch", "sparse_topk", "sparse_abstopk", "sparse_batchtopk", "sparse_matryoshka_batchtopk", "switch_transcoder",
+     "sparse_topk_transcoder"],
+)  # fmt: skip
 def test_a_run_through_the_memory_of_a_graph_is_the_same_run(architecture, parts):
     options = {"gradient_accumulation_steps": parts, "logger": LoggingConfig(log_to_wandb=False)}
     plain = make_trainer(make_sae(architecture), **options)
