@@ -28,7 +28,7 @@ def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Encod
     if expert_B is not None:
         n_active = check_experts(expert_B, x_BD, n_experts)
         if n_active == 1:  # a token with one expert and shared latents chooses from two, as one with two experts
-            shape = (-1, 1) if n_shared else (-1,)
+            shape = (-1, 1) if n_shared or inputs.over_batch else (-1,)
             gates_B = inputs.gates_B
             if gates_B is not None and gates_B.shape == expert_B.shape:
                 gates_B = gates_B.reshape(shape)
@@ -69,21 +69,23 @@ def check_experts(expert_B: Tensor, x_BD: Tensor, n_experts: int) -> int:
 
 
 def check_over_batch(inputs: EncoderInputs) -> None:
-    n = len(inputs.x_BD) * len(inputs.W_enc_FD)
+    n, has_experts = len(inputs.x_BD) * inputs.choices, inputs.expert_B is not None
     if not 0 <= inputs.k <= n:
-        raise ValueError(f"k must be between 0 and B F = {n}; got k={inputs.k}")
-    if inputs.expert_B is not None or inputs.gates_B is not None:
-        raise ValueError("over_batch must be False with expert_B or gates_B; got True")
+        of = f"B times the {inputs.choices} latents of a token" if has_experts else "B F"
+        raise ValueError(f"k must be between 0 and {of} = {n}; got k={inputs.k}")
+    if inputs.gates_B is not None and not has_experts:
+        raise ValueError("over_batch must be False with gates_B, unless expert_B is given; got True")
+    for name in ("bias_F", "scale_F") if has_experts else ():
+        if inputs._asdict()[name] is not None:
+            raise ValueError(f"{name} must be None with expert_B where tokens differ in number of codes; got a tensor")
 
 
-def check_levels(ends_L: Tensor, n_latents: int, x_BD: Tensor, over_batch: bool) -> None:
-    if not over_batch:
-        raise ValueError("over_batch must be True with ends_L; got False")
+def check_levels(ends_L: Tensor, width: int, x_BD: Tensor) -> None:
     if ends_L.ndim != 1 or len(ends_L) == 0:
         raise ValueError(f"ends_L must have shape (at least 1,); got {tuple(ends_L.shape)}")
     check_integers("ends_L", ends_L)
     check_device("ends_L", ends_L, "x_BD", x_BD)
-    check_ends(ends_L, n_latents)
+    check_ends(ends_L, width)
 
 
 def check_dead_counts(counts: Sequence[int], dead_N: Tensor | None, expert_B: Tensor | None) -> None:

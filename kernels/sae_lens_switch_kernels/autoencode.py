@@ -14,7 +14,7 @@ from torch.library import custom_op
 from sae_lens_switch_kernels.autoencode_tensors import BackwardInputs, DecoderInputs, InputGrads, Outputs
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
 from sae_lens_switch_kernels.dead_latents import DeadLatents, dead_latents, encode_groups
-from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, code_rows, level_offsets
+from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, by_level, code_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs, check_range, flat_schema
 from sae_lens_switch_kernels.operators import Gradients, encode_sorted
 from sae_lens_switch_kernels.products import CodeProducts, is_dense
@@ -42,14 +42,16 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
     x_BD, (W_dec_FD, dead_N, aux_k, dead_counts, ends_L) = inputs.x_BD, decoder
     p, groups = primitives(x_BD), inputs.groups()
     dense = inputs.expert_B is not None and is_dense(len(W_dec_FD), inputs.k, groups, x_BD.device, inputs.dtype)
+    dense = dense and not inputs.over_batch and ends_L is None
     # Candidates are recomputed from x in its own dtype.
     centered_BD = inputs.centered(groups, inputs.dtype if dense and inputs.candidate_dtype is None else None)
     with torch.autocast(x_BD.device.type, enabled=False):
         sorted_values_BK, sorted_indices_BK, doubtful_B, offsets_Q1 = encode_sorted(inputs, centered_BD, groups)
         if ends_L is not None:
-            offsets_Q1 = level_offsets(offsets_Q1, sorted_indices_BK, ends_L, len(W_dec_FD))
+            found = _in_levels(inputs, sorted_values_BK, sorted_indices_BK, offsets_Q1, ends_L)
+            sorted_values_BK, sorted_indices_BK, offsets_Q1 = found
         rows = _code_rows(offsets_Q1, len(sorted_indices_BK), len(x_BD))
-        gates = gating(p, inputs.expert_B, sorted_indices_BK, inputs.gates_B, inputs.blocks)
+        gates = gating(p, inputs.expert_B, sorted_indices_BK, inputs.gates_B, inputs.blocks, rows)
         codes = CodeProducts(p, sorted_indices_BK, len(W_dec_FD), groups, inputs.dtype, rows=rows)
         out_BD, acts_BK, values_BK, indices_BK = codes.decode_gated(gates, sorted_values_BK, inputs.gates_B, W_dec_FD)
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
@@ -95,7 +97,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     has_centered = has_centered and not isinstance(primitives(x_BD), SelfChecked)
     shape, Q = (inputs.k,) if inputs.over_batch else (B, inputs.k), B
     if decoder.ends_L is not None:
-        Q = B * decoder.ends_L.shape[0]
+        shape, Q = (inputs.k if inputs.over_batch else B * inputs.k,), B * decoder.ends_L.shape[0]
     aux_shape, n_aux = (B, decoder.aux_k) if has_aux else (0,), len(decoder.dead_counts)
     if n_aux:
         aux_shape = (B * sum(min(decoder.aux_k, n) for n in decoder.dead_counts),)
@@ -110,9 +112,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         x_BD.new_empty(B if is_sorted and not is_given else 0, dtype=long),
         x_BD.new_empty(0 if is_given else inputs.n_experts + 1 if is_sorted else 2, dtype=long),
         x_BD.new_empty(0 if inputs.candidate_dtype is None else B, dtype=torch.bool),
-        x_BD.new_empty(Q + 1 if inputs.over_batch else 0, dtype=long),
+        x_BD.new_empty(Q + 1 if len(shape) == 1 else 0, dtype=long),
         x_BD.new_empty(B * n_aux + 1 if n_aux else 0, dtype=long),
-        x_BD.new_empty(0) if inputs.gates_B is None else W_enc_FD.new_empty(B, inputs.k),
+        x_BD.new_empty(0) if inputs.gates_B is None else W_enc_FD.new_empty(shape),
     )
 
 
@@ -151,8 +153,8 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     """
     p, groups = primitives(b.x_BD), b.groups()
     active_only = row_grads is not None and row_grads.active_only
-    gates = gating(p, b.expert_B, b.indices_BK, b.gates_B, b.blocks)
     rows = _code_rows(b.offsets_Q1, len(b.indices_BK), len(b.x_BD))
+    gates = gating(p, b.expert_B, b.indices_BK, b.gates_B, b.blocks, rows)
     is_sparse = active_only or rows is not None
     dense = not is_sparse and is_dense(len(b.W_dec_FD), b.indices_BK.shape[1], groups, b.x_BD.device, b.dtype)
 
@@ -218,6 +220,18 @@ def _aux_backward(
     rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, centered_BD, radial_BA)
     d_x_BD = codes.decode_tokens(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
     return dead.latents_Z if rows_R is None else dead.latents_Z[rows_R], grads, d_x_BD
+
+
+def _in_levels(
+    inputs: EncoderInputs, values_BK: Tensor, indices_BK: Tensor, offsets_B1: Tensor, ends_L: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [S], each token's by level, and where each level's begin."""
+    if not inputs.over_batch:
+        K = indices_BK.shape[1]
+        offsets_B1 = torch.arange(len(indices_BK) + 1, device=indices_BK.device) * K
+    # Of one expert, and after the shared ones, latents ascend as their positions do.
+    is_ordered = inputs.over_batch and not (are_several(inputs.expert_B) and inputs.expert_B.shape[1] > 1)
+    return by_level(values_BK.flatten(), indices_BK.flatten(), offsets_B1, inputs.blocks, ends_L, is_ordered)
 
 
 def _code_rows(offsets_Q1: Tensor, n_codes: int, n_tokens: int) -> CodeRows | None:

@@ -17,7 +17,7 @@ class DecoderInputs(NamedTuple):
         dead_N: The dead latents, for AuxK.
         aux_k: How many of them are chosen per token.
         dead_counts: How many consecutive ones of ``dead_N`` reconstruct apart from the others; none: all together.
-        ends_L: The latents at which levels end, each decoded apart; None: there is one. Only of codes over the batch.
+        ends_L: The positions inside an expert at which levels end, each decoded apart; None: there is one.
     """
 
     W_dec_FD: Tensor
@@ -42,7 +42,8 @@ class Outputs(NamedTuple):
         order_B: Of the ``ExpertGroups``; empty if there is one group, or if the groups were given.
         offsets_E1: Likewise; empty if they were given.
         doubtful_B: Whether low precision may have missed a latent of the token; empty without candidates.
-        offsets_Q1: Of codes over the batch, which are [S], where those of each token and level begin; else empty.
+        offsets_Q1: Of codes over the batch or with levels, which are [S], where those of each token and level begin;
+            else empty.
         aux_offsets_Q1: With ``dead_counts``, where those of each token and group begin; else empty.
         acts_BK: Values times gates; empty without gates.
     """

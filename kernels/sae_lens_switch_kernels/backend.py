@@ -27,6 +27,7 @@ PRIMITIVES = (
     "topk_encode",
     "gated_decode",
     "gated_grads",
+    "grouped_encode",
     "grouped_decode",
     "grouped_matmul_at_indices",
     "grouped_weight_grads",

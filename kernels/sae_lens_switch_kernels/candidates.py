@@ -20,10 +20,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lens_switch_kernels import torch_backend
 from sae_lens_switch_kernels.backend import SelfChecked
-from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.indexing import ExpertGroups, code_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs
+from sae_lens_switch_kernels.own_tiles import own_tiles
+from sae_lens_switch_kernels.several_experts import are_several, gates_of_codes
+from sae_lens_switch_kernels.torch_batch_topk import BatchTopK
 
 EncoderPrecision = Literal["full", "bfloat16", "float8"]
 
@@ -77,7 +79,7 @@ def with_candidates(inputs: EncoderInputs, precision: EncoderPrecision) -> Encod
         raise ValueError(f"encoder_precision must be one of {', '.join(map(repr, _DTYPES))}; got {precision!r}")
     dtype, width = _DTYPES[precision], max(inputs.blocks.width, inputs.n_shared)
     if inputs.over_batch:
-        width *= len(inputs.x_BD)
+        width = inputs.choices * len(inputs.x_BD)
     if inputs.k == 0 or dtype is None or dtype.itemsize >= inputs.W_enc_FD.dtype.itemsize:
         return inputs
     n_candidates = inputs.k + max(_AT_LEAST[dtype], -(-inputs.k // _ONE_IN[dtype]))
@@ -99,17 +101,35 @@ def select(
         return selected_of(
             *p.topk_encode(centered_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu, inputs.by_magnitude)
         )
-    values_S, indices_S, offsets_B1 = torch_backend.batch_topk_encode(centered_BD, W_FD, k, bias_F, scale_F, dtype)
+    values_S, indices_S, offsets_B1 = _select_over_batch(p, inputs, centered_BD, k, dtype)
     return selected_of(values_S.relu_() if relu else values_S, indices_S, offsets_B1=offsets_B1)
+
+
+def _select_over_batch(
+    p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest, gated or scaled, of all that tokens may choose from: values without that, indices, offsets.
+
+    In the order of the tokens, and by latent within a token.
+    """
+    W_FD = inputs.W_enc_FD
+    best = BatchTopK(k, len(W_FD))
+    for tile in own_tiles(p, inputs, centered_BD, dtype, alone=False):
+        own = (None if t is None or tile.latents is None else t[tile.latents] for t in (inputs.bias_F, inputs.scale_F))
+        bias_P, scale_P = own
+        best.add(tile.pre_RP, bias_P, scale_P if tile.gates_R1 is None else tile.gates_R1, tile.first_R)
+    values_S, indices_S, offsets_B1 = best.codes(len(centered_BD), centered_BD.device)
+    return values_S.to(W_FD.dtype), indices_S, offsets_B1
 
 
 def select_from_candidates(
     p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups
 ) -> Selected:
-    """The k largest of the candidates by their exact pre-activations; rows are sorted by expert."""
-    bias_F, scale_F, dtype = inputs.bias_F, inputs.scale_F, inputs.candidate_dtype
+    """The k largest of the candidates by their exact pre-activations; rows are sorted by expert, if not over_batch."""
+    bias_F, dtype = inputs.bias_F, inputs.candidate_dtype
     assert dtype is not None
-    is_folded = dtype == torch.bfloat16 and p is torch_backend and (bias_F is not None or scale_F is not None)
+    has_passes = bias_F is not None or inputs.scale_F is not None
+    is_folded = has_passes and dtype == torch.bfloat16 and not isinstance(p, SelfChecked)
     low, low_BD = folded(inputs, centered_BD, dtype) if is_folded else (inputs, centered_BD)
     guesses_BC, candidates_BC, _, offsets_B1 = select(p, low, low_BD, groups, inputs.n_candidates, dtype)
     exact_BC = p.matmul_at_indices(
@@ -117,9 +137,8 @@ def select_from_candidates(
     )
     if bias_F is not None:
         exact_BC += bias_F[candidates_BC]
-    ranked_BC = exact_BC
-    if scale_F is not None:
-        scale_BC = scale_F[candidates_BC]
+    ranked_BC, scale_BC = exact_BC, _scale_of(inputs, candidates_BC, offsets_B1)
+    if scale_BC is not None:
         ranked_BC, guesses_BC = exact_BC * scale_BC, guesses_BC if is_folded else guesses_BC * scale_BC
     if inputs.by_magnitude:
         ranked_BC, guesses_BC = ranked_BC.abs(), guesses_BC.abs()
@@ -129,6 +148,16 @@ def select_from_candidates(
         place_BK, doubtful_B = place_BK.sort().values, doubtful_B.expand(len(centered_BD)).clone()
         offsets_B1 = torch.searchsorted(place_BK, offsets_B1)
     return Selected(exact_BC.gather(-1, place_BK), candidates_BC.gather(-1, place_BK), doubtful_B, offsets_B1)
+
+
+def _scale_of(inputs: EncoderInputs, candidates_BC: Tensor, offsets_B1: Tensor) -> Tensor | None:
+    """What candidates are ranked times; over the batch their gates, where tokens have experts."""
+    if inputs.over_batch and are_several(inputs.expert_B):
+        token_C = code_rows(offsets_B1, len(candidates_BC)).row_S
+        expert_C = inputs.blocks.expert_of(candidates_BC)
+        gates_C = gates_of_codes(inputs.gates_B, inputs.expert_B, expert_C, token_C)
+        return None if gates_C is None else gates_C.to(inputs.W_enc_FD.dtype)
+    return None if inputs.scale_F is None else inputs.scale_F[candidates_BC]
 
 
 def folded(inputs: EncoderInputs, x_BD: Tensor, dtype: torch.dtype) -> tuple[EncoderInputs, Tensor]:

@@ -142,6 +142,10 @@ def batch_topk_encode(
     W_enc_FD: Tensor,
     k: int,
     *,
+    expert_B: Tensor | None = None,
+    n_experts: int = 1,
+    n_shared: int = 0,
+    gates_B: Tensor | None = None,
     pre_bias_D: Tensor | None = None,
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
@@ -149,26 +153,32 @@ def batch_topk_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """relu of the k pre-activations of the whole batch that are largest when scaled: BatchTopK (Bussmann et al. 2024).
 
-    Exact, whatever the batch, and otherwise as ``topk_encode``.
+    With experts, of those that ``switch_encode`` chooses from, each scaled by the gate of its expert. Exact, whatever
+    the batch, and otherwise as ``topk_encode``.
 
     Args:
         x_BD: Tokens.
         W_enc_FD: Encoder weights.
-        k: Active latents of all tokens together, from 0 to B F.
+        k: Active latents of all tokens together, from 0 to B F; with experts to B times the latents of a token.
+        expert_B: The expert of each token, or its experts, as in ``switch_encode``; None: one owns all latents.
+        n_experts: Number of experts.
+        n_shared: Latents of no expert, as in ``switch_encode``.
+        gates_B: As in ``switch_encode``; that of a single expert counts here, since tokens compete.
         pre_bias_D: Subtracted from x.
-        bias_F: Added to the pre-activations.
-        scale_F: Multiplies the pre-activations during selection only, and takes no gradient.
+        bias_F: Added to the pre-activations; without experts.
+        scale_F: Multiplies the pre-activations during selection only, and takes no gradient; without experts.
         encoder_precision: As in ``topk_encode``.
 
     Returns:
-        values [k], without the scale; indices [k], ascending within a token; and offsets [B + 1], as in
+        values [k], without scale or gate; indices [k], ascending within a token; and offsets [B + 1], as in
         ``sparse_decode``.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not match, or unless 0 <= k <= B F.
+        ValueError: If shapes, dtypes or devices do not match, or for a k that there cannot be.
     """
-    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    return operators.encode(*checked(inputs._replace(over_batch=True), encoder_precision))
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
+    inputs = inputs._replace(n_shared=n_shared, over_batch=True)
+    return operators.encode(*checked(inputs, encoder_precision))
 
 
 def switch_encode(
@@ -266,9 +276,10 @@ def sparse_autoencode(
             no gradient has F rows. With ``active_only=False`` only ``radial_R`` is stored.
         encoder_precision: As in ``topk_encode``; dead latents are chosen in full precision.
         by_magnitude: As in ``topk_encode``, for dead latents too; without experts and ``over_batch``.
-        over_batch: Whether k is of the whole batch, as in ``batch_topk_encode``; without experts and gates.
-        ends_L: With ``over_batch``, the latents at which levels end, ascending to F (Matryoshka SAEs). The
-            reconstruction is then [B, L, D], each level's own part: their running sum reconstructs at every width.
+        over_batch: Whether k is of the whole batch, as in ``batch_topk_encode``.
+        ends_L: The latents at which levels end (Matryoshka SAEs), counted from the first of each expert and ascending
+            to its M; without experts to F. Shared latents are of the first level. The reconstruction is then [B, L, D],
+            each level's own part: their running sum reconstructs at every width.
 
     Returns:
         Reconstruction, values, indices, the reconstruction from dead latents, and which tokens are in doubt.
@@ -282,7 +293,8 @@ def sparse_autoencode(
     inputs = inputs._replace(n_shared=n_shared, by_magnitude=by_magnitude, over_batch=over_batch)
     inputs = checked(inputs, encoder_precision)
     if ends_L is not None:
-        check_levels(ends_L, len(W_enc_FD), x_BD, over_batch)
+        check_levels(ends_L, inputs.blocks.width, x_BD)
+        inputs = inputs.by_pairs()
     if groups is not None:
         if inputs.expert_B is None or inputs.expert_B.numel() != len(x_BD):
             raise ValueError("groups must be of tokens with one expert each, as route gives them, or None")
@@ -300,6 +312,9 @@ def sparse_autoencode(
     else:
         outputs = autoencode.AutoencodeRows.apply(row_grads, *arguments)
     found, B, D, L = Outputs(*outputs), len(x_BD), W_dec_FD.shape[1], 1 if ends_L is None else len(ends_L)
+    if ends_L is not None and not over_batch:  # each token has k, one level's after another's
+        codes = {name: found._asdict()[name].view(B, k) for name in ("values_BK", "indices_BK")}
+        found = found._replace(**codes, acts_BK=found.acts_BK if gates_B is None else found.acts_BK.view(B, k))
     return Reconstruction(
         found.out_BD if ends_L is None else found.out_BD.view(B, L, D),
         found.values_BK,

@@ -58,7 +58,12 @@ class CodeRows(NamedTuple):
     @property
     def offsets_B1(self) -> Tensor:
         """Where each token's codes begin."""
-        return self.offsets_Q1[:: self.n_levels]
+        return self.offsets_Q1[:: self.n_levels].contiguous()
+
+    @property
+    def token_S(self) -> Tensor:
+        """The token of each code."""
+        return self.row_S if self.n_levels == 1 else torch.div(self.row_S, self.n_levels, rounding_mode="floor")
 
 
 def n_rows(indices_BK: Tensor, offsets_B1: Tensor | None) -> int:
@@ -73,19 +78,19 @@ def code_rows(offsets_Q1: Tensor, n_codes: int, n_levels: int = 1) -> CodeRows:
     return CodeRows(offsets_Q1, row_S, n_levels)
 
 
-def level_offsets(offsets_B1: Tensor, indices_S: Tensor, ends_L: Tensor, n_latents: int) -> Tensor:
+def level_offsets(offsets_B1: Tensor, positions_S: Tensor, ends_L: Tensor, width: int) -> Tensor:
     """Where the codes of each token and level begin, [B * L + 1].
 
     Args:
-        offsets_B1: Where each token's codes begin; within a token, latents ascend.
-        indices_S: The latents.
-        ends_L: The latent at which each level ends, ascending to F.
-        n_latents: F.
+        offsets_B1: Where each token's codes begin; within a token, positions ascend.
+        positions_S: The place of each latent among the M of its expert.
+        ends_L: The position at which each level ends, ascending to M.
+        width: M.
     """
-    row_S = code_rows(offsets_B1, len(indices_S)).row_S
-    first_B = torch.arange(len(offsets_B1) - 1, device=offsets_B1.device) * n_latents
+    row_S = code_rows(offsets_B1, len(positions_S)).row_S
+    first_B = torch.arange(len(offsets_B1) - 1, device=offsets_B1.device) * width
     ends_Q = (first_B.unsqueeze(1) + ends_L).flatten()
-    ends_Q = torch.searchsorted(row_S * n_latents + indices_S, ends_Q)
+    ends_Q = torch.searchsorted(row_S * width + positions_S, ends_Q)
     return torch.nn.functional.pad(ends_Q, (1, 0))
 
 
@@ -126,6 +131,13 @@ class ExpertBlocks(NamedTuple):
         latents = latents - self.n_shared if self.n_shared else latents
         return torch.div(latents, self.width, rounding_mode="floor")
 
+    def positions_of(self, latents: Tensor) -> Tensor:
+        """The place of each latent among those of its expert, from 0; 0 for a shared one."""
+        if self.n_experts == 1 and not self.n_shared:
+            return latents
+        positions = torch.remainder(latents - self.n_shared, self.width)
+        return positions.masked_fill(latents < self.n_shared, 0) if self.n_shared else positions
+
 
 class ExpertGroups(NamedTuple):
     """Tokens sorted by expert, in their original order within an expert.
@@ -150,6 +162,28 @@ class ExpertGroups(NamedTuple):
         rows_B = torch.arange(n_tokens, device=E1.device, dtype=E1.dtype)
         expert_B = torch.searchsorted(E1, rows_B, right=True) - 1
         return (expert_B * (n_latents // (len(E1) - 1))).unsqueeze(1)
+
+
+def by_level(
+    values_S: Tensor, indices_S: Tensor, offsets_B1: Tensor, blocks: ExpertBlocks, ends_L: Tensor, is_ordered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of which each token's are those of one level after another, and where each level's begin, [B * L + 1].
+
+    A latent is of the level that its position inside its expert lies in, a shared one of the first.
+
+    Args:
+        values_S: Values.
+        indices_S: The latents.
+        offsets_B1: Where each token's codes begin.
+        blocks: Which latents belong to which expert.
+        ends_L: The position at which each level ends, ascending to M.
+        is_ordered: Whether positions ascend within a token already.
+    """
+    positions_S = blocks.positions_of(indices_S)
+    if not is_ordered:
+        order_S = (code_rows(offsets_B1, len(indices_S)).row_S * blocks.width + positions_S).argsort(stable=True)
+        values_S, indices_S, positions_S = values_S[order_S], indices_S[order_S], positions_S[order_S]
+    return values_S, indices_S, level_offsets(offsets_B1, positions_S, ends_L, blocks.width)
 
 
 def expert_groups(expert_B: Tensor, n_experts: int) -> ExpertGroups:

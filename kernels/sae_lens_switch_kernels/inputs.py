@@ -29,9 +29,10 @@ class EncoderInputs(NamedTuple):
         candidate_dtype: Dtype of the product that selects candidates (see candidates.py); None: there are none.
         n_candidates: How many per token.
         n_shared: The first so many latents belong to no expert: every token may choose them, with a gate of 1. Experts
-            are then given as [B, A], also one.
+            are then given as [B, A], also one; likewise with ``over_batch``.
         by_magnitude: Whether the k farthest from 0 are active, with their signs, instead of the k largest after ReLU.
-        over_batch: Whether ``k``, and ``n_candidates``, count over the whole batch, so that tokens differ in number.
+        over_batch: Whether ``k``, and ``n_candidates``, count over the whole batch, so that tokens differ in number;
+            gates then take part in the selection.
         sorted_B: The token in each row of the batch sorted by expert, where that is known.
         ends_E1: Where the rows of each expert begin, and all end, likewise.
     """
@@ -57,6 +58,19 @@ class EncoderInputs(NamedTuple):
     @property
     def blocks(self) -> ExpertBlocks:
         return ExpertBlocks(len(self.W_enc_FD), self.n_experts, self.n_shared)
+
+    def by_pairs(self) -> "EncoderInputs":
+        """The same with experts, if there are any, as [B, A], so that codes are in the order of the tokens."""
+        if self.expert_B is None or are_several(self.expert_B):
+            return self
+        gates_B = None if self.gates_B is None else self.gates_B.unsqueeze(1)
+        return self._replace(expert_B=self.expert_B.unsqueeze(1), gates_B=gates_B)
+
+    @property
+    def choices(self) -> int:
+        """How many latents a token may choose from: those of all its experts, and the shared ones."""
+        n_active = self.expert_B.shape[1] if are_several(self.expert_B) else 1
+        return n_active * self.blocks.width + self.n_shared
 
     def of_shared(self) -> "EncoderInputs":
         """For the rows of the shared latents alone, as those of one expert."""
@@ -134,7 +148,7 @@ def check_offsets(offsets_B1: Tensor | None, n_codes: int) -> None:
 
 
 def check_ends(ends_L: Tensor, n_latents: int) -> None:
-    """Require that levels end at ascending latents, the last at F. Raises ValueError on a CPU, as ``check_range``."""
+    """Require that levels end at ascending latents, the last at M. Raises ValueError on a CPU, as ``check_range``."""
     ascends = (ends_L[0] > 0) & (ends_L[-1] == n_latents) & (ends_L.diff() > 0).all()
     if not _is_readable(ends_L):
         assert_on_device(ascends, f"ends_L must ascend to {n_latents}")

@@ -117,7 +117,7 @@ def encode(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def encode_sorted(inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups) -> Selected:
     """relu of the k largest pre-activations per token, in the order of ``groups``."""
-    pairs = inputs.pairs()
+    pairs = None if inputs.over_batch else inputs.pairs()
     if pairs is None:  # one expert per token, or the whole batch at once
         return _encode_rows(inputs, centered_BD, groups)
     found = _encode_rows(inputs.of_experts(), pairs.rows(centered_BD), pairs.groups)

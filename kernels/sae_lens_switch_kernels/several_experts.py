@@ -8,6 +8,8 @@ single dictionary, each scaled by its own gate.
 Shared latents belong to no expert. Every token may choose them, so their encoder is a plain product, and their gate is
 1. The k largest of them are ranked with those of the pairs: the k of a token are among them.
 
+Codes over the batch, [S], are each a row of their own here, with the experts and gates of their token.
+
 Letters: A is the number of active experts per token here, R = B * A the number of pairs.
 """
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from sae_lens_switch_kernels import torch_codes
 from sae_lens_switch_kernels.backend import SelfChecked
-from sae_lens_switch_kernels.indexing import ExpertBlocks, ExpertGroups
+from sae_lens_switch_kernels.indexing import CodeRows, ExpertBlocks, ExpertGroups
 
 
 class Pairs(NamedTuple):
@@ -82,14 +84,16 @@ class OwnGates(NamedTuple):
     Rows are in the order of the tokens.
 
     Attributes:
-        expert_BA: The experts of each token.
-        expert_BK: The expert of each code.
-        gates_BK: The gate of each code; None: all are 1.
+        expert_BA: The experts of each token; with offsets, of each code's token, [S, A].
+        expert_BK: The expert of each code; with offsets [S, 1].
+        gates_BK: The gate of each code, in the shape of the codes; None: all are 1.
+        offsets_B1: Of codes [S], where each token's begin.
     """
 
     expert_BA: Tensor
     expert_BK: Tensor
     gates_BK: Tensor | None
+    offsets_B1: Tensor | None = None
 
     def sorted_codes(
         self,
@@ -119,8 +123,11 @@ class OwnGates(NamedTuple):
         d_values_BK, d_gates_BA = self._gated(d_acts_BK), None
         if gates_BA is not None:
             # Summed over the codes of each expert in a fixed order, which scatter_add_ does not have on a GPU.
-            per_code_BKA = (d_acts_BK * values_BK).unsqueeze(2) * _is_own(self.expert_BA, self.expert_BK)
-            d_gates_BA = per_code_BKA.sum(1).to(gates_BA.dtype)
+            per_code_BK1 = (d_acts_BK * values_BK).view(self.expert_BK.shape).unsqueeze(2)
+            d_gates_BA = (per_code_BK1 * _is_own(self.expert_BA, self.expert_BK)).sum(1)
+            if self.offsets_B1 is not None:
+                d_gates_BA = _sums_of_rows(d_gates_BA, self.offsets_B1)
+            d_gates_BA = d_gates_BA.to(gates_BA.dtype)
         if grad_values_BK is not None:
             d_values_BK = d_values_BK + grad_values_BK
         return d_values_BK * (values_BK != 0), d_gates_BA
@@ -135,12 +142,32 @@ def gating(
     indices_BK: Tensor,
     gates_B: Tensor | None,
     blocks: ExpertBlocks,
+    rows: CodeRows | None = None,
 ) -> ModuleType | SelfChecked | OwnGates:
-    """What multiplies codes by gates. Codes over the batch, [S], have none: nothing for a kernel to do."""
+    """What multiplies codes by gates. Without experts, codes [S] have none: nothing for a kernel to do."""
     if not are_several(expert_B):
-        return torch_codes if indices_BK.ndim == 1 else p
+        return p if rows is None else torch_codes
     expert_BK = blocks.expert_of(indices_BK)
-    return OwnGates(expert_B, expert_BK, None if gates_B is None else code_gates(gates_B, expert_B, expert_BK))
+    if rows is None:
+        return OwnGates(expert_B, expert_BK, None if gates_B is None else code_gates(gates_B, expert_B, expert_BK))
+    gates_S = gates_of_codes(gates_B, expert_B, expert_BK, rows.token_S)
+    return OwnGates(expert_B[rows.token_S], expert_BK.unsqueeze(1), gates_S, rows.offsets_B1)
+
+
+def gates_of_codes(gates_BA: Tensor | None, expert_BA: Tensor, expert_S: Tensor, token_S: Tensor) -> Tensor | None:
+    """``code_gates`` of codes [S], whose tokens are given; None: all are 1."""
+    if gates_BA is None:
+        return None
+    return code_gates(gates_BA[token_S], expert_BA[token_S], expert_S.unsqueeze(1)).squeeze(1)
+
+
+def _sums_of_rows(t_SA: Tensor, offsets_B1: Tensor) -> Tensor:
+    """[B, A], each in the order of its codes."""
+
+    def sums(t_S: Tensor) -> Tensor:
+        return torch.segment_reduce(t_S.contiguous(), "sum", offsets=offsets_B1, initial=0, unsafe=True)
+
+    return torch.stack([sums(t_S) for t_S in t_SA.unbind(1)], dim=1)
 
 
 def own_gates(

@@ -24,10 +24,8 @@ from sae_lens_switch_kernels.indexing import (
     expert_groups,
     latent_index,
     n_rows,
-    one_group,
 )
 from sae_lens_switch_kernels.torch_adam import adam_rows, adam_tensors, lazy_adam_rows
-from sae_lens_switch_kernels.torch_batch_topk import BatchTopK
 from sae_lens_switch_kernels.torch_clipping import clip
 from sae_lens_switch_kernels.torch_codes import (
     code_grads,
@@ -40,6 +38,7 @@ from sae_lens_switch_kernels.torch_grouped import (
     gated_decode,
     gated_grads,
     grouped_decode,
+    grouped_encode,
     grouped_matmul_at_indices,
     grouped_weight_grad,
     grouped_weight_grads,
@@ -52,7 +51,6 @@ from sae_lens_switch_kernels.torch_topk import select_topk
 __all__ = [
     "adam_rows",
     "adam_tensors",
-    "batch_topk_encode",
     "clip",
     "code_grads",
     "count_codes",
@@ -60,6 +58,7 @@ __all__ = [
     "gated_decode",
     "gated_grads",
     "grouped_decode",
+    "grouped_encode",
     "grouped_matmul_at_indices",
     "grouped_weight_grad",
     "grouped_weight_grads",
@@ -207,21 +206,6 @@ def topk_encode(
     if len(groups.offsets_E1) > 2:
         indices_BK += groups.first_latents(len(x_BD), len(W_FD))
     return values_BK.relu_() if relu else values_BK, indices_BK
-
-
-def batch_topk_encode(
-    x_BD: Tensor, W_FD: Tensor, k: int, bias_F: Tensor | None, scale_F: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of (x W^T + bias) * scale in the whole batch: values and indices [k], and offsets [B + 1].
-
-    Pre-activations without the scale; sorted by token, and by latent within a token.
-    """
-    best = BatchTopK(k, len(W_FD))
-    for tile in pre_activation_tiles(x_BD, W_FD, one_group(len(x_BD), x_BD.device), dtype, alone=True):
-        bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
-        best.add(tile.pre_RP, bias, scale, tile.rows.start, tile.latents.start)
-    values_S, indices_S, offsets_B1 = best.codes(len(x_BD), x_BD.device)
-    return values_S.to(W_FD.dtype), indices_S, offsets_B1
 
 
 def _best(

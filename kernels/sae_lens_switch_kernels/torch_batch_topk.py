@@ -34,21 +34,31 @@ class BatchTopK:
         self._bound: Tensor | None = None
         self._scratch: Tensor | None = None
 
-    def add(self, pre_RP: Tensor, bias_P: Tensor | None, scale_P: Tensor | None, row: int, latent: int) -> None:
-        """A tile that begins at ``row`` and ``latent``: (pre + bias) * scale decides. May overwrite pre."""
+    def add(self, pre_RP: Tensor, bias_P: Tensor | None, scale: Tensor | None, first_R: Tensor) -> None:
+        """A tile of the matrix [B, F]: (pre + bias) * scale decides. May overwrite pre.
+
+        Args:
+            pre_RP: The tile.
+            bias_P: Added to every row.
+            scale: [P], or of each row [R, 1].
+            first_R: The place of each row's first number in the flattened matrix; the others follow it.
+        """
         if self.k == 0:
             return
         P = pre_RP.shape[1]
-        rows = max(1, _SEARCH_ELEMENTS // P) if _may_wait_for(pre_RP.device) else len(pre_RP)
-        if scale_P is not None and (self._scratch is None or self._scratch.numel() < min(rows, len(pre_RP)) * P):
+        # Of two dtypes torch would make a copy of the whole tile in the wider one first.
+        bias_P, scale = (None if t is None else t.to(pre_RP.dtype) for t in (bias_P, scale))
+        rows = max(1, _SEARCH_ELEMENTS // P) if _may_wait_for(pre_RP.device) else max(1, len(pre_RP))
+        if scale is not None and (self._scratch is None or self._scratch.numel() < min(rows, len(pre_RP)) * P):
             self._scratch = pre_RP.new_empty(min(rows, len(pre_RP)) * P)  # once: small tensors would fill its place
         for start in range(0, len(pre_RP), rows):
             part = pre_RP[start : start + rows]
             part = part if bias_P is None else part.add_(bias_P)
             ranked = part
-            if scale_P is not None and self._scratch is not None:
-                ranked = torch.mul(part, scale_P, out=self._scratch[: part.numel()].view(part.shape))
-            self._take(part, ranked, self._candidates(ranked), row + start, latent)
+            if scale is not None and self._scratch is not None:
+                own = scale if scale.ndim == 1 else scale[start : start + rows]
+                ranked = torch.mul(part, own, out=self._scratch[: part.numel()].view(part.shape))
+            self._take(part, ranked, self._candidates(ranked), first_R[start : start + rows])
 
     def _candidates(self, ranked_RP: Tensor) -> Tensor:
         """Places in the flattened tile of all that may be among the k largest."""
@@ -60,13 +70,13 @@ class BatchTopK:
         bound = _least_of_top(ranked_RP, self.k)
         return torch.arange(n) if bound is None else (~(ranked_RP < bound)).flatten().nonzero().flatten()
 
-    def _take(self, part_RP: Tensor, ranked_RP: Tensor, place_C: Tensor, row: int, latent: int) -> None:
+    def _take(self, part_RP: Tensor, ranked_RP: Tensor, place_C: Tensor, first_R: Tensor) -> None:
         P = part_RP.shape[1]
         row_C = torch.div(place_C, P, rounding_mode="floor")
         latent_C = place_C - row_C * P
         self._values.append(part_RP[row_C, latent_C])
         self._ranked.append(self._values[-1] if part_RP is ranked_RP else ranked_RP[row_C, latent_C])
-        self._places.append((row_C + row) * self.n_latents + latent_C + latent)
+        self._places.append(first_R[row_C] + latent_C)
         self._n += len(place_C)
         if self._n > _POOL * self.k:
             self._cut()

@@ -11,8 +11,23 @@ from torch import Tensor
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, LatentGrads
 from sae_lens_switch_kernels.torch_codes import code_grads, latent_sums, sorted_codes, sorted_rows, unsorted_codes
-from sae_lens_switch_kernels.torch_tiles import group_offsets, row_tiles, tile_rows
+from sae_lens_switch_kernels.torch_tiles import (
+    group_offsets,
+    pre_activation_tiles,
+    product_dtype,
+    row_tiles,
+    tile_rows,
+)
 from sae_lens_switch_kernels.working_copy import working_copy
+
+
+def grouped_encode(x_BD: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:
+    """The product of each row with all latents of its own expert, [B, M]: 2BMD flops in ``dtype``, rows sorted."""
+    out_BM = W_FD.new_empty(len(x_BD), len(W_FD) // (len(groups.offsets_E1) - 1), dtype=product_dtype(dtype))
+    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone=True):
+        start = tile.latents.start - tile.expert * out_BM.shape[1]
+        out_BM[tile.rows, start : start + tile.pre_RP.shape[1]] = tile.pre_RP
+    return out_BM
 
 
 def grouped_decode(

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.indexing import one_group
+from sae_lens_switch_kernels.inputs import EncoderInputs
+from sae_lens_switch_kernels.own_tiles import own_tiles
 from sae_lens_switch_kernels.torch_batch_topk import above
 from sae_lens_switch_kernels.torch_tiles import pre_activation_tiles
 
@@ -42,7 +45,24 @@ def threshold_encode(
     return torch.cat(values), torch.cat(indices), functional.pad(ends_B, (1, 0))
 
 
-def _above(pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def routed_threshold_encode(inputs: EncoderInputs, threshold_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tokens with experts, what exceeds its threshold once multiplied by its gate: ungated; otherwise as above."""
+    W_FD, B, F = inputs.W_enc_FD, len(inputs.x_BD), len(inputs.W_enc_FD)
+    centered_BD, p = inputs.centered(inputs.groups()), primitives(inputs.x_BD)
+    values, places = [W_FD.new_empty(0)], [threshold_F.new_empty(0, dtype=torch.long)]
+    for tile in own_tiles(p, inputs, centered_BD, inputs.dtype, alone=True):
+        assert tile.latents is not None
+        for row_S, column_S, values_S in _above(tile.pre_RP, threshold_F[tile.latents], None, tile.gates_R1):
+            places.append(tile.first_R[row_S] + column_S)
+            values.append(values_S)
+    places_S, order_S = torch.cat(places).sort()
+    offsets_B1 = torch.searchsorted(places_S, torch.arange(B + 1, device=W_FD.device) * F)
+    return torch.cat(values)[order_S], places_S % F, offsets_B1
+
+
+def _above(
+    pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None, gates_R1: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Row, latent and value of all that exceed their threshold, for some rows at a time; NaN exceeds everything.
 
     As in SAELens, so that a token that is NaN does not become one without latents. May overwrite pre.
@@ -53,8 +73,12 @@ def _above(pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None) -> Iterat
     for start in range(0, R, rows):
         part = pre_RP[start : start + rows].to(threshold_P.dtype)
         part = part if bias_P is None else part.add_(bias_P)
+        gated = part
+        if gates_R1 is not None:
+            gates = gates_R1[start : start + rows].to(part.dtype)
+            gated = torch.mul(part, gates, out=scratch[: len(part)])
         # A difference is positive exactly where the first number is larger; torch subtracts faster than it compares.
-        place_S = above(torch.sub(part, threshold_P, out=scratch[: len(part)]), 0.0)
+        place_S = above(torch.sub(gated, threshold_P, out=scratch[: len(part)]), 0.0)
         row_S = torch.div(place_S, P, rounding_mode="floor")
         latent_S = place_S - row_S * P
         yield row_S + start, latent_S, part[row_S, latent_S]

@@ -60,8 +60,7 @@ def pre_activation_tiles(
     # In low precision, the whole of W is converted once: less than half of it is then read once per tile.
     float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
     x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
-    product_dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
-    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=product_dtype, device=device)
+    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=product_dtype(dtype), device=device)
     for tile in row_tiles(group_offsets(groups, len(x_BD)), rows, alone or E == 1 or M > _TILE_LATENTS):
         low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
         for part in range(0, M, _TILE_LATENTS):
@@ -71,6 +70,11 @@ def pre_activation_tiles(
                 block = slice(e * M + part, e * M + part + width)
                 product(x[start:end], W[block], pre_RP[start - low : end - low])
             yield Tile(slice(low, high), slice(expert * M + part, expert * M + part + width), expert, pre_RP)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a product of factors in ``dtype`` is held."""
+    return torch.bfloat16 if dtype == FLOAT8 else dtype
 
 
 def tile_rows(device: torch.device) -> int:

@@ -26,10 +26,12 @@ _ABOUT = {
 **Switch SAE** ([Mudide et al. 2024](https://arxiv.org/abs/2410.08201)): a router sends each activation to one of many
 experts, `e = argmax p`, `p = softmax((x - b_router) @ W_router)`, or to several, the most probable ones, and only
 their latents are computed. If there is an `expert_bias`, it is added to the logits for this choice, but not for `p`.
-At most k latents are active per token. The first S latents, if any are shared, every token may use; expert e of M
-latents owns `S + e*M` to `S + (e+1)*M`. With the gate "probability" they are multiplied by `p_e`, with "renormalized"
-by `p_e` over the sum of the chosen experts', with "one" by nothing; shared latents by nothing. Decoding,
-`f @ W_dec + b_dec`, is linear in the latents, including latents that are edited or mixed over experts.""",
+At most k latents are active per token; with the activation "jumprelu" all that exceed the `threshold` of their expert
+instead, gate included (of shared ones, the first entry), about k on data like that of training. The first S latents,
+if any are shared, every token may use; expert e of M latents owns `S + e*M` to `S + (e+1)*M`. With the gate
+"probability" they are multiplied by `p_e`, with "renormalized" by `p_e` over the sum of the chosen experts', with "one"
+by nothing; shared latents by nothing. Decoding, `f @ W_dec + b_dec`, is linear in the latents, including latents that
+are edited or mixed over experts.""",
     "topk": """\
 **TopK SAE** ([Gao et al. 2024](https://arxiv.org/abs/2406.04093)): the k largest latents per token are kept.""",
 }

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.saes.config import SwitchSAEConfig
+from sae_lens_switch.saes.serialization import thresholds_after_training
 from sae_lens_switch.saes.switch_sae import SwitchSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
@@ -49,7 +50,7 @@ def as_dashboard_sae(sae: SAE) -> SAE:
         return sae
     fields = sae.cfg.get_inference_sae_cfg_dict() if isinstance(sae, SwitchTrainingSAE) else sae.cfg.to_dict()
     shown = _DashboardSAE(SwitchSAEConfig.from_dict({**fields, "device": "meta"}))
-    shown.load_state_dict(sae.state_dict(), assign=True)
+    shown.load_state_dict(thresholds_after_training(sae.state_dict()), assign=True)
     return shown.to(device=sae.device)
 
 

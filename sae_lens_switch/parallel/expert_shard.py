@@ -28,6 +28,8 @@ _ONLY = {
     "load_balancing": "loss",
     "router_z_loss_coefficient": 0,
     "expert_overlap_coefficient": 0,
+    "activation": "topk",
+    "matryoshka_widths": None,
 }
 
 

@@ -1,7 +1,7 @@
 """The configs of the SAEs: Switch for inference and training, and SAELens's own trained on sparse kernels."""
 
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 from sae_lens.saes.abstopk_sae import AbsTopKSAEConfig, AbsTopKTrainingSAEConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
@@ -14,10 +14,18 @@ from typing_extensions import override
 from sae_lens_switch.common import rules
 from sae_lens_switch.saes import field_rules
 from sae_lens_switch.saes.expert_layout import ExpertLayout
-from sae_lens_switch.saes.field_rules import BiasStart, Gate, LoadBalanceScale, LoadBalancing
+from sae_lens_switch.saes.field_rules import (
+    Activation,
+    BiasStart,
+    Gate,
+    InferenceActivation,
+    LoadBalanceScale,
+    LoadBalancing,
+)
+from sae_lens_switch.saes.switch_checks import check_experts
 from sae_lens_switch.saes.transcoder_fields import TranscoderFields
+from sae_lens_switch.saes.widths import PER_TOKEN, check_widths, completed
 
-_PER_TOKEN = ("constant_norm_rescale", "layer_norm")
 # 3 * d_in is the authors' choice. In units of the activations' variance, see `load_balance_scale`.
 _DEFAULT_COEFFICIENT = {"d_in": 3.0, "variance": 0.3}
 
@@ -35,6 +43,7 @@ class SwitchSAEConfig(SAEConfig):
         shared_width (int | None): Latents of all shared experts together, out of d_sae. None: each is as wide as a routed one, so that n_experts + n_shared_experts must divide d_sae.
         gate (str): "probability": latents are scaled by the router's probability of their expert, as in the paper. "renormalized": by that among the token's own experts, which sum to 1. "one": they are not.
         load_balancing (str): "bias": experts are chosen by their logits plus expert_bias, which training has fitted. Gates are without it. "loss": there is none.
+        activation (str): "topk": the k largest latents of a token are active. "jumprelu": all that exceed the threshold of their expert, which "batchtopk" becomes after training; k is then the mean number on the batches of training.
     """
 
     n_experts: int = 16
@@ -44,6 +53,7 @@ class SwitchSAEConfig(SAEConfig):
     shared_width: int | None = None
     gate: Gate = "probability"
     load_balancing: LoadBalancing = "loss"
+    activation: InferenceActivation = "topk"
 
     @property
     def layout(self) -> ExpertLayout:
@@ -56,6 +66,8 @@ class SwitchSAEConfig(SAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        if self.activation == "batchtopk":  # in the config of a checkpoint
+            self.activation = "jumprelu"
         check_sae(self)
         super().__post_init__()
 
@@ -88,6 +100,9 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
         expert_overlap_coefficient (float): Weight, times load_balance_scale, of a penalty on similar decoder rows of different experts: for one token in eight, those that fire against those that would fire in the next best expert, where their cosine exceeds 0.3. Not with row-sparse Adam. 0: none.
         encoder_precision (str): Precision of the encoder's product, which only selects latents: "full", that of the weights; "bfloat16" or "float8", with the values of what it selects computed again in full. Values and gradients are exact in either; the choice may differ among nearly equal latents.
         tie_router_bias (bool): The router subtracts b_dec, and b_router is kept equal to it: the authors' checkpoints have one vector for both.
+        activation (str): "topk": the k largest latents of a token are active, as in the paper. "batchtopk": of B tokens the k B largest, gate included, among the latents of each token's own experts (Bussmann et al. 2024); after training, all that exceed the threshold of their expert.
+        topk_threshold_lr (float): With "batchtopk", by how much of the difference a step moves each expert's threshold towards its least active latent.
+        matryoshka_widths (list[int] | None): Widths inside each expert, ascending, at each of which the first latents of all experts also have to reconstruct by themselves (arXiv 2503.17547); shared latents count to each. The width of an expert is added as the last. None: the whole dictionary alone.
     """
 
     n_experts: int = 16
@@ -112,6 +127,9 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
     expert_overlap_coefficient: float = 0.0
     encoder_precision: EncoderPrecision = "full"
     tie_router_bias: bool = False
+    activation: Activation = "topk"
+    topk_threshold_lr: float = 0.01
+    matryoshka_widths: list[int] | None = None
 
     @property
     def layout(self) -> ExpertLayout:
@@ -135,6 +153,14 @@ class SwitchTrainingSAEConfig(TrainingSAEConfig):
             self.load_balance_coefficient = default if self.load_balancing == "loss" else 0.0
         if self.aux_k is None:
             self.aux_k = self.k
+        if self.matryoshka_widths is not None:
+            self.matryoshka_widths = completed(self.matryoshka_widths, self.layout.expert_width)
+
+    @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        """As SAELens's; what a batch selects, thresholds do after training."""
+        selects = {"activation": "jumprelu"} if self.activation == "batchtopk" else {}
+        return super().get_inference_sae_cfg_dict() | selects
 
 
 @dataclass
@@ -245,78 +271,11 @@ def check_sae(cfg: SAEConfig) -> None:
     if isinstance(cfg, TranscoderFields):
         cfg.check_transcoder()
     if isinstance(cfg, SwitchSAEConfig | SwitchTrainingSAEConfig):
-        _check_experts(cfg)
+        check_experts(cfg, cfg if isinstance(cfg, SwitchTrainingSAEConfig) else None)
     elif isinstance(cfg, SPARSE_CONFIGS) and cfg.k > cfg.d_sae:
         raise ValueError(f"k must be at most d_sae={cfg.d_sae}; got k={cfg.k}")
     if isinstance(cfg, MatryoshkaBatchTopKTrainingSAEConfig):
-        _check_levels(cfg)
-
-
-def _check_levels(cfg: MatryoshkaBatchTopKTrainingSAEConfig) -> None:
-    widths = cfg.matryoshka_widths
-    if not widths or widths[-1] > cfg.d_sae or any(a >= b for a, b in pairwise([0, *widths])):
-        raise ValueError(
-            f"matryoshka_widths must be one or more widths, ascending, up to d_sae={cfg.d_sae}; got {widths}"
-        )
-    if cfg.normalize_activations in _PER_TOKEN:
-        raise ValueError(
-            "normalize_activations must not be per token with matryoshka_widths: SAELens undoes it for one "
-            f"reconstruction only; got {cfg.normalize_activations!r}"
-        )
-
-
-def _check_experts(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
-    _check_layout(cfg)
-    if cfg.n_active_experts > cfg.n_experts:
-        raise ValueError(f"n_active_experts must be at most n_experts={cfg.n_experts}; got {cfg.n_active_experts}")
-    overlap = cfg.expert_overlap_coefficient if isinstance(cfg, SwitchTrainingSAEConfig) else 0
-    if overlap and cfg.n_active_experts == cfg.n_experts:
-        raise ValueError(
-            f"expert_overlap_coefficient must be 0 unless n_active_experts={cfg.n_active_experts} is less than "
-            f"n_experts={cfg.n_experts}; got {overlap}"
-        )
-    if overlap and cfg.n_shared_experts:
-        raise ValueError(
-            f"expert_overlap_coefficient must be 0 with shared experts, of which there are {cfg.n_shared_experts}; "
-            f"got {overlap}"
-        )
-    S, width, A = cfg.layout.shared_width, cfg.layout.expert_width, cfg.n_active_experts
-    if cfg.k > S + A * width:
-        several = "" if A == 1 else "n_active_experts * "
-        factor, whose = ("", "one expert") if A == 1 else (f"{A} * ", f"{A} experts")
-        most = f"{several}d_sae / n_experts = {factor}{cfg.d_sae} / {cfg.n_experts} = {A * width}"
-        if S:
-            most = (
-                f"shared_width + {several}(d_sae - shared_width) / n_experts = {S} + {factor}{width} = {S + A * width}"
-            )
-            whose += " and the shared ones"
-        raise ValueError(f"k must be at most {most}, the latents of {whose}; got k={cfg.k}")
-    if cfg.normalize_activations == "covariance_whitening" and not cfg.apply_b_dec_to_input:
-        raise ValueError(
-            "apply_b_dec_to_input must be True with normalize_activations='covariance_whitening': "
-            "a Switch SAE has no encoder bias that could absorb the mean"
-        )
-    if isinstance(cfg, SwitchTrainingSAEConfig) and cfg.normalize_decoder and cfg.decoder_init_norm not in (None, 1.0):
-        raise ValueError(
-            f"decoder_init_norm must be 1.0 or None when normalize_decoder is on; got {cfg.decoder_init_norm!r}"
-        )
-
-
-def _check_layout(cfg: SwitchSAEConfig | SwitchTrainingSAEConfig) -> None:
-    E, n, S = cfg.n_experts, cfg.n_shared_experts, cfg.shared_width
-    if n == 0 and S is not None:
-        raise ValueError(f"shared_width must be None without shared experts, n_shared_experts=0; got {S}")
-    if n == 0 and cfg.d_sae % E:
-        raise ValueError(f"d_sae must be a multiple of n_experts={E}; got d_sae={cfg.d_sae}")
-    if n and S is None and cfg.d_sae % (E + n):
-        raise ValueError(
-            f"d_sae must be a multiple of n_experts + n_shared_experts = {E + n} unless shared_width is given; "
-            f"got d_sae={cfg.d_sae}"
-        )
-    if n and S is not None and not cfg.layout.is_possible:
-        raise ValueError(
-            f"shared_width must leave a multiple of n_experts={E} of the d_sae={cfg.d_sae} latents; got shared_width={S}"
-        )
+        check_widths(cfg.matryoshka_widths, cfg.d_sae, "d_sae", cfg.normalize_activations)
 
 
 def layout_of(cfg: SAEConfig) -> ExpertLayout:
@@ -328,7 +287,7 @@ def check_trainable(cfg: SAEConfig) -> None:
     """As ``check_sae``, and what would only stop a run once a first latent is dead. Raises ValueError."""
     check_sae(cfg)
     ours = isinstance(cfg, (SwitchTrainingSAEConfig, *SPARSE_CONFIGS))
-    if ours and cfg.aux_loss_coefficient != 0 and cfg.normalize_activations in _PER_TOKEN:
+    if ours and cfg.aux_loss_coefficient != 0 and cfg.normalize_activations in PER_TOKEN:
         raise ValueError(
             f"aux_loss_coefficient must be 0 with normalize_activations={cfg.normalize_activations!r}: dead latents "
             f"would reconstruct a normalised residual; got {cfg.aux_loss_coefficient}"

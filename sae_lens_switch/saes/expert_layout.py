@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -71,6 +72,35 @@ class ExpertLayout:
         if self.shared_width == 0:
             return latents // self.expert_width
         return ((latents - self.shared_width) // self.expert_width).clamp_min(-1)
+
+    @property
+    def n_owners(self) -> int:
+        """The experts; and the shared part, if there is one, which comes before them."""
+        return self.n_experts + (self.shared_width > 0)
+
+    def owners_of(self, latents: Tensor) -> Tensor:
+        """Counted from 0, the shared part first."""
+        return self.experts_of(latents) + (self.shared_width > 0)
+
+    def of_experts(self, t_O: Tensor) -> Tensor:
+        """[E], a view of what there is one of per owner."""
+        return t_O[-self.n_experts :]
+
+    def firsts(self, t_F: Tensor) -> Tensor:
+        """What there is for the first latent of each owner, [n_owners]."""
+        return t_F[[*([0] if self.shared_width else []), *range(self.shared_width, self.d_sae, self.expert_width)]]
+
+    def per_latent(self, t_O: Tensor) -> Tensor:
+        """[F], what each latent's owner has."""
+        import torch
+
+        return t_O[self.owners_of(torch.arange(self.d_sae, device=t_O.device))]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """[F], the place of each latent among those of its expert; 0 of shared ones."""
+        import torch
+
+        return (torch.arange(self.d_sae, device=device) - self.shared_width).clamp_min(0) % self.expert_width
 
     def shared(self, t_F: Tensor) -> Tensor:
         """[S] of what there is one of per latent."""

@@ -9,6 +9,9 @@ from sae_lens_switch.common.rules import Choice, Device, Dtype, Each, Flag, Kind
 
 Gate = Literal["probability", "renormalized", "one"]
 LoadBalancing = Literal["loss", "bias"]
+# In training, and after.
+Activation = Literal["topk", "batchtopk"]
+InferenceActivation = Literal["topk", "jumprelu"]
 LoadBalanceScale = Literal["variance", "d_in"]
 BiasStart = Literal["geometric_median", "mean", "zeros"]
 
@@ -45,6 +48,9 @@ SWITCH: dict[str, Rule] = {
     "aux_loss_coefficient": _coefficient,
     "aux_k": Whole(at_least=1, optional=True),
     "encoder_precision": Choice(get_args(EncoderPrecision)),
+    "activation": Choice(("topk", "batchtopk", "jumprelu")),
+    "topk_threshold_lr": Number(at_least=0, at_most=1),
+    "matryoshka_widths": Each(_size, optional=True),
 }
 SPARSE_TOPK: dict[str, Rule] = {
     **SAE,

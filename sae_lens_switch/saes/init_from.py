@@ -136,6 +136,9 @@ def _copy_switch(made: SwitchTrainingSAE, sae: AnySAE) -> None:
     if made.cfg.normalize_decoder and not torch.allclose(norms := sae.W_dec.norm(dim=1), norms.new_ones(()), rtol=0.01):
         raise ValueError("normalize_decoder must be False for an SAE whose decoder rows are not of unit norm; got True")
     state = sae.state_dict()
+    found = [state.pop(name) for name in ("topk_threshold", "threshold") if name in state]
+    if found and made.topk_threshold is not None:  # without one, the first steps find it
+        state["topk_threshold"] = found[0]
     unknown = sorted(state.keys() - made.state_dict().keys())
     if unknown:
         raise ValueError(f"load_balancing must be as the SAE's that training starts from, which has {unknown}")

@@ -32,6 +32,13 @@ def fold_activation_scaler(sae: Any, scaler: ActivationScaler) -> None:
         sae.fold_activation_whitening(w.mean, w.matrix, w.inverse_matrix)
 
 
+def thresholds_after_training(state_dict: StateDict) -> StateDict:
+    """The thresholds of a Switch SAE under the name and in the dtype that they have in inference; changes the dict."""
+    if "topk_threshold" in state_dict:
+        state_dict["threshold"] = state_dict.pop("topk_threshold").to(state_dict["W_dec"].dtype)
+    return state_dict
+
+
 def latent_major(W_DF: Tensor) -> Tensor:
     """The same [D, F] matrix as the transpose of contiguous [F, D] storage."""
     return W_DF.T.contiguous().T

@@ -9,6 +9,7 @@ from sae_lens_switch_kernels import batch_topk_encode
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_switch.saes.running_thresholds import BeforeStep, least_active, move_thresholds_
 from sae_lens_switch.saes.sparse_topk_sae import Selection, SparseTopKTrainingSAE
 from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput
 
@@ -23,7 +24,7 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
 
     def __init__(self, cfg: BatchTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self._threshold_before: Tensor | None = None
+        self._before_step = BeforeStep()
 
     @override
     def _encode_rows(self, x_BD: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -39,8 +40,8 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)
-        if isinstance(step_input, SparseStepInput) and self._threshold_before is None:
-            self._threshold_before = self.topk_threshold.clone()
+        if isinstance(step_input, SparseStepInput):
+            self._before_step.keep(self.topk_threshold)
         self.update_topk_threshold(output.codes.values if isinstance(output, SparseStepOutput) else output.feature_acts)
         output.metrics["topk_threshold"] = self.topk_threshold.clone()
         return output
@@ -49,16 +50,10 @@ class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: Tensor) -> None:
         """As SAELens's, in place and without waiting for the device."""
-        is_active = acts_topk > 0
-        least = acts_topk.masked_fill(~is_active, torch.inf).amin() if acts_topk.numel() else acts_topk.new_zeros(())
-        lr, before = self.cfg.topk_threshold_lr, self.topk_threshold
-        after = (1 - lr) * before + lr * least.to(before.dtype)
-        before.copy_(torch.where(is_active.any(), after, before))
+        move_thresholds_(self.topk_threshold, least_active(acts_topk), self.cfg.topk_threshold_lr)
 
     @override
     @torch.no_grad()
     def settle_step(self, is_finite: Tensor) -> None:
         super().settle_step(is_finite)
-        if self._threshold_before is not None:
-            self.topk_threshold.copy_(torch.where(is_finite, self.topk_threshold, self._threshold_before))
-        self._threshold_before = None
+        self._before_step.settle_(self.topk_threshold, is_finite)

@@ -1,6 +1,5 @@
 """SAELens's Matryoshka BatchTopK SAE on sparse kernels: the losses of all widths from one decoding."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -13,7 +12,7 @@ from sae_lens_switch_kernels import Reconstruction
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_switch.saes.losses import reconstruction_error
+from sae_lens_switch.saes.levels import inner_losses, reconstructions
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_topk_sae import Selection
 from sae_lens_switch.saes.step import DeadLatents
@@ -42,18 +41,7 @@ class SparseMatryoshkaBatchTopKTrainingSAE(SparseBatchTopKTrainingSAE, Matryoshk
 
     @override
     def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:
-        widths = self.cfg.matryoshka_widths[:-1]  # the last is the whole, which has a loss already
-        return {
-            f"inner_mse_loss_{width}": reconstruction_error(self, sae_out, x_BD)
-            for width, sae_out in zip(widths, self._reconstructions(result.out_BD), strict=False)
-        }
-
-    def _reconstructions(self, parts_BLD: Tensor) -> Iterator[Tensor]:
-        """At each width."""
-        out_BD = self.b_dec
-        for part_BD in parts_BLD.unbind(1):
-            out_BD = part_BD + out_BD
-            yield self.run_time_activation_norm_fn_out(out_BD)
+        return inner_losses(self, result.out_BD, self.cfg.matryoshka_widths, x_BD)
 
     # AuxK of each level apart: its dead latents reconstruct the residual at its own width
 
@@ -74,7 +62,7 @@ class SparseMatryoshkaBatchTopKTrainingSAE(SparseBatchTopKTrainingSAE, Matryoshk
             return super()._aux_loss(x_BD, sae_out_BD, result, dead, n_dead)
         assert result.aux_out_BD is not None
         aux_outs, losses = iter(result.aux_out_BD.unbind(1)), []
-        for n, out_BD in zip(dead.counts, self._reconstructions(result.out_BD.detach()), strict=True):
+        for n, out_BD in zip(dead.counts, reconstructions(self, result.out_BD.detach()), strict=True):
             if n:
                 residual_BD = (x_BD - out_BD).detach()
                 loss = (next(aux_outs) - residual_BD).pow(2).sum(dim=-1).mean()

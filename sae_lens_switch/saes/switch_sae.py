@@ -1,10 +1,11 @@
 """The Switch SAE (arXiv 2410.08201): a router sends each activation to one of E small TopK SAEs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import code_gates, switch_encode
+from sae_lens_switch_kernels import code_gates
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
@@ -13,11 +14,14 @@ from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.config import SwitchSAEConfig, SwitchTrainingSAEConfig
 from sae_lens_switch.saes.router import Assignment, assign, router_dtype, router_logits
-from sae_lens_switch.saes.serialization import FRESH, digits, take_exact
+from sae_lens_switch.saes.serialization import FRESH, digits, take_exact, thresholds_after_training
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
+from sae_lens_switch.saes.switch_selection import SwitchSelection
 
 _ROUTER = ("W_router", "b_router", "expert_bias")
+# After training, and in it.
+_THRESHOLDS = ("threshold", "topk_threshold")
 
 
 class SwitchBase(SparseSAE):
@@ -28,12 +32,16 @@ class SwitchBase(SparseSAE):
     Encoder  z = TopK_K(relu((x - b_dec) @ W_enc[:, block e])), f = p_e z
              with A active experts: f = TopK_K(g_e relu((x - b_dec) @ W_enc)) over the blocks of all A, g_e their gates,
              and over the latents of shared experts, whose gate is 1
+             with activation="batchtopk": TopK_KB of g_e relu(...) over all tokens of a batch
+             with "jumprelu", after training on it: all that exceed ``threshold`` of their expert, of shared ones its
+             first entry
     Decoder  x_hat = f @ W_dec + b_dec, linear in any dense f
     """
 
     W_router: nn.Parameter
     b_router: nn.Parameter
     expert_bias: Tensor | None
+    threshold: Tensor | None
 
     def __init__(self, cfg: SwitchSAEConfig | SwitchTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -49,12 +57,19 @@ class SwitchBase(SparseSAE):
         self.b_router = nn.Parameter(W_router_DE.new_zeros(self.cfg.d_in))
         is_biased = self.cfg.load_balancing == "bias"
         self.register_buffer("expert_bias", W_router_DE.new_zeros(self.cfg.n_experts) if is_biased else None)
+        has_threshold = self.cfg.activation == "jumprelu"
+        threshold_O = torch.zeros(self.cfg.layout.n_owners, dtype=self.dtype, device=self.device)
+        self.register_buffer("threshold", threshold_O if has_threshold else None)
 
     # Encoding
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        """Dense latents [..., F] of x [..., D]: at most k non-zeros per token, of its own experts, gate included."""
+        """Dense latents [..., F] of x [..., D]: non-zeros are of a token's own experts, gate included.
+
+        With activation="topk" at most k per token. With "batchtopk" at most k times the number of tokens, which are
+        one batch.
+        """
         return self._encode_dense(self.normalized_input(x))[0]
 
     @override
@@ -73,7 +88,8 @@ class SwitchBase(SparseSAE):
             acts, pre = self._encode_hooked(inputs_BD, assignment)
         else:
             codes = self._encode_codes(inputs_BD, assignment)
-            acts, pre = codes.to_dense(), codes.values
+            acts = codes.to_dense()
+            pre = codes.values if codes.offsets is None else acts
         return self.hook_sae_acts_post(acts), pre, assignment
 
     @override
@@ -97,21 +113,15 @@ class SwitchBase(SparseSAE):
         return self.b_router
 
     def _encode_codes(self, x: Tensor, assignment: Assignment) -> SparseCodes:
-        lead = x.shape[:-1]
         experts, gates = self._chosen(assignment)
-        values, indices = switch_encode(
-            x.reshape(-1, x.shape[-1]),
-            experts,
-            self.W_enc.T,
-            self.cfg.k,
-            self.cfg.n_experts,
-            n_shared=self.cfg.layout.shared_width,
-            gates_B=None if gates is None else gates.detach(),
-            pre_bias_D=self.pre_bias,
-            encoder_precision=self.encoder_precision,
-        )
-        codes = SparseCodes(values.view(*lead, self.cfg.k), indices.view(*lead, self.cfg.k), self.cfg.d_sae)
-        return SparseCodes(self._gated(codes, assignment), codes.indices, self.cfg.d_sae)
+        gates = None if gates is None else gates.detach()
+        x_BD = x.reshape(-1, x.shape[-1])
+        codes = self._selection.encode(x_BD, self.W_enc.T, self.pre_bias, experts, gates).view(*x.shape[:-1])
+        return replace(codes, values=self._gated(codes, assignment))
+
+    @property
+    def _selection(self) -> SwitchSelection:
+        return SwitchSelection(self.cfg, self.encoder_precision, self.threshold)
 
     def _chosen(self, assignment: Assignment) -> tuple[Tensor, Tensor | None]:
         """Experts and gates of every token, [B, A]; no gates if they are 1."""
@@ -141,25 +151,28 @@ class SwitchBase(SparseSAE):
         pre = self.hook_sae_acts_pre(pre_BF.view(*x.shape[:-1], self.cfg.d_sae))
         latents = layout.latents(assignment.experts_BA)
         mine = ranked = pre.gather(-1, latents)
-        if gates_BA is not None and self._mixes_gates:
+        if gates_BA is not None and (self._mixes_gates or self.cfg.activation != "topk"):
             gates = gates_BA.detach().to(pre.dtype).view(assignment.experts_BA.shape)
             ranked = mine.relu() * code_gates(gates, assignment.experts_BA, layout.experts_of(latents))
-        place = ranked.topk(self.cfg.k, dim=-1).indices
-        codes = SparseCodes(mine.gather(-1, place).relu(), latents.gather(-1, place), self.cfg.d_sae)
-        return SparseCodes(self._gated(codes, assignment), codes.indices, self.cfg.d_sae).to_dense(), pre
+        codes = self._selection.of_dense(mine, ranked, latents)
+        return replace(codes, values=self._gated(codes, assignment)).to_dense(), pre
 
     def _gated(self, codes: SparseCodes, assignment: Assignment) -> Tensor:
         """The values of the codes, times the gates of their experts."""
-        gates = self._gates(assignment)
+        gates, experts = self._gates(assignment), assignment.experts_BA
         if gates is None:
             return codes.values
+        indices = codes.indices
+        if codes.offsets is not None:  # each code is a row of its own, with the gates of its token
+            gates, experts = (t.reshape(-1, t.shape[-1])[codes.tokens] for t in (gates, experts))
+            indices = indices.unsqueeze(-1)
         if self._mixes_gates:
-            gates = code_gates(gates, assignment.experts_BA, self.cfg.layout.experts_of(codes.indices))
-        return codes.values * gates.to(codes.values.dtype)
+            gates = code_gates(gates, experts, self.cfg.layout.experts_of(indices))
+        return codes.values * (gates if codes.offsets is None else gates.squeeze(-1)).to(codes.values.dtype)
 
     @property
     def _mixes_gates(self) -> bool:
-        """Whether latents with different gates compete for the k places of a token."""
+        """Whether a token has latents with different gates."""
         return self.cfg.n_active_experts > 1 or self.cfg.n_shared_experts > 0
 
     # Folds: the router sees the same activations as the encoder, so whatever is folded there is folded here
@@ -187,21 +200,25 @@ class SwitchBase(SparseSAE):
     def fold_W_dec_norm(self) -> None:
         """Fold decoder norms into the encoder where that is exact: when those that compete are equal.
 
-        These are the norms within each expert, or all where a token has several experts, shared ones included. Raises
-        NotImplementedError otherwise, since rescaled pre-activations would select other latents.
+        These are the norms within each expert, or all where a token has several experts, shared ones included, or where
+        a batch selects. Raises NotImplementedError otherwise: rescaled pre-activations would select other latents.
         """
         norms_F = self.W_dec.to(router_dtype(self.dtype)).norm(dim=1)
-        norms_EM = norms_F.unsqueeze(0) if self._mixes_gates else self.cfg.layout.by_expert(norms_F)
+        compete = self._mixes_gates or self._selection.ranks_over_tokens
+        norms_EM = norms_F.unsqueeze(0) if compete else self.cfg.layout.by_expert(norms_F)
         spread_E = norms_EM.amax(1) / norms_EM.amin(1) - 1
         # Rows of equal norm differ by their rounding to the dtype, and by the rounding of the norms themselves.
         tolerance = 2 * torch.finfo(self.dtype).eps + 16 * torch.finfo(norms_EM.dtype).eps
         if spread_E.max() > tolerance:
             raise NotImplementedError(
                 "fold_W_dec_norm is exact for a Switch SAE only if all decoder rows of an expert have the same norm, "
-                "and those of all experts where a token has several; "
+                "and those of all experts where a token has several, or a batch selects; "
                 f"here they differ by up to a factor of {1 + spread_E.max().item():.4g}"
             )
         super().fold_W_dec_norm()
+        for name, threshold_O in self.named_buffers(recurse=False):
+            if name in _THRESHOLDS:  # of latents, which have grown by as much
+                threshold_O.mul_(self.cfg.layout.firsts(norms_F).to(threshold_O.dtype))
 
     # Dtype and files
 
@@ -232,6 +249,8 @@ class SwitchBase(SparseSAE):
 
     @override
     def process_state_dict_for_loading(self, state_dict: StateDict) -> None:
+        if self.threshold is not None:
+            thresholds_after_training(state_dict)  # where the file is of an SAE in training
         expected = {name: tuple(t.shape) for name, t in self.state_dict().items()}
         for name, shape in expected.items():
             if name not in state_dict:

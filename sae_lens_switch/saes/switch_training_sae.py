@@ -41,18 +41,18 @@ from sae_lens_switch.saes.router import (
     router_z_loss,
 )
 from sae_lens_switch.saes.serialization import FRESH
-from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents, LatentParameters, activation_rows, why_not_finite
-from sae_lens_switch.saes.switch_sae import SwitchBase
+from sae_lens_switch.saes.switch_matryoshka import MatryoshkaSwitch
 
 
-class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
+class SwitchTrainingSAE(MatryoshkaSwitch):
     """A Switch SAE in training: reconstruction plus load balance, under SAELens's trainer or any loop.
 
     Loss: ``mean_B ||x - x_hat||^2 + c * L_balance``, ``c = load_balance_coefficient * load_balance_scale``; the router
     z-loss with ``router_z_loss_coefficient``; and AuxK (Gao et al. 2024, A.2) with ``aux_loss_coefficient``: the dead
     latents of a token's own experts, weighted by their gates, and of shared ones, reconstruct the token's residual; and
-    the penalty of ``saes/expert_overlap.py`` with ``expert_overlap_coefficient``.
+    the penalty of ``saes/expert_overlap.py`` with ``expert_overlap_coefficient``; and, with ``matryoshka_widths``, the
+    squared error of the reconstruction at each width.
     Load balance concerns routed experts alone. With ``load_balancing="bias"`` each optimiser step also moves
     ``expert_bias``.
     A step makes no tensor of size B x F, unless a hook on the dense latents asks for one; AuxK and the penalty on
@@ -136,6 +136,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
 
     @override
     def settle_step(self, is_finite: Tensor) -> None:
+        super().settle_step(is_finite)
         self._start.settle(self.named_parameters(), is_finite)
         self._move_bias(is_finite)
 
@@ -184,7 +185,7 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             inputs_BD,
             self.W_enc.T,
             self.W_dec,
-            self.cfg.k,
+            self._selection.n_active(len(inputs_BD)),
             expert_B=experts_BA,
             groups=assignment.groups,
             n_experts=self.cfg.n_experts,
@@ -195,6 +196,8 @@ class SwitchTrainingSAE(SwitchBase, SparseTrainingSAE):
             aux_k=dead.aux_k,
             row_grads=row_grads,
             encoder_precision=self.encoder_precision,
+            over_batch=self._selection.ranks_over_tokens,
+            ends_L=self._ends_L,
         )
         assert result.acts_BK is not None
         values_BK = result.acts_BK.detach()

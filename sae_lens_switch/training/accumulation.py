@@ -59,7 +59,7 @@ def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
             routings[-1].dead_latents_F,
         )
         balance = mean([output.metrics["load_balance"] for output in outputs])
-        metrics = {"load_balance": balance, **routing.metrics()}
+        metrics = {**last.metrics, "load_balance": balance, **routing.metrics()}
     return SparseStepOutput(
         codes=SparseCodes.cat([output.codes for output in sparse]),
         routing=routing,

@@ -103,6 +103,9 @@ def reseed(sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: 
         sae.W_router[:, busiest] += direction_D
         if sae.expert_bias is not None:
             sae.expert_bias[expert] = sae.expert_bias[busiest]
+        if sae.topk_threshold is not None:
+            threshold_E = layout.of_experts(sae.topk_threshold)
+            threshold_E[expert] = threshold_E[busiest]
         target, source = map(layout.latents_of, (expert, busiest))
         for p, latent_dim in ((sae.W_enc, 1), (sae.W_dec, 0)):
             p.detach().narrow(latent_dim, target.start, M).copy_(p.detach().narrow(latent_dim, source.start, M))

@@ -23,6 +23,9 @@ _BEFORE = {
     "load_balance_bias_rate": 0.01,
     "router_z_loss_coefficient": 0.0,
     "expert_overlap_coefficient": 0.0,
+    "activation": "topk",
+    "topk_threshold_lr": 0.01,
+    "matryoshka_widths": None,
 }
 ORDERED_BY = ("n_training_samples", "saved_at")
 

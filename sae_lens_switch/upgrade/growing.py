@@ -140,6 +140,9 @@ def _wider(sae: SwitchTrainingSAE, source_E: Tensor, W_router_DE: Tensor) -> Swi
     grown.W_router.copy_(W_router_DE)
     if grown.expert_bias is not None and sae.expert_bias is not None:
         grown.expert_bias.copy_(sae.expert_bias[source_E])
+    if grown.topk_threshold is not None and sae.topk_threshold is not None:
+        grown.topk_threshold[:-E].copy_(sae.topk_threshold[: -sae.cfg.n_experts])
+        grown.cfg.layout.of_experts(grown.topk_threshold).copy_(layout.of_experts(sae.topk_threshold)[source_E])
     return grown
 
 

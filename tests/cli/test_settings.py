@@ -136,3 +136,12 @@ def test_numbers_as_yaml_and_people_write_them(tmp_path, capsys):
     assert shown(capsys, *SWITCH, "--exclude-special-tokens", "1", "2")["exclude_special_tokens"] == [1, 2]
     assert shown(capsys, *SWITCH, "--exclude-special-tokens", "true")["exclude_special_tokens"] is True
     assert shown(capsys, *SWITCH, "--seqpos-slice", "none,5")["seqpos_slice"] == [None, 5]
+
+
+def test_widths_inside_experts_and_the_selection_over_a_batch_by_flags(tmp_path, capsys):
+    argv = [*SWITCH, "--activation", "batchtopk", "--topk-threshold-lr", "0.1", "--matryoshka-widths", "4", str(F // E)]
+    table = shown(capsys, *argv)
+    assert (table["activation"], table["topk_threshold_lr"]) == ("batchtopk", 0.1)
+    assert table["matryoshka_widths"] == [4, F // E]
+    assert shown(capsys, "--config", file_of(tmp_path / "run.json", json.dumps(table))) == table
+    assert shown(capsys, *SWITCH, "--matryoshka-widths", "none")["matryoshka_widths"] is None

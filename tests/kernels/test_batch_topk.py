@@ -2,14 +2,20 @@
 
 import pytest
 import torch
+from helpers import largest_allocation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens_switch_kernels import torch_backend, torch_batch_topk, torch_tiles
+from sae_lens_switch_kernels import batch_topk_encode, torch_batch_topk, torch_tiles
 from torch import Tensor
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def places(pre: Tensor) -> Tensor:
+    """Where each row begins."""
+    return torch.arange(len(pre)) * pre.shape[1]
 
 
 def row_of(offsets: Tensor) -> Tensor:
@@ -31,7 +37,7 @@ def test_the_pool_keeps_the_largest_of_all_tiles_whatever_their_order_and_ties(B
     k = int(share * B * P)
     best = torch_batch_topk.BatchTopK(k, P)
     for start in range(0, B, rows):
-        best.add(pre[start : start + rows].clone(), None, None, start, 0)
+        best.add(pre[start : start + rows].clone(), None, None, places(pre)[start : start + rows])
     values, indices, offsets = best.codes(B, pre.device)
     assert torch.equal(values.sort().values, pre.flatten().topk(k).values.sort().values)
     assert torch.equal(values, pre[row_of(offsets), indices])
@@ -46,7 +52,7 @@ def test_numbers_that_are_not_finite_leave_the_number_of_codes_as_it_is(bad, how
     pre.flatten()[torch.randperm(pre.numel())[:how_many]] = bad
     best = torch_batch_topk.BatchTopK(900, 256)
     for start in range(0, 100, 10):
-        best.add(pre[start : start + 10].clone(), None, None, start, 0)
+        best.add(pre[start : start + 10].clone(), None, None, places(pre)[start : start + 10])
     values, indices, offsets = best.codes(100, pre.device)
     expected = pre.flatten().topk(900).values
     torch.testing.assert_close(values.sort().values, expected.sort().values, rtol=0, atol=0, equal_nan=True)
@@ -60,7 +66,7 @@ def test_other_devices_take_the_same_entries_without_being_asked_how_many(monkey
         best = torch_batch_topk.BatchTopK(500, 96)
         monkeypatch.setattr(torch_batch_topk, "_may_wait_for", lambda _, on_gpu=on_gpu: not on_gpu)
         for start in range(0, 64, 16):
-            best.add(pre[start : start + 16].clone(), None, None, start, 0)
+            best.add(pre[start : start + 16].clone(), None, None, places(pre)[start : start + 16])
         found.append(best.codes(64, pre.device))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
@@ -69,17 +75,5 @@ def test_other_devices_take_the_same_entries_without_being_asked_how_many(monkey
 def test_no_tensor_of_tokens_times_latents_is_made_beyond_a_tile():
     B, D, F, k = 2048, 8, 1024, 4 * 2048
     x, W = normal(B, D).float(), normal(F, D).float()
-    largest = 0
-
-    class Census(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(out):
-                if isinstance(t, Tensor):
-                    largest = max(largest, t.untyped_storage().nbytes())
-            return out
-
-    with Census():
-        torch_backend.batch_topk_encode(x, W, k, None, None, torch.float32)
+    largest = largest_allocation(lambda: batch_topk_encode(x, W, k))
     assert largest == 4 * torch_tiles.TILE_ROWS["cpu"] * F

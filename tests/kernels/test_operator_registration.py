@@ -93,6 +93,19 @@ OPERATORS = {
         *(t["x"], t["W"], t["bias"], None, t["scale"], None, None, 17, 1, torch.float64, torch.bfloat16, 20),
         *(0, False, True, None, None, t["W_dec"], torch.arange(4), 2, [1, 3], torch.tensor([3, 8])),
     ),
+    "encode over the batch with experts": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 13, 2, torch.float64),
+        *(None, 0, 2, False, True, None, None),
+    ),
+    "autoencode over the batch with experts in levels": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 13, 2, torch.float64),
+        *(torch.bfloat16, 15, 2, False, True, t["experts"].argsort(stable=True), torch.tensor([0, 3, 6])),
+        *(t["W_dec"], torch.arange(4), 2, [], torch.tensor([1, 3])),
+    ),
+    "autoencode with experts in levels": lambda t: (
+        *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
+        *(None, 0, 0, False, False, None, None, t["W_dec"], torch.arange(4), 2, [], torch.tensor([1, 2, 4])),
+    ),
 }
 
 

@@ -267,11 +267,10 @@ def test_codes_that_cannot_be_are_refused(change, message):
         ({"k": 36}, "k must be between 0 and B F = 35; got k=36"),
         ({"k": -1}, "k must be between 0 and B F = 35; got k=-1"),
         ({"by_magnitude": True}, "by_magnitude must be False with over_batch or expert_B; got True"),
-        ({"gates_B": torch.ones(5)}, "over_batch must be False with expert_B or gates_B"),
+        ({"gates_B": torch.ones(5)}, "over_batch must be False with gates_B, unless expert_B is given"),
         ({"ends_L": torch.tensor([3, 6])}, "ends_L must ascend to the number of latents, 7"),
         ({"ends_L": torch.tensor([0, 7])}, "ends_L must ascend"),
         ({"ends_L": torch.tensor([[7]])}, r"ends_L must have shape \(at least 1,\)"),
-        ({"ends_L": torch.tensor([7]), "over_batch": False, "k": 3}, "over_batch must be True with ends_L"),
         (
             {"dead_N": torch.arange(3), "aux_k": 1, "dead_counts": [1, 1]},
             "dead_counts must be positive and sum to the 3",

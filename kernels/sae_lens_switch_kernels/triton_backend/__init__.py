@@ -44,6 +44,7 @@ __all__ = [
     "gated_decode",
     "gated_grads",
     "grouped_decode",
+    "grouped_encode",
     "grouped_matmul_at_indices",
     "grouped_weight_grads",
     "latent_index",
@@ -78,8 +79,12 @@ def topk_encode(
     """With one expert, select_topk over tiles of torch's own matrix product; with several, one grouped product."""
     if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
         return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu, by_magnitude, select_topk)
-    pre_BM = encode_dense(*operands(x_BD, W_FD, dtype), groups.offsets_E1)
+    pre_BM = grouped_encode(x_BD, W_FD, groups, dtype)
     return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype, relu=relu, by_magnitude=by_magnitude)
+
+
+def grouped_encode(x_BD: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:
+    return encode_dense(*operands(x_BD, W_FD, dtype), groups.offsets_E1)
 
 
 def grouped_decode(
