@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.backend import SelfChecked
-from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, active_latent_index
+from sae_lens_switch_kernels.indexing import CodeRows, ExpertGroups, active_latent_index, n_rows
 from sae_lens_switch_kernels.several_experts import OwnGates
 from sae_lens_switch_kernels.torch_codes import latent_sums
 
@@ -56,6 +56,15 @@ class CodeProducts:
         is_sparse = active_only or rows is not None
         self.dense = not is_sparse and is_dense(n_latents, indices_BK.shape[1], groups, indices_BK.device, dtype)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no codes at all, of which neither compressed products nor kernels can be asked."""
+        return self.indices_BK.numel() == 0
+
+    @property
+    def _offsets_Q1(self) -> Tensor | None:
+        return None if self.rows is None else self.rows.offsets_Q1
+
     def decode_gated(
         self, gating: ModuleType | SelfChecked | OwnGates, values_BK: Tensor, gates_B: Tensor | None, W_FD: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -68,10 +77,11 @@ class CodeProducts:
 
     def decode(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
         """In the order of the tokens, a vector per level of each."""
+        if self.is_empty:
+            return W_FD.new_zeros(n_rows(self.indices_BK, self._offsets_Q1), W_FD.shape[1])
         if self.dense:
             return self.p.grouped_decode(values_BK, self.indices_BK, W_FD, *self.dense_options)
-        offsets_Q1 = None if self.rows is None else self.rows.offsets_Q1
-        return self.groups.unsorted(self.p.sparse_decode(values_BK, self.indices_BK, W_FD, offsets_Q1))
+        return self.groups.unsorted(self.p.sparse_decode(values_BK, self.indices_BK, W_FD, self._offsets_Q1))
 
     def decode_tokens(self, values_BK: Tensor, W_FD: Tensor) -> Tensor:
         """As ``decode``, a vector per token."""
@@ -80,11 +90,11 @@ class CodeProducts:
         return self.p.sparse_decode(values_BK, self.indices_BK, W_FD, self.rows.offsets_B1.contiguous())
 
     def matmul_at_indices(self, g_BD: Tensor, W_FD: Tensor) -> Tensor:
+        if self.is_empty:
+            return g_BD.new_empty(self.indices_BK.shape)
         if self.dense:
             return self.p.grouped_matmul_at_indices(g_BD, W_FD, self.indices_BK, *self.dense_options)
-        return self.p.matmul_at_indices(
-            g_BD, W_FD, self.indices_BK, None if self.rows is None else self.rows.offsets_Q1
-        )
+        return self.p.matmul_at_indices(g_BD, W_FD, self.indices_BK, self._offsets_Q1)
 
     def weight_grads(
         self, values_BK: Tensor, g_BD: Tensor, d_pre_BK: Tensor, x_BD: Tensor, radial_BK: Tensor | None
@@ -95,6 +105,10 @@ class CodeProducts:
             The latents that have a row, None for all; and dW_dec, dW_enc, d_bias and, if ``radial_BK`` is given, its
             sum per latent.
         """
+        if self.is_empty:
+            rows_R = self.indices_BK.new_empty(0, dtype=torch.long) if self.active_only else None
+            n, shapes = 0 if self.active_only else self.n_latents, (g_BD.shape[1:], x_BD.shape[1:], (), ())
+            return rows_R, tuple(g_BD.new_zeros(n, *shape) for shape in shapes[: 3 if radial_BK is None else 4])
         if self.dense:
             grads = self.p.grouped_weight_grads(
                 values_BK, self.indices_BK, g_BD, d_pre_BK, x_BD, self.n_latents, *self.dense_options

@@ -30,7 +30,7 @@ def check_run_fits(cfg: Any, *saes: SAEConfig) -> None:
         check_device(name, vars(cfg).get(name))
     for sae in saes:
         check_device("device", sae.device)
-        check_sae_fits(sae, vars(cfg).get("expert_parallel", 1))
+        check_sae_fits(sae, vars(cfg).get("expert_parallel", 1) * vars(cfg).get("latent_parallel", 1))
     if "n_batches_in_buffer" in vars(cfg):
         device = cfg.act_store_device or cfg.device
         d_in = sum({id(sae): sae.d_in + vars(sae).get("d_out", 0) for sae in saes}.values())

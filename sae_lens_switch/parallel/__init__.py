@@ -1,8 +1,15 @@
-"""Training on several processes: the experts divided over them, the data, or both; on torch's distributed package."""
+"""Training on several processes: experts, latents or data divided over them; on torch's distributed package."""
 
 from sae_lens_switch.parallel.consolidate import consolidate
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
+from sae_lens_switch.parallel.latent_trainer import LatentParallelSAETrainer
 from sae_lens_switch.parallel.ranks import RankLostError
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
 
-__all__ = ["DataParallelSAETrainer", "ParallelSparseSAETrainer", "RankLostError", "consolidate"]
+__all__ = [
+    "DataParallelSAETrainer",
+    "LatentParallelSAETrainer",
+    "ParallelSparseSAETrainer",
+    "RankLostError",
+    "consolidate",
+]

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sae_lens_switch.common.types import Json, Options
-from sae_lens_switch.parallel.expert_shard import LATENT_DIM, ExpertShard
 from sae_lens_switch.parallel.ranks import Ranks
+from sae_lens_switch.parallel.shard import LATENT_DIM, Shard
 from sae_lens_switch.parallel.sharded_files import Part, read_parts, shapes
 from sae_lens_switch.saes.serialization import FRESH
 from sae_lens_switch.training import checkpoints
@@ -81,14 +81,17 @@ def _all_do(ranks: Ranks, path: Path, action: Callable[[], T]) -> T | None:
 # What of a run is whose
 
 
-def weight_parts(shard: ExpertShard) -> dict[str, Part]:
-    """The weights as an ordinary file has them."""
+def weight_parts(shard: Shard, *, for_inference: bool = False) -> dict[str, Part]:
+    """The weights as an ordinary file has them: that of an SAE in training, or after it."""
     weights = shard.state_dict()
-    shard.process_state_dict_for_saving(weights)
+    if for_inference:
+        shard.process_state_dict_for_saving_inference(weights)
+    else:
+        shard.process_state_dict_for_saving(weights)
     return {name: Part(t, LATENT_DIM.get(name)) for name, t in weights.items()}
 
 
-def optimizer_parts(shard: ExpertShard, optimizer: Optimizer) -> dict[str, Part]:
+def optimizer_parts(shard: Shard, optimizer: Optimizer) -> dict[str, Part]:
     """The optimiser's tensors, by parameter and name; those of latents with a row per latent."""
     state, names = optimizer.state_dict(), [name for name, _ in shard.named_parameters()]
     parts = {}
@@ -98,9 +101,7 @@ def optimizer_parts(shard: ExpertShard, optimizer: Optimizer) -> dict[str, Part]
     return parts
 
 
-def load_optimizer(
-    shard: ExpertShard, optimizer: Optimizer, parts: Mapping[str, Tensor], groups: list[Options]
-) -> None:
+def load_optimizer(shard: Shard, optimizer: Optimizer, parts: Mapping[str, Tensor], groups: list[Options]) -> None:
     """From what ``optimizer_parts`` gave, for this process's latents."""
     names = [name for name, _ in shard.named_parameters()]
     state: dict[int, dict[str, Tensor]] = {}
@@ -128,9 +129,9 @@ def _dim(name: str, t: Tensor, optimizer: Optimizer) -> int | None:
     return 0 if isinstance(optimizer, RowSparseAdam) else LATENT_DIM[name]
 
 
-def read_optimizer_parts(folder: Path, shard: ExpertShard) -> dict[str, Tensor]:
+def read_optimizer_parts(folder: Path, shard: Shard) -> dict[str, Tensor]:
     """This process's part of all that a checkpoint's ``optimizer/`` holds."""
-    P = shard.ranks.expert_parallel
+    P = shard.ranks.row_size
     parts = {}
     for name, (shape, dtype) in shapes(folder).items():
         of_latents = len(shape) > 0 and (name in STATISTICS or name.partition("/")[0] in LATENT_DIM)
@@ -140,7 +141,7 @@ def read_optimizer_parts(folder: Path, shard: ExpertShard) -> dict[str, Tensor]:
     return {name: part.tensor for name, part in parts.items()}
 
 
-def read_weights(folder: Path, shard: ExpertShard) -> None:
+def read_weights(folder: Path, shard: Shard) -> None:
     """This process's part of the weights in ``folder``, into the SAE."""
     there = shapes(folder)
     fresh = {FRESH: Part(torch.ones(1))} if FRESH in there else {}

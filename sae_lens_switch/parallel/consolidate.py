@@ -1,4 +1,4 @@
-"""The ordinary folder of an SAE from the files of many processes, one process's part at a time in memory."""
+"""The ordinary folder of an SAE from the files of many processes."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.common.torch_private import consolidate_safetensors
@@ -21,6 +23,8 @@ from sae_lens_switch.training.history import FILENAME as HISTORY_FILENAME
 
 def consolidate(checkpoint: str | Path, output: str | Path, *, for_training: bool = False) -> Path:
     """Make the SAE of a parallel run's checkpoint an ordinary one, which loads without this package's ``parallel``.
+
+    One process's part is in memory at a time; of a TopK SAE for use all of it, as decoder norms change its weights.
 
     Args:
         checkpoint: A folder that a parallel run has written; its files are verified first.
@@ -38,20 +42,25 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, for_training: boo
     if not (checkpoint / SHARED).exists():
         raise CheckpointError(f"checkpoint {checkpoint} is of a run on one process: it has nothing to consolidate")
     whole = json.loads((checkpoint / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-    cfg = whole if for_training else SwitchTrainingSAEConfig.from_dict(whole).get_inference_sae_cfg_dict()
+    trained = get_sae_training_class(whole["architecture"])[1].from_dict(whole)
+    # Of any other SAE weights may change with their use, as where decoder norms are folded into the encoder.
+    folds = not for_training and not isinstance(trained, SwitchTrainingSAEConfig)
+    keeps_all = for_training or folds
+    cfg = whole if keeps_all else trained.get_inference_sae_cfg_dict()
 
     def save(folder: Path) -> tuple[Path, Path]:
         for name in (SPARSITY_FILENAME, HISTORY_FILENAME):
             if (checkpoint / name).exists():
                 shutil.copy2(checkpoint / name, folder / name)
-        return write_whole(checkpoint / WEIGHTS, folder, cfg, for_training=for_training)
+        written = write_whole(checkpoint / WEIGHTS, folder, cfg, for_training=keeps_all)
+        return TrainingSAE.load_from_disk(folder).save_inference_model(folder) if folds else written
 
     replace_files(output, save)
     return output
 
 
 def write_whole(weights: Path, folder: Path, cfg: Json, *, for_training: bool) -> tuple[Path, Path]:
-    """The files of an ordinary SAE, from its weights by many processes."""
+    """The files of an ordinary SAE, from its weights by many processes, one process's part at a time in memory."""
     names = [name for name in shapes(weights) if for_training or name != FRESH]
     aside = folder / "consolidating"
     aside.mkdir()

@@ -11,11 +11,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics, StateDict
-from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of, compare_settings, join
+from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of, compare_settings, join, require
 from sae_lens_switch.parallel.reduction import firings_over_data, sum_gradients_over_data_, sum_together_
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.activations import ActivationSource
+from sae_lens_switch.training.checkpoints import SHARED, CheckpointError
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.firing import Firings
 from sae_lens_switch.training.resumable_trainer import STATE_FILENAME
@@ -50,11 +51,8 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
     ) -> None:
         if isinstance(sae, SwitchTrainingSAE):
             raise ValueError("sae must be of another architecture than switch, which ParallelSparseSAETrainer trains")
-        if cfg.expert_parallel != 1 or cfg.cuda_graph:
-            raise ValueError(
-                "expert_parallel must be 1 and cuda_graph False for an SAE whose data alone is divided; got "
-                f"{cfg.expert_parallel} and {cfg.cuda_graph}"
-            )
+        only = {"expert_parallel": 1, "latent_parallel": 1, "cuda_graph": False}
+        require(cfg, only, "for an SAE whose data alone is divided")
         cfg = cfg.resolved(sae.cfg.d_sae)
         ranks = join(cfg)
         compare_settings(ranks, cfg, sae.cfg.to_dict())
@@ -105,6 +103,15 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         return dict(zip(log, total.tolist(), strict=True)) | same
 
     # Checkpoints
+
+    @override
+    def _verify(self, path: Path) -> None:
+        super()._verify(path)
+        if (path / SHARED).exists():
+            raise CheckpointError(
+                f"checkpoint {path} is of a run with divided latents: resume it with latent_parallel above 1, or make "
+                "its SAE an ordinary one with python -m sae_lens_switch.parallel"
+            )
 
     @override
     def write_checkpoint(self, folder: Path) -> None:

@@ -40,7 +40,7 @@ def send_to_owners(x_BD: Tensor, expert_B: Tensor, n_experts: int, ranks: Ranks)
         n_experts: E.
         ranks: Who owns which experts.
     """
-    E, P = n_experts, ranks.expert_parallel
+    E, P = n_experts, ranks.row_size
     counts_E = (expert_B.unsqueeze(1) == torch.arange(E, device=x_BD.device)).sum(dim=0)
     mean_D, around_mean = _moments(x_BD)
     facts = torch.cat([counts_E.double(), mean_D, around_mean.view(1)])
@@ -48,7 +48,7 @@ def send_to_owners(x_BD: Tensor, expert_B: Tensor, n_experts: int, ranks: Ranks)
     counts_WE, means_WD, around_W = facts_WS[:, :E], facts_WS[:, E:-1], facts_WS[:, -1]
 
     sizes = counts_WE.view(ranks.size, P, E // P).sum(dim=2).long().tolist()  # from whom, to which place in a row
-    received = [sizes[rank][ranks.expert_rank] for rank in ranks.row]
+    received = [sizes[rank][ranks.row_rank] for rank in ranks.row]
     by_owner_B = torch.div(expert_B, E // P, rounding_mode="floor").argsort(stable=True)
     mine_BD = x_BD[by_owner_B] if P == 1 else ranks.exchange(x_BD[by_owner_B], sizes[ranks.rank], received, "tokens")
 

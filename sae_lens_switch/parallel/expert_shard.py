@@ -4,23 +4,19 @@ from dataclasses import replace
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens_switch_kernels import Reconstruction
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_switch.common.seeds import mixed_seed
 from sae_lens_switch.parallel.exchange import RoutedBatch, send_to_owners
 from sae_lens_switch.parallel.ranks import Ranks
+from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics, router_dtype
 from sae_lens_switch.saes.sparse_codes import SparseCodes
-from sae_lens_switch.saes.step import DeadLatents, SparseStepInput, SparseStepOutput
+from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
-# On every process alike; all other parameters have a row or column per latent.
-SHARED = ("b_dec", "W_router", "b_router")
-LATENT_DIM = {"W_enc": 1, "W_dec": 0}
 # What is not divided over processes yet.
 _ONLY = {
     "n_active_experts": 1,
@@ -33,21 +29,23 @@ _ONLY = {
 }
 
 
-class ExpertShard(SwitchTrainingSAE):
+class ExpertShard(Shard, SwitchTrainingSAE):
     """Experts ``first`` to ``first + E / P`` of a Switch SAE, as trained by one process of P.
 
     With one expert per token and squared error, the owner of a token's expert needs only the token: it computes the
-    reconstruction, the error, its gradient, and the token's part of the router's gradient. Losses are this process's
-    part of the whole batch's; their sum over the processes is the loss. So are the gradients of ``b_dec`` and of the
-    router. ``cfg`` is that of the part, ``whole`` that of the SAE.
-
-    Args:
-        whole: The config of the SAE.
-        ranks: Who owns which experts.
+    reconstruction, the error, its gradient, and the token's part of the router's gradient.
     """
 
+    whole: SwitchTrainingSAEConfig
+
     def __init__(self, whole: SwitchTrainingSAEConfig, ranks: Ranks) -> None:
-        P = ranks.expert_parallel
+        self.first = ranks.row_rank * (whole.n_experts // ranks.row_size)
+        self.batch: RoutedBatch | None = None
+        super().__init__(whole, ranks)
+
+    @classmethod
+    @override
+    def _part_of(cls, whole: SwitchTrainingSAEConfig, P: int) -> SwitchTrainingSAEConfig:
         if whole.n_experts % P:
             raise ValueError(f"expert_parallel must divide n_experts; got {P} and {whole.n_experts}")
         for name, only in _ONLY.items():
@@ -55,68 +53,27 @@ class ExpertShard(SwitchTrainingSAE):
                 raise ValueError(
                     f"{name} must be {only!r} with experts on several processes; got {vars(whole)[name]!r}"
                 )
-        self.whole, self.ranks = whole, ranks
-        self.first = ranks.expert_rank * (whole.n_experts // P)
-        self.batch: RoutedBatch | None = None
-        super().__init__(replace(whole, d_sae=whole.d_sae // P, n_experts=whole.n_experts // P))
+        return replace(whole, d_sae=whole.d_sae // P, n_experts=whole.n_experts // P)
 
-    @classmethod
-    def of(cls, sae: SwitchTrainingSAE, ranks: Ranks) -> "ExpertShard":
-        """This process's part of an SAE that all processes have; what they share is taken from the first of them."""
-        shard = cls(sae.cfg, ranks)
-        with torch.no_grad():
-            for name, p in shard.named_parameters():
-                whole = sae.get_parameter(name)
-                p.copy_(shard.part(name, whole))
-                p.requires_grad = whole.requires_grad
-        shard.is_fresh = sae.is_fresh
-        shard.copy_shared_from_first()
-        return shard
+    @property
+    @override
+    def _block_width(self) -> int:
+        return self.whole.layout.expert_width
 
-    @classmethod
-    @torch.no_grad()
-    def fresh(cls, whole: SwitchTrainingSAEConfig, ranks: Ranks) -> "ExpertShard":
-        """This process's part of a new SAE, initialised expert by expert: the same for any number of processes."""
-        seed = ranks.first_says(int(torch.randint(2**62, ())))
-        shard, M = cls(whole, ranks), whole.layout.expert_width
-        alone = replace(whole, d_sae=M, n_experts=1, device="cpu")
-        for e in range(shard.cfg.n_experts):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mixed_seed(seed, shard.first + e))
-                expert = SwitchTrainingSAE(alone)
-            for name, dim in LATENT_DIM.items():
-                shard.get_parameter(name).narrow(dim, e * M, M).copy_(expert.get_parameter(name))
-        shard.is_fresh = True
-        shard.copy_shared_from_first()
-        return shard
+    @override
+    def _new_block(self) -> SwitchTrainingSAE:
+        return SwitchTrainingSAE(replace(self.whole, d_sae=self._block_width, n_experts=1, device="cpu"))
 
-    @torch.no_grad()
+    @override
+    def _set_fresh(self, value: bool) -> None:
+        self.is_fresh = value
+
+    @override
     def gathered(self) -> SwitchTrainingSAE:
-        """The whole SAE, in the memory of every process."""
-        sae = SwitchTrainingSAE(replace(self.whole))
-        for name, p in self.named_parameters():
-            whole = p if name in SHARED else self.gathered_latents(p.movedim(LATENT_DIM[name], 0))
-            sae.get_parameter(name).copy_(whole if name in SHARED else whole.movedim(0, LATENT_DIM[name]))
+        sae = super().gathered()
+        assert isinstance(sae, SwitchTrainingSAE)
         sae.is_fresh = self.is_fresh
         return sae
-
-    def gathered_latents(self, t: Tensor) -> Tensor:
-        """What this process has of its latents, [F / P, ...], for all latents [F, ...], on every process."""
-        return self.ranks.gather_row(t, "latents").flatten(0, 1)
-
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of the parameter ``name``."""
-        if name not in LATENT_DIM:
-            return whole
-        M = self.whole.layout.expert_width
-        return whole.narrow(LATENT_DIM[name], self.first * M, self.cfg.d_sae)
-
-    def shared_parameters(self) -> list[nn.Parameter]:
-        return [self.get_parameter(name) for name in SHARED]
-
-    def copy_shared_from_first(self) -> None:
-        for p in self.shared_parameters():
-            self.ranks.broadcast_(p.data, "the router")
 
     @override
     def initialize_weights(self) -> None:
@@ -153,6 +110,11 @@ class ExpertShard(SwitchTrainingSAE):
     def received(self) -> RoutedBatch:
         assert self.batch is not None, "a step begins with receive()"
         return self.batch
+
+    @property
+    @override
+    def n_tokens(self) -> int:
+        return self.received.n_tokens
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -201,14 +163,3 @@ class ExpertShard(SwitchTrainingSAE):
     def _load_balance_scale(self) -> float | Tensor | None:
         scale = super()._load_balance_scale
         return self.received.variance if scale is None else scale
-
-    @override
-    def _aux_loss(
-        self, x_BD: Tensor, sae_out_BD: Tensor, result: Reconstruction, dead: DeadLatents, n_dead: Tensor | int
-    ) -> Tensor:
-        return super()._aux_loss(x_BD, sae_out_BD, result, dead, n_dead) * self._batch_share(x_BD)
-
-    @override
-    def _batch_share(self, x_BD: Tensor) -> float:
-        """What the mean of these tokens counts for in that of the whole batch."""
-        return len(x_BD) / self.received.n_tokens

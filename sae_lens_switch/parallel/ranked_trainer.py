@@ -1,6 +1,6 @@
 """What every parallel trainer does around its steps: one loop, one end and one checkpoint for all processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -31,10 +31,17 @@ T = TypeVar("T")
 _OF_EACH_RANK = ("random", "random_cuda", "data")
 
 
-def join(cfg: SparseSAETrainerConfig) -> Ranks:
-    """This process's place among those that torchrun has started."""
+def join(cfg: SparseSAETrainerConfig, row_size: int = 1, field: str = "expert_parallel") -> Ranks:
+    """This process's place among those that torchrun has started; ``field`` of the config says how large rows are."""
     start_process_group(cfg.device, cfg.rank_timeout)
-    return Ranks(cfg.expert_parallel, cfg.device, cfg.rank_timeout)
+    return Ranks(row_size, cfg.device, cfg.rank_timeout, field)
+
+
+def require(cfg: SparseSAETrainerConfig, only: Mapping[str, object], where: str) -> None:
+    """Raises ValueError for a field of another value than the only one it can have ``where``."""
+    for name, value in only.items():
+        if vars(cfg)[name] != value:
+            raise ValueError(f"{name} must be {value!r} {where}; got {vars(cfg)[name]!r}")
 
 
 def compare_settings(ranks: Ranks, cfg: SparseSAETrainerConfig, sae: Json) -> None:

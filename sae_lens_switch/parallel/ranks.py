@@ -1,6 +1,6 @@
-"""The processes of a parallel run: which experts and which data are each one's, and what they tell each other.
+"""The processes of a parallel run: which latents and which data are each one's, and what they tell each other.
 
-Letters: W processes (ranks) in all, P of them in each group that shares one set of experts.
+Letters: W processes (ranks) in all, P of them in each row, which together has all latents once.
 """
 
 import os
@@ -48,8 +48,8 @@ def start_process_group(device: str | torch.device, timeout: float) -> bool:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(
-            "a parallel run (expert_parallel) must be started by torchrun, e.g. torchrun --nproc-per-node 2 script.py; "
-            f"the environment lacks {', '.join(missing)}"
+            "a parallel run (expert_parallel, latent_parallel) must be started by torchrun, e.g. torchrun "
+            f"--nproc-per-node 2 script.py; the environment lacks {', '.join(missing)}"
         )
     _initialize(_BACKENDS[device.type], timedelta(seconds=timeout))
     return True
@@ -84,18 +84,19 @@ def local_device(device: str) -> str:
 class Ranks:
     """This process's place in the run, and the collectives of its groups.
 
-    The processes form a mesh ("data", "expert"): each row of it holds all experts once, P processes with E / P each;
-    the rows hold the same experts and train on different data.
+    The processes form a mesh ("data", "latent"): each row of it holds all latents once, P processes with F / P each;
+    the rows hold the same latents and train on different data.
 
     Args:
-        expert_parallel: P.
+        row_size: P.
         device: What this process computes on.
         timeout: Seconds that a message of a row or column may take.
+        field: What P is called in the config.
 
     Attributes:
         rank: Of W.
         size: W.
-        expert_rank: Place in the row, of P.
+        row_rank: Place in the row, of P.
         n_rows: W / P.
         bytes_sent: Bytes that this process has handed to the network, by kind of message.
 
@@ -103,20 +104,22 @@ class Ranks:
         ValueError: If P does not divide W.
     """
 
-    def __init__(self, expert_parallel: int, device: str | torch.device, timeout: float) -> None:
+    def __init__(
+        self, row_size: int, device: str | torch.device, timeout: float, field: str = "expert_parallel"
+    ) -> None:
         self.device = torch.device(device)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.expert_parallel = expert_parallel
-        if self.size % expert_parallel:
-            raise ValueError(f"expert_parallel must divide the number of processes, {self.size}; got {expert_parallel}")
-        self.n_rows = self.size // expert_parallel
-        places = torch.arange(self.size).view(self.n_rows, expert_parallel)
+        self.row_size = row_size
+        if self.size % row_size:
+            raise ValueError(f"{field} must divide the number of processes, {self.size}; got {row_size}")
+        self.n_rows = self.size // row_size
+        places = torch.arange(self.size).view(self.n_rows, row_size)
         # Not by init_device_mesh, whose groups would wait as long as torch thinks right.
-        self._expert_group, self._data_group = (_own_group(t.tolist(), timeout) for t in (places, places.T))
+        self._row_group, self._data_group = (_own_group(t.tolist(), timeout) for t in (places, places.T))
         self.mesh = DeviceMesh.from_group(
-            [self._data_group, self._expert_group], self.device.type, places, mesh_dim_names=("data", "expert")
+            [self._data_group, self._row_group], self.device.type, places, mesh_dim_names=("data", "latent")
         )
-        self.data_rank, self.expert_rank = divmod(self.rank, expert_parallel)
+        self.data_rank, self.row_rank = divmod(self.rank, row_size)
         self.bytes_sent: Counter[str] = Counter()
 
     @property
@@ -125,14 +128,14 @@ class Ranks:
 
     @property
     def row(self) -> list[int]:
-        """The ranks that share one set of experts with this one, itself among them."""
-        first = self.data_rank * self.expert_parallel
-        return list(range(first, first + self.expert_parallel))
+        """The ranks that share all latents with this one, itself among them."""
+        first = self.data_rank * self.row_size
+        return list(range(first, first + self.row_size))
 
     @property
     def column(self) -> list[int]:
-        """The ranks that hold the same experts as this one, itself among them."""
-        return list(range(self.expert_rank, self.size, self.expert_parallel))
+        """The ranks that hold the same latents as this one, itself among them."""
+        return list(range(self.row_rank, self.size, self.row_size))
 
     # Tensors; each result has the same bits on every process that takes part
 
@@ -142,10 +145,10 @@ class Ranks:
 
     def gather_row(self, t: Tensor, what: str) -> Tensor:
         """``t`` of the processes of this row, [P, ...]."""
-        return self._gather(t, self.expert_parallel, self._expert_group, what)
+        return self._gather(t, self.row_size, self._row_group, what)
 
     def gather_column(self, t: Tensor, what: str) -> Tensor:
-        """``t`` of the processes that hold the same experts, [W / P, ...]."""
+        """``t`` of the processes that hold the same latents, [W / P, ...]."""
         return self._gather(t, self.n_rows, self._data_group, what)
 
     def _gather(self, t: Tensor, n: int, group: dist.ProcessGroup | None, what: str) -> Tensor:
@@ -169,7 +172,7 @@ class Ranks:
         return self._sum_(t, self.size, None, what)
 
     def sum_over_data_(self, t: Tensor, what: str) -> Tensor:
-        """The sum over the processes that hold the same experts, in place."""
+        """The sum over the processes that hold the same latents, in place."""
         return self._sum_(t, self.n_rows, self._data_group, what)
 
     def _sum_(self, t: Tensor, n: int, group: dist.ProcessGroup | None, what: str) -> Tensor:
@@ -181,9 +184,9 @@ class Ranks:
     def exchange(self, rows_BD: Tensor, to: list[int], received: list[int], what: str) -> Tensor:
         """Rows from and to every process of this row: the first ``to[0]`` go to its first, and so on."""
         out = rows_BD.new_empty(sum(received), *rows_BD.shape[1:])
-        elsewhere = (sum(to) - to[self.expert_rank]) * rows_BD[:1].nbytes if len(rows_BD) else 0
+        elsewhere = (sum(to) - to[self.row_rank]) * rows_BD[:1].nbytes if len(rows_BD) else 0
         with self.heard(what, elsewhere):
-            dist.all_to_all_single(out, rows_BD.contiguous(), received, to, group=self._expert_group)
+            dist.all_to_all_single(out, rows_BD.contiguous(), received, to, group=self._row_group)
         return out
 
     def broadcast_(self, t: Tensor, what: str) -> None:

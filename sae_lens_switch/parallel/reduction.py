@@ -8,8 +8,8 @@ from sae_lens_switch_kernels import RowGrads
 from sae_lens_switch_kernels.torch_clipping import total_norm
 from torch import Tensor, nn
 
-from sae_lens_switch.parallel.expert_shard import ExpertShard
 from sae_lens_switch.parallel.ranks import Ranks
+from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.training.firing import Firings
@@ -23,23 +23,21 @@ def sum_together_(tensors: Sequence[Tensor], ranks: Ranks, what: str) -> None:
         t.copy_(part.view(t.shape))
 
 
-# Divided experts
+# Divided latents
 
 
-def complete_step_(output: SparseStepOutput, shard: ExpertShard) -> None:
-    """Give the output the losses of the whole batch, and the shared parameters its gradients."""
-    balance = output.metrics.get("load_balance")
+def complete_step_(output: SparseStepOutput, shard: Shard, what: str, **metrics: Tensor) -> None:
+    """Give the output losses and ``metrics`` of the whole batch, and the shared parameters its gradients."""
     losses = {name: loss.detach().clone() for name, loss in output.losses.items()}
-    losses["of balance"] = balance.clone() if isinstance(balance, Tensor) else output.loss.new_zeros(())
+    metrics = {name: t.clone() for name, t in metrics.items()}
     grads = [p.grad for p in shard.shared_parameters() if p.grad is not None]
-    sum_together_([*grads, *losses.values()], shard.ranks, "gradients of the router and losses")
-    output.metrics = {"load_balance": losses.pop("of balance")}
-    output.losses = {**losses}
+    sum_together_([*grads, *losses.values(), *metrics.values()], shard.ranks, what)
+    output.metrics, output.losses = {**metrics}, {**losses}
     output.loss = torch.stack(list(losses.values())).sum()
 
 
-def norm_of_all(grads: Iterable[Tensor], shard: ExpertShard) -> Tensor:
-    """Norm of the gradients of all experts and of what they share, which is counted once."""
+def norm_of_all(grads: Iterable[Tensor], shard: Shard) -> Tensor:
+    """Norm of the gradients of all latents and of what the processes share, which is counted once."""
     shared = {id(p.grad) for p in shard.shared_parameters()}
     grads = list(grads)
     of_all = [g for g in grads if id(g) in shared]

@@ -1,17 +1,20 @@
-"""What of a trainer with divided experts concerns checkpoints: each process writes and reads its part."""
+"""What trainers with divided latents have in common: each process writes, reads and counts its part."""
 
 import copy
 import hashlib
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import TrainingSAEConfig, TrainStepOutput
+from sae_lens.training.sae_trainer import SaveCheckpointFn
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_switch.common.types import Json, StateDict
+from sae_lens_switch.common.types import Json, Metrics, StateDict
 from sae_lens_switch.parallel.checkpoints import (
     OPTIMIZER,
     STATISTICS,
@@ -22,18 +25,76 @@ from sae_lens_switch.parallel.checkpoints import (
     read_weights,
     weight_parts,
 )
-from sae_lens_switch.parallel.expert_shard import ExpertShard
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of
+from sae_lens_switch.parallel.reduction import firings_over_data, norm_of_all, sum_gradients_over_data_
+from sae_lens_switch.parallel.shard import LATENT_DIM, Shard
 from sae_lens_switch.parallel.sharded_files import Part, write_parts
-from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
+from sae_lens_switch.parallel.step_log import step_log
 from sae_lens_switch.saes.serialization import fold_activation_scaler
+from sae_lens_switch.saes.step import SparseStepOutput
+from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.checkpoints import SHARED, TRAINING_FOLDER, CheckpointError
+from sae_lens_switch.training.config import SparseSAETrainerConfig
+from sae_lens_switch.training.firing import Firings
 
+S = TypeVar("S", bound=Shard)
+
+# What a trainer with divided latents cannot do yet.
+ONLY = {"gradient_accumulation_steps": 1, "cuda_graph": False}
 _COUNTS = ("n_training_samples", "n_training_steps", "n_frac_active_samples", "started_fine_tuning")
 
 
-class ShardedTrainer(RankedTrainer[ExpertShard, SwitchTrainingSAEConfig]):
+class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
     """Checkpoints by all processes together; another number of them can resume."""
+
+    def __init__(
+        self,
+        cfg: SparseSAETrainerConfig,
+        shard: S,
+        data_provider: ActivationSource,
+        save_checkpoint_fn: SaveCheckpointFn | None,
+    ) -> None:
+        super().__init__(cfg, shard, data_provider, save_checkpoint_fn, shard.ranks)
+        self.optimizer.total_norm = lambda grads: norm_of_all(grads, shard)
+
+    @override
+    def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
+        own = [p for name, p in self.sae.named_parameters() if name in LATENT_DIM]
+        sum_gradients_over_data_(own, self.optimizer.row_grads, self.ranks, self.sae.W_dec)
+        return output, firings_over_data(firings, self.sae.cfg.d_sae, self.ranks)
+
+    # What is logged and shown
+
+    @override
+    def _describe(self, output: TrainStepOutput) -> Metrics:
+        """Without the dead latents, which only all processes together can count."""
+        facts = super()._describe(output)
+        facts.pop("dead latents", None)
+        return facts
+
+    def _log_of(self, output: SparseStepOutput, mean_D: Tensor, n_training_samples: int) -> Metrics:
+        """Of the whole batch, whose mean is ``mean_D``, and of all latents."""
+        log = step_log(output, self.sae, mean_D, self.dead_neurons, self.n_forward_passes_since_fired)
+        log |= {
+            "details/current_learning_rate": self.optimizer.param_groups[0]["lr"],
+            "details/n_training_samples": n_training_samples,
+            "details/skipped_steps": self.n_skipped_steps,
+        }
+        return log | {f"details/{name}_coefficient": s.value for name, s in self.coefficient_schedulers.items()}
+
+    @property
+    @override
+    def feature_sparsity(self) -> Tensor:
+        """Share of the tokens for which each latent fired, of all latents; every process must take part."""
+        return self.sae.gathered_latents(super().feature_sparsity)
+
+    @override
+    @torch.no_grad()
+    def set_final_sae_metadata(self) -> None:
+        super().set_final_sae_metadata()
+        n_dead = self.sae.gathered_latents(self.dead_neurons).sum()
+        if self.n_frac_active_samples > 0:
+            self.sae.cfg.metadata.num_dead_features = int(n_dead)
 
     @override
     def config_of_record(self) -> Json:
@@ -49,7 +110,7 @@ class ShardedTrainer(RankedTrainer[ExpertShard, SwitchTrainingSAEConfig]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        self._refuse_routers_apart()
+        self._refuse_to_be_apart()
         super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
 
     @override
@@ -67,24 +128,21 @@ class ShardedTrainer(RankedTrainer[ExpertShard, SwitchTrainingSAEConfig]):
         sparsity_F = self.log_feature_sparsity
         state = self._write_own_state(folder)
         if self.ranks.is_first:
-            self._write_shared(folder, sparsity_F, state)
+            self._write_shared(folder, sae, sparsity_F, state)
 
-    def _refuse_routers_apart(self) -> None:
+    def _refuse_to_be_apart(self) -> None:
         """Raises RuntimeError if what all processes share is not the same: machines that round differently."""
         shared = torch.cat([p.detach().reshape(-1).double() for p in self.sae.shared_parameters()])
         digests = self.ranks.gather_objects(hashlib.sha256(shared.cpu().numpy().tobytes()).hexdigest())
         if len(set(digests)) > 1:
             apart = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             raise RuntimeError(
-                "the router and b_dec must have the same bits on all processes; those of rank "
+                "b_dec and the router, if any, must have the same bits on all processes; those of rank "
                 f"{', '.join(map(str, apart))} differ from rank 0's, as on machines that round differently"
             )
 
-    def _write_shared(self, folder: Path, sparsity_F: Tensor, state: StateDict) -> None:
-        scaled = (folder / TRAINING_FOLDER).is_dir()
-        normalization = "none" if scaled else self.sae.cfg.normalize_activations
-        whole = self.sae.whole.to_dict() | {"normalize_activations": normalization}
-        (folder / SAE_CFG_FILENAME).write_text(json.dumps(whole))
+    def _write_shared(self, folder: Path, sae: Shard, sparsity_F: Tensor, state: StateDict) -> None:
+        (folder / SAE_CFG_FILENAME).write_text(json.dumps(sae.config_of_whole().to_dict()))
         save_file({"sparsity": sparsity_F}, folder / SPARSITY_FILENAME)
         self.activation_scaler.save(str(folder / ACTIVATION_SCALER_CFG_FILENAME))
         self.history.save(folder)
@@ -103,7 +161,7 @@ class ShardedTrainer(RankedTrainer[ExpertShard, SwitchTrainingSAEConfig]):
         super()._verify(path)
         if not (path / SHARED).exists():
             raise CheckpointError(
-                f"checkpoint {path} is not of a run with divided experts: load its SAE with "
+                f"checkpoint {path} is not of a run with divided experts or latents: load its SAE with "
                 "TrainingSAE.load_from_disk, and start a parallel run with that"
             )
 

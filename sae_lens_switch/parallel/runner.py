@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import sae_lens
 import torch
@@ -27,18 +26,34 @@ from sae_lens_switch.parallel.checkpoints import RANKS, weight_parts
 from sae_lens_switch.parallel.consolidate import write_whole
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
 from sae_lens_switch.parallel.expert_shard import ExpertShard
+from sae_lens_switch.parallel.latent_shard import LatentShard
+from sae_lens_switch.parallel.latent_trainer import LatentParallelSAETrainer
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer
 from sae_lens_switch.parallel.ranks import Ranks, local_device, start_process_group
+from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.parallel.sharded_files import write_parts
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
-from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
-from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training.config import TrainerOptions
 from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig
 from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
 
 AnyRankedTrainer = RankedTrainer[Any, Any]
+
+
+class _Division(NamedTuple):
+    """How an SAE is divided: the field that says over how many processes, its parts, and what trains them."""
+
+    field: str
+    shard_class: type[Shard]
+    trainer_class: type[AnyRankedTrainer]
+
+
+# By architecture. Of any other SAE each process has all.
+_DIVISIONS = {
+    "switch": _Division("expert_parallel", ExpertShard, ParallelSparseSAETrainer),
+    "sparse_topk": _Division("latent_parallel", LatentShard, LatentParallelSAETrainer),
+}
 
 
 class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -63,27 +78,33 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: AnyTrainingSAE | None = None,
     ) -> None:
         refuse_transcoders("an SAE trained on several processes", cfg.sae)
+        division = _division_of(cfg)
         cfg.device = cfg.sae.device = local_device(cfg.device)
         cfg.llm_device = local_device(cfg.llm_device or cfg.device)
         cfg.act_store_device = local_device(cfg.act_store_device or cfg.device)
         start_process_group(cfg.device, cfg.rank_timeout)
-        self.ranks = Ranks(cfg.expert_parallel, cfg.device, cfg.rank_timeout)
+        row_size, field = (1, "expert_parallel") if division is None else (vars(cfg)[division.field], division.field)
+        self.ranks = Ranks(row_size, cfg.device, cfg.rank_timeout, field)
         if not self.ranks.is_first:
             os.environ["WANDB_MODE"] = "disabled"  # the first process logs for all
         # Both hold names that SAELens has drawn at random.
         cfg.checkpoint_path, cfg.logger = self.ranks.first_says((cfg.checkpoint_path, cfg.logger))
-        if isinstance(cfg.sae, SwitchTrainingSAEConfig):
-            override_sae = self._own_experts(cfg, override_sae)
+        if division is not None:
+            override_sae = self._own_part(cfg, division.shard_class, override_sae)
+        self._trainer_class = DataParallelSAETrainer if division is None else division.trainer_class
         super().__init__(cfg, override_dataset, override_model, override_sae)
         self._take_share_of_data()
 
-    def _own_experts(self, cfg: LanguageModelSAERunnerConfig[Any], given: AnyTrainingSAE | None) -> ExpertShard:
+    def _own_part(
+        self, cfg: LanguageModelSAERunnerConfig[Any], shard_class: type[Shard], given: AnyTrainingSAE | None
+    ) -> Shard:
         if given is None and cfg.from_pretrained_path is None:
-            return ExpertShard.fresh(cfg.sae, self.ranks)
+            return shard_class.fresh(cfg.sae, self.ranks)
         whole = given or TrainingSAE.load_from_disk(cfg.from_pretrained_path or "", "cpu")
-        if not isinstance(whole, SwitchTrainingSAE):
-            raise ValueError(f"the SAE to train must be a switch SAE, as the config's; got {whole.cfg.architecture()}")
-        return ExpertShard.of(whole, self.ranks)
+        wanted, found = cfg.sae.architecture(), whole.cfg.architecture()
+        if found != wanted:
+            raise ValueError(f"the SAE to train must be a {wanted} SAE, as the config's; got {found}")
+        return shard_class.of(whole, self.ranks)
 
     def _take_share_of_data(self) -> None:
         store, ranks = self.activations_store, self.ranks
@@ -97,11 +118,8 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def _trainer(self) -> Callable[..., AnyRankedTrainer]:
-        divides_experts = isinstance(self.cfg.sae, SwitchTrainingSAEConfig)
-        trainer_class = ParallelSparseSAETrainer if divides_experts else DataParallelSAETrainer
-
         def make(*, evaluator: object = None, **arguments: Any) -> AnyRankedTrainer:  # noqa: ARG001
-            return trainer_class(**arguments)
+            return self._trainer_class(**arguments)
 
         return make
 
@@ -146,37 +164,51 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_final_sae(self, sae: AnyTrainingSAE, output_path: str, log_feature_sparsity: Tensor | None = None) -> None:
         """The whole SAE in the ordinary format, one process's part at a time in memory."""
-        if not isinstance(sae, ExpertShard):
+        if not isinstance(sae, Shard):
             if self.ranks.is_first:
                 super().save_final_sae(sae, output_path, log_feature_sparsity)
             return
         Path(output_path).mkdir(parents=True, exist_ok=True)
         weights = self.ranks.first_says(scratch(Path(output_path), "saving", "weights"))
         try:
-            write_parts(weights, weight_parts(sae), self.ranks)
+            write_parts(weights, weight_parts(sae, for_inference=True), self.ranks)
             if self.ranks.is_first:
                 self._save_whole(sae, weights, Path(output_path), log_feature_sparsity)
         finally:
             if self.ranks.is_first:
                 shutil.rmtree(weights, ignore_errors=True)
 
-    def _save_whole(self, sae: ExpertShard, weights: Path, output: Path, sparsity_F: Tensor | None) -> None:
-        trained = replace(sae.whole, normalize_activations=sae.cfg.normalize_activations)
+    def _save_whole(self, sae: Shard, weights: Path, output: Path, sparsity_F: Tensor | None) -> None:
+        cfg = sae.config_of_whole().get_inference_sae_cfg_dict()
 
         def save(folder: Path) -> tuple[Path, Path]:
             if sparsity_F is not None:
                 save_file({"sparsity": sparsity_F}, folder / SPARSITY_FILENAME)
             (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()), encoding="utf-8")
             self._history.save(folder)
-            return write_whole(weights, folder, trained.get_inference_sae_cfg_dict(), for_training=False)
+            return write_whole(weights, folder, cfg, for_training=False)
 
         replace_files(output, save)
 
 
 def is_parallel(cfg: sae_lens.LanguageModelSAERunnerConfig[Any]) -> bool:
     """Whether torchrun has started this process, or the config asks for several."""
-    wants = isinstance(cfg, LanguageModelSAERunnerConfig) and cfg.expert_parallel > 1
+    wants = isinstance(cfg, LanguageModelSAERunnerConfig) and (cfg.expert_parallel > 1 or cfg.latent_parallel > 1)
     return wants or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def _division_of(cfg: LanguageModelSAERunnerConfig[Any]) -> _Division | None:
+    """None: each process has the whole SAE. Raises ValueError for a field that divides SAEs of another architecture."""
+    mine = cfg.sae.architecture()
+    for architecture, division in _DIVISIONS.items():
+        n = vars(cfg)[division.field]
+        if architecture != mine and n > 1:
+            raise ValueError(
+                f"{division.field} must be 1 for a {mine} SAE, as only {architecture} is divided by it; got {n}"
+            )
+    division = _DIVISIONS.get(mine)
+    whole = mine != "switch" and division is not None and vars(cfg)[division.field] == 1
+    return None if whole else division
 
 
 def _share_of(dataset: HfDataset, ranks: Ranks) -> HfDataset:

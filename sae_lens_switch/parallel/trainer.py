@@ -1,6 +1,5 @@
 """ParallelSparseSAETrainer: a run on several processes, with the experts of its Switch SAE divided over them."""
 
-import torch
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SaveCheckpointFn
 from sae_lens_switch_kernels import RowGrads
@@ -8,16 +7,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics
-from sae_lens_switch.parallel.expert_shard import LATENT_DIM, ExpertShard
-from sae_lens_switch.parallel.ranked_trainer import compare_settings, join
-from sae_lens_switch.parallel.reduction import (
-    complete_step_,
-    firings_over_data,
-    norm_of_all,
-    sum_gradients_over_data_,
-)
-from sae_lens_switch.parallel.resumable import ShardedTrainer
-from sae_lens_switch.parallel.step_log import step_log
+from sae_lens_switch.parallel.expert_shard import ExpertShard
+from sae_lens_switch.parallel.ranked_trainer import compare_settings, join, require
+from sae_lens_switch.parallel.reduction import complete_step_
+from sae_lens_switch.parallel.resumable import ONLY, ShardedTrainer
+from sae_lens_switch.parallel.step_log import routing_log
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.activations import ActivationSource
@@ -25,7 +19,7 @@ from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.firing import Firings
 
 
-class ParallelSparseSAETrainer(ShardedTrainer):
+class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
     """SparseSAETrainer on the processes that torchrun has started, each with its own experts and its own activations.
 
     A step sends every token to the process that owns its expert, and sums what is shared: the gradients of ``b_dec``
@@ -61,12 +55,17 @@ class ParallelSparseSAETrainer(ShardedTrainer):
             )
         whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
         cfg = cfg.resolved(whole.d_sae)
-        _refuse_what_is_for_one_process(cfg)
-        ranks = sae.ranks if isinstance(sae, ExpertShard) else join(cfg)
+        require(cfg, ONLY, "in a parallel run")
+        require(cfg, {"latent_parallel": 1}, "for a switch SAE, whose experts are divided")
+        if cfg.on_collapse == "reseed":
+            raise ValueError(
+                "on_collapse must be 'report' or 'raise_coefficient' in a parallel run, since the busiest expert may "
+                "be another process's; got 'reseed'"
+            )
+        ranks = sae.ranks if isinstance(sae, ExpertShard) else join(cfg, cfg.expert_parallel)
         compare_settings(ranks, cfg, whole.to_dict())
         shard = sae if isinstance(sae, ExpertShard) else ExpertShard.of(sae, ranks)
-        super().__init__(cfg, shard, data_provider, save_checkpoint_fn, ranks)
-        self.optimizer.total_norm = lambda grads: norm_of_all(grads, shard)
+        super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
 
     # The step
 
@@ -82,56 +81,16 @@ class ParallelSparseSAETrainer(ShardedTrainer):
     @override
     def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
         assert isinstance(output, SparseStepOutput)
-        complete_step_(output, self.sae)
-        own = [self.sae.get_parameter(name) for name in LATENT_DIM]
-        sum_gradients_over_data_(own, self.optimizer.row_grads, self.ranks, self.sae.W_dec)
-        return output, firings_over_data(firings, self.sae.cfg.d_sae, self.ranks)
-
-    # What is logged and shown
-
-    @override
-    def _describe(self, output: TrainStepOutput) -> Metrics:
-        """Without the dead latents, which only all processes together can count."""
-        facts = super()._describe(output)
-        facts.pop("dead latents", None)
-        return facts
+        balance = output.metrics.get("load_balance")
+        balance = balance if isinstance(balance, Tensor) else output.loss.new_zeros(())  # without tokens there is none
+        complete_step_(output, self.sae, "gradients of the router and losses", load_balance=balance.detach())
+        return super()._over_ranks(output, firings)
 
     @override
     def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> Metrics:
         """As SparseSAETrainer's, of all processes; each must take part."""
         assert isinstance(output, SparseStepOutput)
         assert self.routing is not None
-        log = step_log(output, self.sae, self.dead_neurons, self.n_forward_passes_since_fired)
-        log |= {
-            "details/current_learning_rate": self.optimizer.param_groups[0]["lr"],
-            "details/n_training_samples": n_training_samples,
-            "details/skipped_steps": self.n_skipped_steps,
-            "routing/interventions": self.n_interventions,
-        }
-        log |= {f"details/{name}_coefficient": s.value for name, s in self.coefficient_schedulers.items()}
+        log = self._log_of(output, self.sae.received.mean_D, n_training_samples)
+        log |= routing_log(output, self.sae) | {"routing/interventions": self.n_interventions}
         return log | self.routing.metrics()
-
-    @property
-    @override
-    def feature_sparsity(self) -> Tensor:
-        """Share of the tokens for which each latent fired, of all latents; every process must take part."""
-        return self.sae.gathered_latents(super().feature_sparsity)
-
-    @override
-    @torch.no_grad()
-    def set_final_sae_metadata(self) -> None:
-        super().set_final_sae_metadata()
-        n_dead = self.sae.gathered_latents(self.dead_neurons).sum()
-        if self.n_frac_active_samples > 0:
-            self.sae.cfg.metadata.num_dead_features = int(n_dead)
-
-
-def _refuse_what_is_for_one_process(cfg: SparseSAETrainerConfig) -> None:
-    for name, only in {"gradient_accumulation_steps": 1, "cuda_graph": False}.items():
-        if vars(cfg)[name] != only:
-            raise ValueError(f"{name} must be {only!r} in a parallel run; got {vars(cfg)[name]!r}")
-    if cfg.on_collapse == "reseed":
-        raise ValueError(
-            "on_collapse must be 'report' or 'raise_coefficient' in a parallel run, since the busiest expert may be "
-            "another process's; got 'reseed'"
-        )

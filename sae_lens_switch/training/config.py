@@ -20,6 +20,7 @@ class TrainerOptions:
         gradient_accumulation_steps (int): Number of parts in which each batch is computed, one after the other, in the memory of one part; their gradients are summed. Batch statistics, such as the load balance, are computed per part.
         cuda_graph (bool): Capture the training step as one CUDA graph and replay it, which removes the host's part, most of a small step. Results are the same but for the learning rate's rounding to float32. Requires "adam", and one of our architectures without auxiliary loss. No effect on a CPU.
         expert_parallel (int): Number of processes that the experts of a Switch SAE are divided over; it divides n_experts and the number of processes that torchrun has started. With 1, every process has all experts, and the processes divide the data.
+        latent_parallel (int): Number of processes that the latents of a sparse_topk SAE are divided over; it divides d_sae and the number of processes that torchrun has started. With 1, every process has all latents, and the processes divide the data.
         rank_timeout (float): Seconds after which a process of a parallel run that does not answer counts as lost, and the others stop. Longer than it takes to write a checkpoint.
         max_grad_norm (float | None): Gradients are clipped to this total norm. None: they are not.
         resume (str | None): A checkpoint to resume from, or "latest": the newest intact one below checkpoint_path, if there is one.
@@ -34,6 +35,7 @@ class TrainerOptions:
     gradient_accumulation_steps: int = 1
     cuda_graph: bool = False
     expert_parallel: int = 1
+    latent_parallel: int = 1
     rank_timeout: float = 600.0
     max_grad_norm: float | None = 1.0
     resume: str | None = None
@@ -90,13 +92,15 @@ class SparseSAETrainerConfig(TrainerOptions, SAETrainerConfig):
         return cls(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
 
 
-def refuse_several_processes(expert_parallel: int) -> None:
-    """Raises ValueError for experts on several processes, where there is but one."""
-    if expert_parallel > 1:
-        raise ValueError(
-            f"expert_parallel must be 1 in a run of one process; got {expert_parallel}. Start several with torchrun, and "
-            "train with ParallelSparseSAETrainer or python -m sae_lens_switch.train"
-        )
+def refuse_several_processes(options: TrainerOptions) -> None:
+    """Raises ValueError for experts or latents on several processes, where there is but one."""
+    trainers = {"expert_parallel": "ParallelSparseSAETrainer", "latent_parallel": "LatentParallelSAETrainer"}
+    for name, trainer in trainers.items():
+        if vars(options)[name] > 1:
+            raise ValueError(
+                f"{name} must be 1 in a run of one process; got {vars(options)[name]}. Start several with torchrun, and "
+                f"train with {trainer} or python -m sae_lens_switch.train"
+            )
 
 
 def scaling_law_lr(d_sae: int) -> float:

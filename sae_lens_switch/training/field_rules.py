@@ -43,7 +43,7 @@ OPTIONS: dict[str, Rule] = {
     "optimizer": Choice(get_args(OptimizerName)),
     "gradient_accumulation_steps": _size,
     "cuda_graph": _flag,
-    "expert_parallel": _size,
+    **dict.fromkeys(("expert_parallel", "latent_parallel"), _size),
     "rank_timeout": Number(above=0, at_most=_INT32),
     "max_grad_norm": Number(above=0, optional=True),
     "resume": _path,

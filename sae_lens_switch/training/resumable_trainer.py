@@ -37,7 +37,7 @@ _SOURCE = (
 _NOT_IN_CHECKPOINT = {
     *("device", "checkpoint_path", "n_checkpoints", "save_final_checkpoint", "logger", "resume"),
     *("keep_checkpoints", "max_skipped_steps", "gradient_accumulation_steps", "cuda_graph"),
-    *("expert_parallel", "rank_timeout"),
+    *("expert_parallel", "latent_parallel", "rank_timeout"),
 }
 
 

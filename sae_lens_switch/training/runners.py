@@ -64,7 +64,7 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
             cfg, field_rules.RUNNER, cfg.sae
         )  # before the model is loaded; fields may have been set since
         if isinstance(cfg, TrainerOptions) and not self._is_parallel:
-            refuse_several_processes(cfg.expert_parallel)
+            refuse_several_processes(cfg)
         check_run_fits(cfg, cfg.sae)
         _check_dataset(cfg, override_dataset)
         if override_sae is None and cfg.from_pretrained_path is not None:

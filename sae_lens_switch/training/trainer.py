@@ -77,7 +77,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     ) -> None:
         cfg = SparseSAETrainerConfig.of(cfg).resolved(sae.cfg.d_sae)
         if not self._is_parallel:
-            refuse_several_processes(cfg.expert_parallel)
+            refuse_several_processes(cfg)
         check_trainable(sae.cfg)
         check_device("device", cfg.device)
         check_device("device", sae.cfg.device)

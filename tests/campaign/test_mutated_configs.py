@@ -270,7 +270,7 @@ def test_what_passes_a_dry_run_trains(trials, tmp_path, monkeypatch, capsys, mod
         if "were skipped because" in err:
             return "diverged"
         # What a dry run cannot know: the model, and whether torchrun will start the processes.
-        unknown = ("hook_name", "hook_head_index", "d_in", "context_size", "expert_parallel")
+        unknown = ("hook_name", "hook_head_index", "d_in", "context_size", "expert_parallel", "latent_parallel")
         assert [n for n in unknown if n in given and n in err], f"{told}: {err[-1000:]}"
         return "refused by the model or for want of processes"
 

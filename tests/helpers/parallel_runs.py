@@ -1,6 +1,7 @@
 """Small runs on one process and on several, to be held against each other."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import activations
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
 from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig
-from sae_lens_switch.parallel import ParallelSparseSAETrainer
+from sae_lens_switch.parallel import LatentParallelSAETrainer, ParallelSparseSAETrainer
 
 BATCH = 64
 
@@ -56,16 +57,24 @@ def together(
     sae: dict[str, Any] | None = None,
     *,
     make: Callable[[], Any] | None = None,
-    source: Tensor | None = None,
+    source: Any = None,
+    trainer_class: Any = ParallelSparseSAETrainer,
+    divided_by: str = "expert_parallel",
     **fields: Any,
 ) -> list[dict[str, Any]]:
+    """On ``n`` processes, with experts or latents divided over all of them; a source may be a function."""
+
     def run() -> dict[str, Any]:
         made = make() if make is not None else make_sae(**(sae or {}))
-        cfg = config(steps, **{"expert_parallel": n, **fields})
-        trainer = ParallelSparseSAETrainer(cfg, made, tokens() if source is None else source)
+        cfg = config(steps, **{divided_by: n, **fields})
+        given = source() if callable(source) else source
+        trainer = trainer_class(cfg, made, tokens() if given is None else given)
         return result(trainer, trainer.fit().gathered())
 
     return on_processes(n, run, folder)
+
+
+latents_together = partial(together, trainer_class=LatentParallelSAETrainer, divided_by="latent_parallel")
 
 
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any], rtol: float = 5e-4, atol: float = 5e-5) -> None:

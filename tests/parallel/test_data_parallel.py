@@ -156,7 +156,8 @@ def test_a_run_resumes_on_two_four_and_one_process(tmp_path):
     [
         ("switch", {}, "sae must be of another architecture than switch"),
         ("sparse_topk", {"expert_parallel": 2}, "expert_parallel must be 1"),
-        ("sparse_topk", {"cuda_graph": True}, "cuda_graph False"),
+        ("sparse_topk", {"latent_parallel": 2}, "latent_parallel must be 1"),
+        ("sparse_topk", {"cuda_graph": True}, "cuda_graph must be False"),
     ],
 )
 def test_what_cannot_be_divided_by_data_alone_is_refused(architecture, fields, message):

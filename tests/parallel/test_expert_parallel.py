@@ -143,7 +143,7 @@ def one_step(d_sae: int, n: int) -> dict:
     sae = trainer.sae
     return {
         "sent": {what: sent[what] - before[what] for what in sent if sent[what] > before[what]},
-        "away": int((chosen // (E // n) != trainer.ranks.expert_rank).sum()),
+        "away": int((chosen // (E // n) != trainer.ranks.row_rank).sum()),
         "latents": sum(t.numel() for t in owned if sae.cfg.d_sae in t.shape),
         "messages": len([what for what in sent if sent[what] > before[what]]),
     }
@@ -251,6 +251,7 @@ def test_the_others_stop_within_the_time_allowed_when_a_process_hangs(place, tmp
         ({}, {"load_balancing": "bias"}, "load_balancing must be 'loss' with experts on several processes; got 'bias'"),
         ({}, {"router_z_loss_coefficient": 0.1}, "router_z_loss_coefficient must be 0 with experts on several"),
         ({}, {"expert_overlap_coefficient": 0.1}, "expert_overlap_coefficient must be 0 with experts on several"),
+        ({"latent_parallel": 2}, {}, "latent_parallel must be 1 for a switch SAE, whose experts are divided; got 2"),
         ({"gradient_accumulation_steps": 2}, {}, "gradient_accumulation_steps must be 1 in a parallel run; got 2"),
         ({"on_collapse": "reseed"}, {}, "on_collapse must be 'report' or 'raise_coefficient' in a parallel run"),
     ],

@@ -1,0 +1,82 @@
+"""LatentParallelSAETrainer: a run on several processes, with the dictionary of its TopK SAE divided over them."""
+
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens_switch_kernels import RowGrads
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.common.types import Metrics
+from sae_lens_switch.parallel.latent_shard import LatentShard
+from sae_lens_switch.parallel.ranked_trainer import compare_settings, join, require
+from sae_lens_switch.parallel.reduction import complete_step_
+from sae_lens_switch.parallel.resumable import ONLY, ShardedTrainer
+from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
+from sae_lens_switch.saes.step import SparseStepOutput
+from sae_lens_switch.training.activations import ActivationSource
+from sae_lens_switch.training.config import SparseSAETrainerConfig
+from sae_lens_switch.training.firing import Firings
+
+
+class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
+    """SparseSAETrainer on the processes that torchrun has started, each with its own latents of a ``sparse_topk`` SAE.
+
+    A step shows every token to all processes, finds its k best latents among those of all, AuxK's dead ones too, and
+    sums what these reconstruct. What is sent does not depend on the width of the dictionary. Weights and losses are
+    those of one process on the same batches, but for rounding.
+
+    Args:
+        cfg: As in SparseSAETrainer, the same on all processes: ``train_batch_size_samples`` and all other counts are of
+            all processes together. ``latent_parallel`` processes hold the dictionary once; where there are more, they
+            divide the data.
+        sae: Of architecture ``sparse_topk``; each process keeps its own part of it.
+        data_provider: As in ParallelSparseSAETrainer.
+        save_checkpoint_fn: As in ParallelSparseSAETrainer.
+
+    Raises:
+        ValueError: As SparseSAETrainer; also for what only one process can do, for settings that differ between the
+            processes, and outside torchrun.
+        RankLostError: During ``fit``, once another process has died or not answered for ``rank_timeout`` seconds.
+    """
+
+    def __init__(
+        self,
+        cfg: SparseSAETrainerConfig,
+        sae: SparseTopKTrainingSAE,
+        data_provider: ActivationSource,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+    ) -> None:
+        if sae.cfg.architecture() != "sparse_topk":
+            raise ValueError(
+                "sae must be of architecture sparse_topk, the only one whose latents are divided; "
+                f"got {sae.cfg.architecture()}"
+            )
+        whole = sae.whole if isinstance(sae, LatentShard) else sae.cfg
+        cfg = cfg.resolved(whole.d_sae)
+        require(cfg, ONLY, "in a parallel run")
+        require(cfg, {"expert_parallel": 1}, "for a sparse_topk SAE, whose latents are divided")
+        ranks = sae.ranks if isinstance(sae, LatentShard) else join(cfg, cfg.latent_parallel, "latent_parallel")
+        compare_settings(ranks, cfg, whole.to_dict())
+        shard = sae if isinstance(sae, LatentShard) else LatentShard.of(sae, ranks)
+        super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
+
+    @override
+    def _forward(self, x_BD: Tensor, dead_mask: Tensor | None, row_grads: RowGrads | None) -> TrainStepOutput:
+        shard = self.sae
+        n_dead = 0 if dead_mask is None or not shard.needs_dead_mask else int(dead_mask.sum())
+        shard.begin(len(x_BD), n_dead)
+        self._count_others(shard.n_tokens, len(x_BD))
+        return super()._forward(x_BD, dead_mask, row_grads)
+
+    @override
+    def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
+        assert isinstance(output, SparseStepOutput)
+        complete_step_(output, self.sae, "gradients of b_dec and losses")
+        return super()._over_ranks(output, firings)
+
+    @override
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> Metrics:
+        """As SparseSAETrainer's, of all processes; each must take part."""
+        assert isinstance(output, SparseStepOutput)
+        sum_D = self.ranks.sum_(output.sae_in.double().sum(dim=0), "metrics")
+        return self._log_of(output, sum_D / self.sae.n_tokens, n_training_samples)

@@ -1,0 +1,126 @@
+"""Latents chosen by somebody else: candidates and decoder against dense float64, outputs and all gradients."""
+
+import pytest
+import torch
+from helpers.kernel_cases import compare
+from sae_lens_switch_kernels import RowGrads, sparse_autoencode, topk_encode
+from sae_lens_switch_kernels.chosen import Candidates, Dead, decode_chosen, topk_candidates
+from torch import Tensor
+from torch.testing import assert_close
+
+B, D, F, K, A = 23, 17, 31, 6, 4
+DEAD = torch.tensor([2, 3, 11, 19, 23, 24, 30])
+OPTIONS = [{"pre_bias_D", "bias_F", "scale_F"}, {"bias_F"}, {"scale_F"}, set()]
+options = pytest.mark.parametrize("names", OPTIONS, ids=lambda names: "-".join(sorted(names)) or "bare")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(names: set[str]) -> tuple[dict[str, Tensor], Tensor | None]:
+    leaves = {"W_enc_FD": normal(F, D, seed=1), "W_dec_FD": normal(F, D, seed=2)}
+    optional = {"pre_bias_D": normal(D, seed=3), "bias_F": normal(F, seed=4)}
+    leaves |= {name: t for name, t in optional.items() if name in names}
+    return leaves, normal(F, seed=5).exp() if "scale_F" in names else None
+
+
+def pre_activations(x: Tensor, W_enc_FD: Tensor, pre_bias_D: Tensor | None = None, bias_F: Tensor | None = None):
+    pre = (x if pre_bias_D is None else x - pre_bias_D) @ W_enc_FD.T
+    return pre if bias_F is None else pre + bias_F
+
+
+def some_of(found: Candidates, seed: int, share: float = 0.5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(found.values_BC.shape, generator=generator) < share
+
+
+def dense_mask(found: Candidates, is_chosen: Tensor, width: int) -> Tensor:
+    return torch.zeros(len(is_chosen), width, dtype=torch.float64).scatter(1, found.indices_BC, is_chosen.double())
+
+
+@options
+@pytest.mark.parametrize("k", [1, K, F])
+def test_candidates_are_what_the_encoder_selects_before_relu(names, k):
+    leaves, scale = weights(names)
+    del leaves["W_dec_FD"]
+    x = normal(B, D)
+    found = topk_candidates(x, k=k, scale_F=scale, **leaves)
+    pre = pre_activations(x, **leaves)
+    assert_close(found.values_BC, pre.gather(1, found.indices_BC))
+    ranked = pre if scale is None else pre * scale
+    assert_close(found.ranked_BC, ranked.gather(1, found.indices_BC))
+    assert_close(found.ranked_BC.sort(1, descending=True).values, ranked.topk(k).values)
+    values, _ = topk_encode(x, k=k, scale_F=scale, **leaves)
+    assert_close(found.values_BC.relu().sort(1).values, values.sort(1).values)
+
+
+def test_candidates_of_low_precision_are_ranked_by_what_they_are_in_full():
+    x, W = normal(B, D).float(), normal(300, D, seed=1).float()
+    found = topk_candidates(x, W, K, encoder_precision="bfloat16")
+    assert_close(found.values_BC, (x @ W.T).gather(1, found.indices_BC))
+    assert found.ranked_BC.dtype == torch.float32
+
+
+@options
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (1.0, 1.0), (0.0, 0.5), (0.5, 0.0), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("active_only", [None, False, True])
+def test_decode_chosen_and_all_gradients_whatever_was_chosen(names, shares, active_only):
+    leaves, scale = weights(names)
+    x = normal(B, D)
+    encoder = {name: t for name, t in leaves.items() if name != "W_dec_FD"}
+    best = topk_candidates(x, k=K, scale_F=scale, **encoder)
+    of_dead = {n: t[DEAD] if n in ("W_enc_FD", "bias_F") else t for n, t in encoder.items()}
+    best_dead = topk_candidates(x, k=A, scale_F=None if scale is None else scale[DEAD], **of_dead)
+    chosen, chosen_dead = some_of(best, 1, shares[0]), some_of(best_dead, 2, shares[1])
+    codes = best.chosen(chosen)
+    codes = codes._replace(values_S=codes.values_S.relu())
+    row_grads = None if active_only is None else RowGrads(active_only)
+
+    def ours(W_enc_FD, W_dec_FD, pre_bias_D=None, bias_F=None):
+        dead = Dead(DEAD, best_dead.chosen(chosen_dead))
+        rest = {"pre_bias_D": pre_bias_D, "bias_F": bias_F, "row_grads": row_grads}
+        return torch.cat(decode_chosen(x, W_enc_FD, W_dec_FD, codes, dead=dead, **rest), 1)
+
+    def truth(W_enc_FD, W_dec_FD, **biases):
+        pre = pre_activations(x, W_enc_FD, **biases)
+        out = (pre.relu() * dense_mask(best, chosen, F)) @ W_dec_FD
+        return torch.cat([out, (pre[:, DEAD] * dense_mask(best_dead, chosen_dead, len(DEAD))) @ W_dec_FD[DEAD]], 1)
+
+    g = normal(B, 2 * D, seed=8)
+    if not active_only:
+        compare(ours, truth, leaves, g)
+        return
+    given = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    (truth(**given) * g).sum().backward()
+    expected = {name: t.grad for name, t in given.items()}
+    given = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    (ours(**given) * g).sum().backward()
+    assert given["W_enc_FD"].grad is None
+    rows = row_grads.rows_R
+    assert set(rows.tolist()) == set(best.indices_BC[chosen].tolist()) | set(
+        DEAD[best_dead.indices_BC[chosen_dead]].tolist()
+    )
+    parts = {"W_enc_FD": row_grads.dW_enc_RD, "W_dec_FD": row_grads.dW_dec_RD, "bias_F": row_grads.d_bias_R}
+    for name, part in parts.items():
+        if name in expected:
+            assert_close(torch.zeros_like(leaves[name]).index_put((rows,), part), expected[name])
+    if "pre_bias_D" in expected:
+        assert_close(given["pre_bias_D"].grad, expected["pre_bias_D"])
+
+
+def test_a_part_that_is_the_whole_is_the_fused_operator():
+    leaves, scale = weights({"pre_bias_D", "bias_F", "scale_F"})
+    x, g = normal(B, D), normal(B, D, seed=8)
+    encoder = {name: t for name, t in leaves.items() if name != "W_dec_FD"}
+    best = topk_candidates(x, k=K, scale_F=scale, **encoder)
+    codes = best.chosen(torch.ones_like(best.indices_BC, dtype=torch.bool))
+    codes = codes._replace(values_S=codes.values_S.relu())
+
+    def ours(**given):
+        return decode_chosen(x, codes=codes, **given)[0]
+
+    def fused(**given):
+        return sparse_autoencode(x, k=K, scale_F=scale, **given).out_BD
+
+    compare(ours, fused, leaves, g)
