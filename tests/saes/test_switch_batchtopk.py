@@ -27,6 +27,7 @@ from sae_lens_switch import (
     SwitchTrainingSAEConfig,
 )
 from sae_lens_switch.saes.expert_layout import ExpertLayout
+from sae_lens_switch.training.collapse_response import reseed
 
 
 @GATES
@@ -144,6 +145,16 @@ def test_a_training_step_makes_no_tensor_of_batch_times_width(widths):
     assert largest_allocation(lambda: after.encode_sparse(x)) <= allowed
     sae.hook_sae_acts_post.add_hook(lambda _acts, hook: None)  # noqa: ARG005, SAELens passes `hook` by name
     assert largest_allocation(step) >= 4 * B * E * M, "the census can see a dense tensor"
+
+
+def test_a_reseeded_expert_has_the_threshold_of_its_twin():
+    sae, x = sae_of(**LAYOUTS["shared"]), make_batch(60)
+    before = sae.topk_threshold.clone()
+    ((twin, busiest),) = reseed(sae, torch.optim.Adam(sae.parameters()), x, [2])
+    assert twin == 2
+    assert sae.topk_threshold[3] == before[1 + busiest]
+    before[3] = before[1 + busiest]
+    assert torch.equal(sae.topk_threshold, before)
 
 
 # Hooks

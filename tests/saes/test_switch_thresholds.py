@@ -11,6 +11,7 @@ from helpers.inside_experts import (
     LAYOUTS,
     compare_with_reference,
     gated_pre,
+    gates_of,
     inference_of,
     layouts,
     owners_of,
@@ -24,10 +25,14 @@ from sae_lens_switch import (
     SwitchSAE,
     SwitchSAEConfig,
     SwitchTrainingSAEConfig,
+    SwitchTrainingTranscoder,
+    SwitchTrainingTranscoderConfig,
+    SwitchTranscoder,
     encode_sparse,
     grow,
     init_from,
 )
+from sae_lens_switch.dashboard import as_dashboard_sae
 
 
 @GATES
@@ -170,3 +175,51 @@ def test_a_grown_sae_has_the_thresholds_of_the_experts_it_copied():
     assert grown.topk_threshold.shape == (10,)
     assert torch.equal(grown.topk_threshold[:7], sae.topk_threshold)
     assert set(grown.topk_threshold[7:].tolist()) <= set(sae.topk_threshold[1:].tolist())
+
+
+def test_a_dashboard_shows_what_the_sae_is_after_training():
+    sae, x = sae_of(**LAYOUTS["shared"]), make_batch(9)
+    shown = as_dashboard_sae(sae)
+    assert shown.cfg.activation == "jumprelu"
+    assert sae.topk_threshold is not None
+    torch.testing.assert_close(shown.encode(x), inference_of(sae).encode(x))
+
+
+def test_a_transcoder_has_thresholds_after_training_too(tmp_path):
+    fields = {"d_in": 10, "d_out": 6, "d_sae": 56, "n_experts": 7, "k": 3, "dtype": "float64"}
+    torch.manual_seed(0)
+    coder = SwitchTrainingTranscoder(SwitchTrainingTranscoderConfig(**fields, activation="batchtopk"))
+    for seed in range(9):
+        coder.training_forward_pass(step_input(make_batch(40, 16, seed=seed)))
+    coder.save_inference_model(tmp_path)
+    after, x = SAE.load_from_disk(tmp_path), make_batch(30)
+    assert type(after) is SwitchTranscoder
+    gates, _, _ = gates_of(coder, x)
+    acts = ((x - coder.b_in) @ coder.W_enc).relu() * gates
+    acts = acts * (acts > coder.topk_threshold.repeat_interleave(8))
+    assert (acts > 0).any()
+    torch.testing.assert_close(after.encode(x), acts.detach())
+    torch.testing.assert_close(after(x), (acts @ coder.W_dec + coder.b_dec).detach())
+
+
+def test_whitening_folds_into_weights_and_leaves_the_thresholds():
+    sae = inference_of(sae_of(normalize_activations="covariance_whitening"))
+    x, mean = make_batch(20), make_batch(1, seed=5)[0]
+    matrix = make_batch(10, seed=6)
+    inverse = torch.linalg.inv(matrix)
+    acts, threshold = sae.encode((x - mean) @ matrix), sae.threshold.clone()
+    sae.fold_activation_whitening(mean, matrix, inverse)
+    torch.testing.assert_close(sae.encode(x), acts, rtol=1e-6, atol=1e-8)
+    assert torch.equal(sae.threshold, threshold)
+    assert (acts > 0).any()
+
+
+@pytest.mark.parametrize("shape", [(10,), (0, 10), (2, 3, 10)])
+def test_activations_of_any_shape(shape):
+    sae = sae_of(**LAYOUTS["two and narrow shared"])
+    x = make_batch(6)[: max(1, torch.Size(shape[:-1]).numel())].reshape(-1)[: torch.Size(shape).numel()].view(shape)
+    for made in (sae, inference_of(sae)):
+        acts = made.encode(x)
+        assert acts.shape == (*shape[:-1], sae.cfg.d_sae)
+        torch.testing.assert_close(made.encode_sparse(x).to_dense(), acts)
+        assert made.decode(made.encode_sparse(x)).shape == shape
