@@ -189,7 +189,7 @@ def test_a_normalisation_per_token_is_refused():
 )
 def test_experts_on_several_processes_are_refused(fields, message):
     class OfOne:
-        expert_parallel, expert_rank = 1, 0
+        row_size, row_rank = 1, 0
 
     with pytest.raises(ValueError, match=message):
         ExpertShard(SwitchTrainingSAEConfig(**FIELDS, **fields), OfOne())  # type: ignore[arg-type]
