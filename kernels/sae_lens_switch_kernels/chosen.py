@@ -30,23 +30,31 @@ class Codes(NamedTuple):
     indices_S: Tensor
     offsets_B1: Tensor
 
+    def after_relu(self) -> "Codes":
+        return self._replace(values_S=self.values_S.relu())
+
 
 class Candidates(NamedTuple):
-    """The best latents of each token, in no particular order.
+    """The best latents of each token, in no particular order; or of a batch, token by token, [S].
 
     Attributes:
         values_BC: Pre-activations, before ReLU and without the scale.
         indices_BC: The latents.
         ranked_BC: What they are ranked by: values times the scale, in float32 at least.
+        offsets_B1: Of a batch, where each token's begin.
     """
 
     values_BC: Tensor
     indices_BC: Tensor
     ranked_BC: Tensor
+    offsets_B1: Tensor | None = None
 
     def chosen(self, is_chosen_BC: Tensor) -> Codes:
         """Waits for the device, to learn how many there are."""
-        offsets_B1 = torch.nn.functional.pad(is_chosen_BC.sum(dim=1).cumsum(dim=0), (1, 0))
+        if self.offsets_B1 is None:
+            offsets_B1 = torch.nn.functional.pad(is_chosen_BC.sum(dim=1).cumsum(dim=0), (1, 0))
+        else:
+            offsets_B1 = torch.nn.functional.pad(is_chosen_BC.cumsum(dim=0), (1, 0))[self.offsets_B1]
         places_S = is_chosen_BC.flatten().nonzero().flatten()
         return Codes(self.values_BC.flatten()[places_S], self.indices_BC.flatten()[places_S], offsets_B1)
 
@@ -61,14 +69,17 @@ def topk_candidates(
     bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
     encoder_precision: EncoderPrecision = "full",
+    over_batch: bool = False,
 ) -> Candidates:
-    """The k latents of every token that ``topk_encode`` selects, before ReLU. No gradients.
+    """The k latents of every token that ``topk_encode`` selects, before ReLU, without gradients.
+
+    With ``over_batch`` those of the batch, as ``batch_topk_encode``.
 
     Raises:
         ValueError: As ``topk_encode``.
     """
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, None, None, k, 1, W_enc_FD.dtype)
-    inputs, p = checked(inputs, encoder_precision), primitives(x_BD)
+    inputs, p = checked(inputs._replace(over_batch=over_batch), encoder_precision), primitives(x_BD)
     groups = inputs.groups()
     centered_BD = inputs.centered(groups)
     with torch.autocast(x_BD.device.type, enabled=False):
@@ -78,7 +89,8 @@ def topk_candidates(
             found = select_from_candidates(p, inputs, centered_BD, groups)
     values_BC, indices_BC = found.values_BK, found.indices_BK
     ranked_BC = values_BC if scale_F is None else values_BC * scale_F[indices_BC]
-    return Candidates(values_BC, indices_BC, ranked_BC.to(torch.promote_types(ranked_BC.dtype, torch.float32)))
+    ranked_BC = ranked_BC.to(torch.promote_types(ranked_BC.dtype, torch.float32))
+    return Candidates(values_BC, indices_BC, ranked_BC, found.offsets_B1 if over_batch else None)
 
 
 class Dead(NamedTuple):

@@ -88,7 +88,8 @@ def weight_parts(shard: Shard, *, for_inference: bool = False) -> dict[str, Part
         shard.process_state_dict_for_saving_inference(weights)
     else:
         shard.process_state_dict_for_saving(weights)
-    return {name: Part(t, LATENT_DIM.get(name)) for name, t in weights.items()}
+    # A number, such as a threshold, as a vector of one, which torch loads as well: its consolidation makes numbers 0.
+    return {name: Part(t if t.ndim else t.view(1), LATENT_DIM.get(name)) for name, t in weights.items()}
 
 
 def optimizer_parts(shard: Shard, optimizer: Optimizer) -> dict[str, Part]:

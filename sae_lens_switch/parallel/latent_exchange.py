@@ -41,6 +41,15 @@ class RowBatch:
         sizes, dead = ([everybodys[rank][i] for rank in ranks.row] for i in (0, 1))
         return cls(ranks, sum(n for n, _ in everybodys), sizes, dead)
 
+    def choose_of_batch(self, ranked_C: Tensor, k: int) -> Tensor:
+        """Which of this process's candidates are among the k best of all rows' tokens, as ``choose`` for one token.
+
+        Everybody's candidates, at most k of each, go to everybody.
+        """
+        mine = torch.nn.functional.pad(ranked_C, (0, k - len(ranked_C)), value=-torch.inf)
+        of_all = border(self.ranks.gather(mine, "candidates").unsqueeze(1), k)
+        return is_within(ranked_C.unsqueeze(0), of_all[self.ranks.rank])[0]
+
     @property
     def n_home(self) -> int:
         return self.sizes[self.ranks.row_rank]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens_switch_kernels import Reconstruction, RowGrads
 from sae_lens_switch_kernels.chosen import Candidates, Codes, Dead, decode_chosen, topk_candidates
@@ -50,7 +51,10 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
 
     @override
     def _new_block(self) -> SparseTopKTrainingSAE:
-        return SparseTopKTrainingSAE(replace(self.whole, d_sae=self._block_width, k=1, device="cpu"))
+        sae_class = get_sae_training_class(self.whole.architecture())[0]
+        made = sae_class(replace(self.whole, d_sae=self._block_width, k=1, device="cpu"))
+        assert isinstance(made, SparseTopKTrainingSAE)
+        return made
 
     # The step
 
@@ -87,7 +91,7 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
         with torch.no_grad():
             scale_F = self._selection_scale()
             x_BD = self.batch.to_all(inputs_BD, "tokens")
-        codes, chosen_dead = self._choose(x_BD, scale_F, dead)
+        codes, dead_codes = self._choose(x_BD, scale_F, dead)
         parts = decode_chosen(
             x_BD,
             self.W_enc.T,
@@ -95,7 +99,7 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
             codes,
             pre_bias_D=self.pre_bias,
             bias_F=self.b_enc,
-            dead=chosen_dead,
+            dead=dead_codes,
             row_grads=row_grads,
         )
         out_nD, *aux_out_nD = self.batch.summed([part_BD for part_BD in parts if part_BD is not None])
@@ -108,29 +112,37 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
         best = self._best(x_BD, scale_F, self.cfg.k)
         if dead.indices_N is None:
             (is_chosen_BC,) = self.batch.choose([best.ranked_BC], [self.whole.k])
-            return _after_relu(best.chosen(is_chosen_BC)), None
-        n = min(dead.aux_k, len(dead.indices_N))
-        best_dead = self._best(x_BD, scale_F, n, dead.indices_N)
-        as_many = min(dead.aux_k, max(self.batch.n_dead)) - n  # as on the process that has most
-        ranked = [best.ranked_BC, pad(best_dead.ranked_BC, (0, as_many), value=-torch.inf)]
-        is_chosen_BC, is_chosen_dead_BC = self.batch.choose(ranked, [self.whole.k, dead.aux_k])
-        chosen_dead = best_dead.chosen(is_chosen_dead_BC[:, :n])
-        return _after_relu(best.chosen(is_chosen_BC)), Dead(dead.indices_N, chosen_dead)
+            return best.chosen(is_chosen_BC).after_relu(), None
+        best_dead, ranked_dead_BC = self._best_dead(x_BD, scale_F, dead.indices_N, dead.aux_k)
+        found = self.batch.choose([best.ranked_BC, ranked_dead_BC], [self.whole.k, dead.aux_k])
+        return best.chosen(found[0]).after_relu(), chosen_dead(dead.indices_N, best_dead, found[1])
 
-    def _best(self, x_BD: Tensor, scale_F: Tensor | None, n: int, among_N: Tensor | None = None) -> Candidates:
-        """The n best of these latents, or of some of them, for each token."""
-        W_FD, bias_F = self.W_enc.detach().T, self.b_enc.detach()
-        if among_N is None:
-            options = {"scale_F": scale_F, "encoder_precision": self.encoder_precision}
-            return topk_candidates(x_BD, W_FD, n, pre_bias_D=self.pre_bias, bias_F=bias_F, **options)
-        if n == 0:
-            none = x_BD.new_empty(len(x_BD), 0)
-            return Candidates(none, none.long(), none.to(torch.promote_types(none.dtype, torch.float32)))
-        scale_N = None if scale_F is None else scale_F[among_N]
-        W_ND, bias_N = W_FD[among_N], bias_F[among_N]
-        return topk_candidates(x_BD, W_ND, n, pre_bias_D=self.pre_bias, bias_F=bias_N, scale_F=scale_N)
+    def _best(self, x_BD: Tensor, scale_F: Tensor | None, n: int, over_batch: bool = False) -> Candidates:
+        """The n best of these latents, for each token or the batch."""
+        return topk_candidates(
+            x_BD,
+            self.W_enc.detach().T,
+            n,
+            pre_bias_D=self.pre_bias,
+            bias_F=self.b_enc.detach(),
+            scale_F=scale_F,
+            encoder_precision=self.encoder_precision,
+            over_batch=over_batch,
+        )
 
     # AuxK: of the dead latents of all processes
+
+    def _best_dead(self, x_BD: Tensor, scale_F: Tensor | None, dead_N: Tensor, aux_k: int) -> tuple[Candidates, Tensor]:
+        """The best dead latents; and what they are ranked by, with as many columns as on the process that has most."""
+        n = min(aux_k, len(dead_N))
+        if n == 0:
+            none = x_BD.new_empty(len(x_BD), 0)
+            best = Candidates(none, none.long(), none.to(torch.promote_types(none.dtype, torch.float32)))
+        else:
+            scale_N = None if scale_F is None else scale_F[dead_N]
+            W_ND, bias_N = self.W_enc.detach().T[dead_N], self.b_enc.detach()[dead_N]
+            best = topk_candidates(x_BD, W_ND, n, pre_bias_D=self.pre_bias, bias_F=bias_N, scale_F=scale_N)
+        return best, pad(best.ranked_BC, (0, min(aux_k, max(self.batch.n_dead)) - n), value=-torch.inf)
 
     @override
     def _dead_latents(self, dead_F: Tensor | None) -> DeadLatents:
@@ -144,5 +156,5 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
         return sum(self.batch.n_dead)
 
 
-def _after_relu(codes: Codes) -> Codes:
-    return codes._replace(values_S=codes.values_S.relu())
+def chosen_dead(dead_N: Tensor, best: Candidates, is_chosen_BC: Tensor) -> Dead:
+    return Dead(dead_N, best.chosen(is_chosen_BC[:, : best.ranked_BC.shape[1]]))

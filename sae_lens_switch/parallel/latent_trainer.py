@@ -1,4 +1,4 @@
-"""LatentParallelSAETrainer: a run on several processes, with the dictionary of its TopK SAE divided over them."""
+"""LatentParallelSAETrainer: a run on several processes, with the dictionary of its SAE divided over them."""
 
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SaveCheckpointFn
@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics
+from sae_lens_switch.parallel.batch_latent_shard import BatchLatentShard
 from sae_lens_switch.parallel.latent_shard import LatentShard
 from sae_lens_switch.parallel.ranked_trainer import compare_settings, join, require
 from sae_lens_switch.parallel.reduction import complete_step_
@@ -17,11 +18,14 @@ from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.firing import Firings
 
+# What divides SAEs, by architecture.
+SHARDS = {"sparse_topk": LatentShard, "sparse_batchtopk": BatchLatentShard}
+
 
 class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
-    """SparseSAETrainer on the processes that torchrun has started, each with its own latents of a ``sparse_topk`` SAE.
+    """SparseSAETrainer on the processes that torchrun has started, each with its own latents of a TopK SAE.
 
-    A step shows every token to all processes, finds its k best latents among those of all, AuxK's dead ones too, and
+    A step shows every token to all processes, finds the k best latents among those of all, AuxK's dead ones too, and
     sums what these reconstruct. What is sent does not depend on the width of the dictionary. Weights and losses are
     those of one process on the same batches, but for rounding.
 
@@ -29,7 +33,7 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         cfg: As in SparseSAETrainer, the same on all processes: ``train_batch_size_samples`` and all other counts are of
             all processes together. ``latent_parallel`` processes hold the dictionary once; where there are more, they
             divide the data.
-        sae: Of architecture ``sparse_topk``; each process keeps its own part of it.
+        sae: Of architecture ``sparse_topk`` or ``sparse_batchtopk``; each process keeps its own part of it.
         data_provider: As in ParallelSparseSAETrainer.
         save_checkpoint_fn: As in ParallelSparseSAETrainer.
 
@@ -46,18 +50,16 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
-        if sae.cfg.architecture() != "sparse_topk":
-            raise ValueError(
-                "sae must be of architecture sparse_topk, the only one whose latents are divided; "
-                f"got {sae.cfg.architecture()}"
-            )
+        shard_class = SHARDS.get(sae.cfg.architecture())
+        if shard_class is None:
+            raise ValueError(f"sae must be of architecture {' or '.join(SHARDS)}; got {sae.cfg.architecture()}")
         whole = sae.whole if isinstance(sae, LatentShard) else sae.cfg
         cfg = cfg.resolved(whole.d_sae)
         require(cfg, ONLY, "in a parallel run")
-        require(cfg, {"expert_parallel": 1}, "for a sparse_topk SAE, whose latents are divided")
+        require(cfg, {"expert_parallel": 1}, f"for a {sae.cfg.architecture()} SAE, whose latents are divided")
         ranks = sae.ranks if isinstance(sae, LatentShard) else join(cfg, cfg.latent_parallel, "latent_parallel")
         compare_settings(ranks, cfg, whole.to_dict())
-        shard = sae if isinstance(sae, LatentShard) else LatentShard.of(sae, ranks)
+        shard = sae if isinstance(sae, LatentShard) else shard_class.of(sae, ranks)
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
 
     @override
@@ -79,4 +81,5 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         """As SparseSAETrainer's, of all processes; each must take part."""
         assert isinstance(output, SparseStepOutput)
         sum_D = self.ranks.sum_(output.sae_in.double().sum(dim=0), "metrics")
-        return self._log_of(output, sum_D / self.sae.n_tokens, n_training_samples)
+        log = self._log_of(output, sum_D / self.sae.n_tokens, n_training_samples)
+        return log | {f"metrics/{name}": float(t) for name, t in output.metrics.items() if isinstance(t, Tensor)}

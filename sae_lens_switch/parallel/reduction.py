@@ -32,7 +32,7 @@ def complete_step_(output: SparseStepOutput, shard: Shard, what: str, **metrics:
     metrics = {name: t.clone() for name, t in metrics.items()}
     grads = [p.grad for p in shard.shared_parameters() if p.grad is not None]
     sum_together_([*grads, *losses.values(), *metrics.values()], shard.ranks, what)
-    output.metrics, output.losses = {**metrics}, {**losses}
+    output.metrics, output.losses = output.metrics | metrics, {**losses}
     output.loss = torch.stack(list(losses.values())).sum()
 
 

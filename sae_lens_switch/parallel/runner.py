@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -26,8 +26,7 @@ from sae_lens_switch.parallel.checkpoints import RANKS, weight_parts
 from sae_lens_switch.parallel.consolidate import write_whole
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
 from sae_lens_switch.parallel.expert_shard import ExpertShard
-from sae_lens_switch.parallel.latent_shard import LatentShard
-from sae_lens_switch.parallel.latent_trainer import LatentParallelSAETrainer
+from sae_lens_switch.parallel.latent_trainer import SHARDS, LatentParallelSAETrainer
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer
 from sae_lens_switch.parallel.ranks import Ranks, local_device, start_process_group
 from sae_lens_switch.parallel.shard import Shard
@@ -42,18 +41,15 @@ AnyRankedTrainer = RankedTrainer[Any, Any]
 
 
 class _Division(NamedTuple):
-    """How an SAE is divided: the field that says over how many processes, its parts, and what trains them."""
+    """How SAEs are divided: the field that says over how many processes, what trains their parts, and these."""
 
     field: str
-    shard_class: type[Shard]
     trainer_class: type[AnyRankedTrainer]
+    shard_classes: Mapping[str, type[Shard]]  # by architecture
 
 
-# By architecture. Of any other SAE each process has all.
-_DIVISIONS = {
-    "switch": _Division("expert_parallel", ExpertShard, ParallelSparseSAETrainer),
-    "sparse_topk": _Division("latent_parallel", LatentShard, LatentParallelSAETrainer),
-}
+_EXPERTS = _Division("expert_parallel", ParallelSparseSAETrainer, {"switch": ExpertShard})
+_LATENTS = _Division("latent_parallel", LatentParallelSAETrainer, SHARDS)
 
 
 class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -90,7 +86,8 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         # Both hold names that SAELens has drawn at random.
         cfg.checkpoint_path, cfg.logger = self.ranks.first_says((cfg.checkpoint_path, cfg.logger))
         if division is not None:
-            override_sae = self._own_part(cfg, division.shard_class, override_sae)
+            shard_class = division.shard_classes[cfg.sae.architecture()]
+            override_sae = self._own_part(cfg, shard_class, override_sae)
         self._trainer_class = DataParallelSAETrainer if division is None else division.trainer_class
         super().__init__(cfg, override_dataset, override_model, override_sae)
         self._take_share_of_data()
@@ -199,16 +196,16 @@ def is_parallel(cfg: sae_lens.LanguageModelSAERunnerConfig[Any]) -> bool:
 
 def _division_of(cfg: LanguageModelSAERunnerConfig[Any]) -> _Division | None:
     """None: each process has the whole SAE. Raises ValueError for a field that divides SAEs of another architecture."""
-    mine = cfg.sae.architecture()
-    for architecture, division in _DIVISIONS.items():
-        n = vars(cfg)[division.field]
-        if architecture != mine and n > 1:
+    architecture = cfg.sae.architecture()
+    for division in (_EXPERTS, _LATENTS):
+        n, divided = vars(cfg)[division.field], division.shard_classes
+        if architecture not in divided and n > 1:
             raise ValueError(
-                f"{division.field} must be 1 for a {mine} SAE, as only {architecture} is divided by it; got {n}"
+                f"{division.field} must be 1 for a {architecture} SAE, as it divides {' and '.join(divided)}; got {n}"
             )
-    division = _DIVISIONS.get(mine)
-    whole = mine != "switch" and division is not None and vars(cfg)[division.field] == 1
-    return None if whole else division
+    if architecture in _EXPERTS.shard_classes:
+        return _EXPERTS
+    return _LATENTS if cfg.latent_parallel > 1 else None
 
 
 def _share_of(dataset: HfDataset, ranks: Ranks) -> HfDataset:

@@ -16,8 +16,8 @@ from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents
 
-# Which dimension of a parameter counts latents; all other parameters are the same on every process.
-LATENT_DIM = {"W_enc": 1, "W_dec": 0, "b_enc": 0}
+# Which dimension of a weight counts latents; all others, and buffers, are the same on every process.
+LATENT_DIM = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0}
 # Fields of a config that change when the scaling of activations is folded into the weights.
 _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
 
@@ -68,6 +68,8 @@ class Shard(SparseTrainingSAE, ABC):
                 whole = sae.get_parameter(name)
                 p.copy_(shard.part(name, whole))
                 p.requires_grad = whole.requires_grad
+            for name, buffer in shard.named_buffers():
+                buffer.copy_(sae.get_buffer(name))
         shard.copy_shared_from_first()
         shard._set_fresh(isinstance(sae, SparseTrainingSAE) and sae.is_fresh)
         return shard
@@ -106,6 +108,8 @@ class Shard(SparseTrainingSAE, ABC):
             dim = LATENT_DIM.get(name)
             whole = p if dim is None else self.gathered_latents(p.movedim(dim, 0)).movedim(0, dim)
             sae.get_parameter(name).copy_(whole)
+        for name, buffer in self.named_buffers():
+            sae.get_buffer(name).copy_(buffer)
         return sae
 
     def config_of_whole(self) -> Any:
@@ -124,8 +128,8 @@ class Shard(SparseTrainingSAE, ABC):
         return [p for name, p in self.named_parameters() if name not in LATENT_DIM]
 
     def copy_shared_from_first(self) -> None:
-        for p in self.shared_parameters():
-            self.ranks.broadcast_(p.data, "what all share")
+        for t in (*self.shared_parameters(), *self.buffers()):
+            self.ranks.broadcast_(t.data, "what all share")
 
     @override
     def _batch_share(self, x_BD: Tensor) -> float:

@@ -20,7 +20,7 @@ class TrainerOptions:
         gradient_accumulation_steps (int): Number of parts in which each batch is computed, one after the other, in the memory of one part; their gradients are summed. Batch statistics, such as the load balance, are computed per part.
         cuda_graph (bool): Capture the training step as one CUDA graph and replay it, which removes the host's part, most of a small step. Results are the same but for the learning rate's rounding to float32. Requires "adam", and one of our architectures without auxiliary loss. No effect on a CPU.
         expert_parallel (int): Number of processes that the experts of a Switch SAE are divided over; it divides n_experts and the number of processes that torchrun has started. With 1, every process has all experts, and the processes divide the data.
-        latent_parallel (int): Number of processes that the latents of a sparse_topk SAE are divided over; it divides d_sae and the number of processes that torchrun has started. With 1, every process has all latents, and the processes divide the data.
+        latent_parallel (int): Number of processes that the latents of a sparse_topk or sparse_batchtopk SAE are divided over; it divides d_sae and the number of processes that torchrun has started. With 1, every process has all latents, and the processes divide the data.
         rank_timeout (float): Seconds after which a process of a parallel run that does not answer counts as lost, and the others stop. Longer than it takes to write a checkpoint.
         max_grad_norm (float | None): Gradients are clipped to this total norm. None: they are not.
         resume (str | None): A checkpoint to resume from, or "latest": the newest intact one below checkpoint_path, if there is one.

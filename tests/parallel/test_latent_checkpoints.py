@@ -137,6 +137,7 @@ def test_a_command_that_divides_latents_of_another_architecture_is_refused(tmp_p
     argv = ["--architecture", "standard", "--d-in", str(D), "--d-sae", str(F), *arguments(tmp_path)]
     assert train([*argv, "--latent-parallel", "2"], override_model=model, override_dataset=dataset) == 1
     assert (
-        "latent_parallel must be 1 for a standard SAE, as only sparse_topk is divided by it" in capsys.readouterr().err
+        "latent_parallel must be 1 for a standard SAE, as it divides sparse_topk and sparse_batchtopk"
+        in capsys.readouterr().err
     )
     assert "latent_parallel must be" in refusal(capsys, *TOPK, *arguments(tmp_path), "--latent-parallel", "0")

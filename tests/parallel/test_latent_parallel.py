@@ -69,6 +69,13 @@ def test_weights_in_bfloat16_have_masters_on_each_process(tmp_path):
     compare(2, tmp_path, 4, topk(dtype="bfloat16"), loose={"rtol": 3e-2, "atol": 3e-2})
 
 
+def test_candidates_in_low_precision_give_nearly_the_same_losses(tmp_path):
+    expected = alone(5, make=topk())
+    for found in latents_together(2, tmp_path, 5, make=topk(encoder_precision="bfloat16")):
+        errors = [[row["losses/mse_loss"] for row in one["rows"]] for one in (found, expected)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
 def one_sided(first: int, end: int, **fields) -> SparseTopKTrainingSAE:
     """Only the latents from ``first`` to ``end`` are ever among the k best."""
     sae = make_sae("sparse_topk", **fields)
@@ -226,7 +233,9 @@ def test_what_cannot_be_done_with_divided_latents_is_refused_on_every_process(fi
 
 @pytest.mark.parametrize("architecture", ["switch", "standard"])
 def test_latents_of_other_architectures_are_not_divided(architecture):
-    with pytest.raises(ValueError, match=f"sae must be of architecture sparse_topk.*got {architecture}"):
+    with pytest.raises(
+        ValueError, match=f"sae must be of architecture sparse_topk or sparse_batchtopk; got {architecture}"
+    ):
         LatentParallelSAETrainer(config(5, latent_parallel=2), make_sae(architecture), tokens())
 
 

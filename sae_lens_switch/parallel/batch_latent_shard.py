@@ -1,0 +1,34 @@
+"""The latents of one process of a BatchTopK SAE: k per token on average over the whole batch, of all processes."""
+
+import torch
+from sae_lens_switch_kernels.chosen import Codes, Dead
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.parallel.latent_shard import LatentShard, chosen_dead
+from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
+from sae_lens_switch.saes.step import DeadLatents
+
+
+class BatchLatentShard(LatentShard, SparseBatchTopKTrainingSAE):
+    """As ``LatentShard``, of a BatchTopK SAE: its batch is that of all processes, of all rows."""
+
+    @override
+    def _choose(self, x_BD: Tensor, scale_F: Tensor | None, dead: DeadLatents) -> tuple[Codes, Dead | None]:
+        k = int(self.whole.k * self.n_tokens)
+        best = self._best(x_BD, scale_F, min(k, len(x_BD) * self.cfg.d_sae), over_batch=True)
+        codes = best.chosen(self.batch.choose_of_batch(best.ranked_BC, k)).after_relu()
+        if dead.indices_N is None:
+            return codes, None
+        best_dead, ranked_dead_BC = self._best_dead(x_BD, scale_F, dead.indices_N, dead.aux_k)
+        (is_chosen_BC,) = self.batch.choose([ranked_dead_BC], [dead.aux_k])
+        return codes, chosen_dead(dead.indices_N, best_dead, is_chosen_BC)
+
+    @override
+    @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        """By the least active latent of all processes."""
+        active = acts_topk.masked_fill(acts_topk <= 0, torch.inf)
+        mine = active.amin() if active.numel() else active.new_full((), torch.inf)
+        least = self.ranks.gather(mine, "the least active latent").amin()
+        super().update_topk_threshold(least.masked_fill(least.isinf(), 0).view(1))
