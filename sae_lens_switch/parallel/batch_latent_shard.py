@@ -6,6 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.parallel.latent_shard import LatentShard, chosen_dead
+from sae_lens_switch.saes.running_thresholds import least_active, move_thresholds_
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents
 
@@ -28,7 +29,5 @@ class BatchLatentShard(LatentShard, SparseBatchTopKTrainingSAE):
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: Tensor) -> None:
         """By the least active latent of all processes."""
-        active = acts_topk.masked_fill(acts_topk <= 0, torch.inf)
-        mine = active.amin() if active.numel() else active.new_full((), torch.inf)
-        least = self.ranks.gather(mine, "the least active latent").amin()
-        super().update_topk_threshold(least.masked_fill(least.isinf(), 0).view(1))
+        least = self.ranks.gather(least_active(acts_topk), "the least active latent").amin()
+        move_thresholds_(self.topk_threshold, least, self.cfg.topk_threshold_lr)

@@ -9,9 +9,8 @@ from typing_extensions import override
 from sae_lens_switch.common.types import Metrics
 from sae_lens_switch.parallel.batch_latent_shard import BatchLatentShard
 from sae_lens_switch.parallel.latent_shard import LatentShard
-from sae_lens_switch.parallel.ranked_trainer import compare_settings, join, require
 from sae_lens_switch.parallel.reduction import complete_step_
-from sae_lens_switch.parallel.resumable import ONLY, ShardedTrainer
+from sae_lens_switch.parallel.resumable import ShardedTrainer, divided
 from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.training.activations import ActivationSource
@@ -53,13 +52,7 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         shard_class = SHARDS.get(sae.cfg.architecture())
         if shard_class is None:
             raise ValueError(f"sae must be of architecture {' or '.join(SHARDS)}; got {sae.cfg.architecture()}")
-        whole = sae.whole if isinstance(sae, LatentShard) else sae.cfg
-        cfg = cfg.resolved(whole.d_sae)
-        require(cfg, ONLY, "in a parallel run")
-        require(cfg, {"expert_parallel": 1}, f"for a {sae.cfg.architecture()} SAE, whose latents are divided")
-        ranks = sae.ranks if isinstance(sae, LatentShard) else join(cfg, cfg.latent_parallel, "latent_parallel")
-        compare_settings(ranks, cfg, whole.to_dict())
-        shard = sae if isinstance(sae, LatentShard) else shard_class.of(sae, ranks)
+        cfg, shard = divided(cfg, sae, shard_class, "latents")
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
 
     @override

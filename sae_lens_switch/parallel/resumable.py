@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
@@ -25,12 +25,13 @@ from sae_lens_switch.parallel.checkpoints import (
     read_weights,
     weight_parts,
 )
-from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of
+from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of, compare_settings, join, require
 from sae_lens_switch.parallel.reduction import firings_over_data, norm_of_all, sum_gradients_over_data_
 from sae_lens_switch.parallel.shard import LATENT_DIM, Shard
 from sae_lens_switch.parallel.sharded_files import Part, write_parts
 from sae_lens_switch.parallel.step_log import step_log
 from sae_lens_switch.saes.serialization import fold_activation_scaler
+from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.checkpoints import SHARED, TRAINING_FOLDER, CheckpointError
@@ -42,6 +43,24 @@ S = TypeVar("S", bound=Shard)
 # What a trainer with divided latents cannot do yet.
 ONLY = {"gradient_accumulation_steps": 1, "cuda_graph": False}
 _COUNTS = ("n_training_samples", "n_training_steps", "n_frac_active_samples", "started_fine_tuning")
+
+
+def divided(
+    cfg: SparseSAETrainerConfig, sae: SparseTrainingSAE, shard_class: type[S], what: Literal["experts", "latents"]
+) -> tuple[SparseSAETrainerConfig, S]:
+    """The config, resolved, of a run with divided experts or latents, and this process's part of its SAE.
+
+    Raises:
+        ValueError: For what such a run cannot do, for settings that differ between the processes, outside torchrun.
+    """
+    field, other = ("expert_parallel", "latent_parallel")[:: 1 if what == "experts" else -1]
+    whole = sae.whole if isinstance(sae, Shard) else sae.cfg
+    cfg = cfg.resolved(whole.d_sae)
+    require(cfg, ONLY, "in a parallel run")
+    require(cfg, {other: 1}, f"for a {whole.architecture()} SAE, whose {what} are divided")
+    ranks = sae.ranks if isinstance(sae, Shard) else join(cfg, vars(cfg)[field], field)
+    compare_settings(ranks, cfg, whole.to_dict())
+    return cfg, sae if isinstance(sae, shard_class) else shard_class.of(sae, ranks)
 
 
 class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):

@@ -8,9 +8,8 @@ from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics
 from sae_lens_switch.parallel.expert_shard import ExpertShard
-from sae_lens_switch.parallel.ranked_trainer import compare_settings, join, require
 from sae_lens_switch.parallel.reduction import complete_step_
-from sae_lens_switch.parallel.resumable import ONLY, ShardedTrainer
+from sae_lens_switch.parallel.resumable import ShardedTrainer, divided
 from sae_lens_switch.parallel.step_log import routing_log
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
@@ -53,18 +52,12 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
                 "sae must be of architecture switch, since DataParallelSAETrainer trains all others; "
                 f"got {sae.cfg.architecture()}"
             )
-        whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
-        cfg = cfg.resolved(whole.d_sae)
-        require(cfg, ONLY, "in a parallel run")
-        require(cfg, {"latent_parallel": 1}, "for a switch SAE, whose experts are divided")
         if cfg.on_collapse == "reseed":
             raise ValueError(
                 "on_collapse must be 'report' or 'raise_coefficient' in a parallel run, since the busiest expert may "
                 "be another process's; got 'reseed'"
             )
-        ranks = sae.ranks if isinstance(sae, ExpertShard) else join(cfg, cfg.expert_parallel)
-        compare_settings(ranks, cfg, whole.to_dict())
-        shard = sae if isinstance(sae, ExpertShard) else ExpertShard.of(sae, ranks)
+        cfg, shard = divided(cfg, sae, ExpertShard, "experts")
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
 
     # The step

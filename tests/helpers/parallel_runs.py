@@ -29,6 +29,7 @@ def tokens() -> Tensor:
 def result(trainer: Any, sae: Any) -> dict[str, Any]:
     return {
         "weights": {name: p.detach().clone() for name, p in sae.named_parameters()},
+        "buffers": {name: t.clone() for name, t in sae.named_buffers()},
         "rows": trainer.history.rows,
         "samples": trainer.n_training_samples,
         "density": trainer.feature_sparsity,
@@ -74,14 +75,45 @@ def together(
     return on_processes(n, run, folder)
 
 
+def go_on_together(
+    n: int,
+    folder: Path,
+    until: tuple[int, int],
+    make: Callable[[], Any],
+    trainer_class: Any,
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    """On ``n`` processes, from the newest checkpoint in ``folder`` if there is one, to a step of so many; saved there.
+
+    To the last of them as a run ends.
+    """
+    stop, steps = until
+
+    def run() -> dict[str, Any]:
+        cfg = config(steps, **{"resume": "latest", "checkpoint_path": str(folder), **fields})
+        trainer = trainer_class(cfg, make(), tokens())
+        if stop == steps:
+            return result(trainer, trainer.fit().gathered())
+        trainer.resume()
+        trainer._estimate_normalization()
+        while trainer.n_training_steps < stop:
+            trainer.maybe_reset_sparsity()
+            trainer._step_and_log(trainer._next_batch(), trainer._progress())
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        return result(trainer, trainer.sae.gathered())
+
+    return on_processes(n, run, folder.parent)
+
+
 latents_together = partial(together, trainer_class=LatentParallelSAETrainer, divided_by="latent_parallel")
 
 
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any], rtol: float = 5e-4, atol: float = 5e-5) -> None:
-    """But for rounding: weights, what was logged, and what is counted."""
-    for name, weight in expected["weights"].items():
+    """But for rounding: weights and buffers, what was logged, and what is counted."""
+    tensors = found["weights"] | found["buffers"]
+    for name, weight in (expected["weights"] | expected["buffers"]).items():
         torch.testing.assert_close(
-            found["weights"][name], weight, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            tensors[name], weight, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
     torch.testing.assert_close(found["density"], expected["density"], rtol=0, atol=max(1e-6, atol))
     assert found["samples"] == expected["samples"]
@@ -97,7 +129,8 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], rtol: float
 
 
 def shared_bits(found: dict[str, Any]) -> list[bytes]:
-    return [t.contiguous().view(torch.uint8).numpy().tobytes() for t in found["weights"].values()]
+    tensors = (*found["weights"].values(), *found["buffers"].values())
+    return [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
 
 
 def _numbers(value: Any) -> Any:

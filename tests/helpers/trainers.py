@@ -24,6 +24,20 @@ def run(trainer_, batches: list[Tensor]) -> list:
     return outputs
 
 
+def assert_only_finite_steps_move_thresholds(sae, batches: list[Tensor]) -> None:
+    """Of four batches."""
+    the_trainer = our_trainer(sae, batches)
+    run(the_trainer, batches[:2])
+    before = sae.topk_threshold.clone()
+    bad = batches[2].clone()
+    bad[3, 1] = torch.inf
+    run(the_trainer, [bad])
+    assert the_trainer.n_skipped_steps == 1
+    assert torch.equal(sae.topk_threshold, before)
+    run(the_trainer, batches[3:])
+    assert not torch.equal(sae.topk_threshold, before)
+
+
 def topk(sae_class, config_class, dtype: str = "float32", **fields):
     torch.manual_seed(0)
     return sae_class(config_class(**{"d_in": D, "d_sae": F, "k": K, "dtype": dtype, **fields}))

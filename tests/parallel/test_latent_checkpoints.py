@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import D, F, K
 from helpers.command_line import arguments, refusal
-from helpers.parallel_runs import BATCH, alone, assert_same_run, config, result, tokens
+from helpers.parallel_runs import BATCH, alone, assert_same_run, config, go_on_together, tokens
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
 from sae_lens import SAE, TrainingSAE
@@ -23,22 +23,11 @@ TOPK = ["--architecture", "topk", "--d-in", str(D), "--d-sae", str(F), "-k", str
 
 
 def run_on(n: int, folder, steps: int = STEPS, sae: dict | None = None, **fields) -> list[dict]:
-    """Train to ``steps`` on ``n`` processes, from the newest checkpoint in ``folder`` if there is one."""
+    def make():
+        return make_sae("sparse_topk", **(sae or {}))
 
-    def run() -> dict:
-        cfg = config(STEPS, **{"resume": "latest", "checkpoint_path": str(folder), "latent_parallel": n, **fields})
-        trainer = LatentParallelSAETrainer(cfg, make_sae("sparse_topk", **(sae or {})), tokens())
-        if steps == STEPS:
-            return result(trainer, trainer.fit().gathered())
-        trainer.resume()
-        trainer._estimate_normalization()
-        while trainer.n_training_steps < steps:
-            trainer.maybe_reset_sparsity()
-            trainer._step_and_log(trainer._next_batch(), trainer._progress())
-        trainer.save_checkpoint(str(trainer.n_training_samples))
-        return result(trainer, trainer.sae.gathered())
-
-    return on_processes(n, run, folder.parent)
+    fields = {"latent_parallel": n, **fields}
+    return go_on_together(n, folder, (steps, STEPS), make, LatentParallelSAETrainer, **fields)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from helpers.parallel_runs import BATCH, alone, assert_same_run, config, result, tokens
+from helpers.parallel_runs import BATCH, alone, assert_same_run, config, go_on_together, tokens
 from helpers.processes import ended_processes, on_processes
 from helpers.resumed import make_sae
 from sae_lens import SAE, TrainingSAE
@@ -20,22 +20,11 @@ STEPS = 12
 
 
 def run_on(n: int, folder, steps: int = STEPS, sae: dict | None = None, **fields) -> list[dict]:
-    """Train to ``steps`` on ``n`` processes, from the newest checkpoint in ``folder`` if there is one."""
+    def make():
+        return make_sae(**(sae or {}))
 
-    def run() -> dict:
-        fields_of_run = {"resume": "latest", "checkpoint_path": str(folder), "expert_parallel": n, **fields}
-        trainer = ParallelSparseSAETrainer(config(STEPS, **fields_of_run), make_sae(**(sae or {})), tokens())
-        if steps == STEPS:
-            return result(trainer, trainer.fit().gathered())
-        trainer.resume()
-        trainer._estimate_normalization()
-        while trainer.n_training_steps < steps:
-            trainer.maybe_reset_sparsity()
-            trainer._step_and_log(trainer._next_batch(), trainer._progress())
-        trainer.save_checkpoint(str(trainer.n_training_samples))
-        return result(trainer, trainer.sae.gathered())
-
-    return on_processes(n, run, folder.parent)
+    fields = {"expert_parallel": n, **fields}
+    return go_on_together(n, folder, (steps, STEPS), make, ParallelSparseSAETrainer, **fields)
 
 
 @pytest.mark.parametrize(

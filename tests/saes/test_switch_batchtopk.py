@@ -16,7 +16,7 @@ from helpers.inside_experts import (
     sae_of,
 )
 from helpers.token_loop import make_batch, make_sae, step_input
-from helpers.trainers import our_trainer, run
+from helpers.trainers import assert_only_finite_steps_move_thresholds, our_trainer, run
 
 from sae_lens_switch import (
     SparseBatchTopKTrainingSAE,
@@ -222,18 +222,7 @@ def test_both_trainers_take_the_same_steps_and_log_the_threshold():
 
 
 def test_a_skipped_step_leaves_the_thresholds_as_they_were():
-    batches = activations(4)
-    sae = fresh()
-    t = our_trainer(sae, batches)
-    run(t, batches[:2])
-    before = sae.topk_threshold.clone()
-    bad = batches[2].clone()
-    bad[3, 1] = torch.inf
-    run(t, [bad])
-    assert t.n_skipped_steps == 1
-    assert torch.equal(sae.topk_threshold, before)
-    run(t, batches[3:])
-    assert not torch.equal(sae.topk_threshold, before)
+    assert_only_finite_steps_move_thresholds(fresh(), activations(4))
 
 
 @pytest.mark.parametrize(
