@@ -105,7 +105,12 @@ class Sentences:
 class Silent:
     """Nothing is shown."""
 
+    n = 0
+
     def update(self, n: int, facts: Facts = dict) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def __enter__(self) -> "Silent":

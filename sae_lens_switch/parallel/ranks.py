@@ -70,6 +70,11 @@ def _initialize(backend: str, timeout: timedelta) -> None:
     )
 
 
+def n_processes() -> int:
+    """Of the group that was joined."""
+    return dist.get_world_size()
+
+
 def leave_process_group() -> None:
     """At the end of a run, on every process."""
     if dist.is_initialized():

@@ -5,24 +5,20 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import sae_lens
-import torch
-from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
 from sae_lens.config import HfDataset
-from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME, RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import TrainingSAE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_switch.common.atomic import replace_files, scratch
 from sae_lens_switch.common.types import AnyTrainingSAE
-from sae_lens_switch.parallel.checkpoints import RANKS, weight_parts
+from sae_lens_switch.parallel.checkpoints import weight_parts
 from sae_lens_switch.parallel.consolidate import write_whole
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
 from sae_lens_switch.parallel.expert_shard import ExpertShard
@@ -31,10 +27,11 @@ from sae_lens_switch.parallel.ranked_trainer import RankedTrainer
 from sae_lens_switch.parallel.ranks import Ranks, local_device, start_process_group
 from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.parallel.sharded_files import write_parts
+from sae_lens_switch.parallel.share import return_to_place, take_share_of_store
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training.config import TrainerOptions
-from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig
+from sae_lens_switch.training.runner_config import LanguageModelRun, LanguageModelSAERunnerConfig
 from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
 
 AnyRankedTrainer = RankedTrainer[Any, Any]
@@ -90,7 +87,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
             override_sae = self._own_part(cfg, shard_class, override_sae)
         self._trainer_class = DataParallelSAETrainer if division is None else division.trainer_class
         super().__init__(cfg, override_dataset, override_model, override_sae)
-        self._take_share_of_data()
+        take_share_of_store(self.activations_store, self.cfg.train_batch_size_tokens, self.ranks)
 
     def _own_part(
         self, cfg: LanguageModelSAERunnerConfig[Any], shard_class: type[Shard], given: AnyTrainingSAE | None
@@ -103,16 +100,6 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
             raise ValueError(f"the SAE to train must be a {wanted} SAE, as the config's; got {found}")
         return shard_class.of(whole, self.ranks)
 
-    def _take_share_of_data(self) -> None:
-        store, ranks = self.activations_store, self.ranks
-        if store.dataset is not None:
-            store.dataset = _share_of(store.dataset, ranks)
-        if store.cached_activation_dataset is not None:
-            cached = store.cached_activation_dataset
-            store.cached_activation_dataset = split_dataset_by_node(cached, ranks.rank, ranks.size)
-        first, end = (self.cfg.train_batch_size_tokens * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
-        store.train_batch_size_tokens = end - first
-
     @override
     def _trainer(self) -> Callable[..., AnyRankedTrainer]:
         def make(*, evaluator: object = None, **arguments: Any) -> AnyRankedTrainer:  # noqa: ARG001
@@ -123,19 +110,9 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def _find_checkpoint(self) -> None:
         """The first process looks; the trainer resumes by itself, since SAELens knows of files of one process only."""
-        error = None
-        if self.ranks.is_first:
-            try:
-                super()._find_checkpoint()
-            except ValueError as failure:
-                error = failure
-        found = self.ranks.first_says((error, self.cfg.resume_from_checkpoint, self.cfg.checkpoint_path))
-        error, self._resume_from, self.cfg.checkpoint_path = found
-        self.cfg.resume_from_checkpoint = None
+        self._resume_from = find_together(self.ranks, self.cfg, super()._find_checkpoint)
         if isinstance(self.cfg, TrainerOptions):
             self.cfg.resume = None
-        if error is not None:
-            raise error
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> AnyTrainingSAE:
@@ -143,20 +120,8 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
             checkpoint = Path(self._resume_from)
             trainer.load_trainer_state(checkpoint)
             trainer.load_weights(checkpoint)
-            self._return_to_place(checkpoint)
+            return_to_place(self.activations_store, checkpoint, self.ranks)
         return super().run_trainer_with_interruption_handling(trainer)
-
-    def _return_to_place(self, checkpoint: Path) -> None:
-        """In this process's part of the dataset: of another number of parts, by what all have read together."""
-        files = sorted((checkpoint / RANKS).glob(f"*/{ACTIVATIONS_STORE_STATE_FILENAME}"))
-        if len(files) == self.ranks.size:
-            self.activations_store.load(str(files[self.ranks.rank]))
-        elif files:
-            n_read = sum(int(load_file(file)["n_dataset_processed"]) for file in files) // self.ranks.size
-            with TemporaryDirectory() as folder:
-                place = Path(folder) / ACTIVATIONS_STORE_STATE_FILENAME
-                save_file({"n_dataset_processed": torch.tensor(n_read)}, place)
-                self.activations_store.load(str(place))
 
     @override
     def save_final_sae(self, sae: AnyTrainingSAE, output_path: str, log_feature_sparsity: Tensor | None = None) -> None:
@@ -188,6 +153,25 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         replace_files(output, save)
 
 
+def find_together(ranks: Ranks, cfg: LanguageModelRun, find: Callable[[], None]) -> str | None:
+    """The checkpoint that ``find`` leaves in the config on the first process, for all; in no config afterwards.
+
+    Raises:
+        ValueError: On every process, if ``find`` does on the first.
+    """
+    error = None
+    if ranks.is_first:
+        try:
+            find()
+        except ValueError as failure:
+            error = failure
+    error, found, cfg.checkpoint_path = ranks.first_says((error, cfg.resume_from_checkpoint, cfg.checkpoint_path))
+    cfg.resume_from_checkpoint = None
+    if error is not None:
+        raise error
+    return found
+
+
 def is_parallel(cfg: sae_lens.LanguageModelSAERunnerConfig[Any]) -> bool:
     """Whether torchrun has started this process, or the config asks for several."""
     wants = isinstance(cfg, LanguageModelSAERunnerConfig) and (cfg.expert_parallel > 1 or cfg.latent_parallel > 1)
@@ -206,11 +190,3 @@ def _division_of(cfg: LanguageModelSAERunnerConfig[Any]) -> _Division | None:
     if architecture in _EXPERTS.shard_classes:
         return _EXPERTS
     return _LATENTS if cfg.latent_parallel > 1 else None
-
-
-def _share_of(dataset: HfDataset, ranks: Ranks) -> HfDataset:
-    if isinstance(dataset, Dataset):
-        return split_dataset_by_node(dataset, ranks.rank, ranks.size)
-    if isinstance(dataset, IterableDataset):
-        return split_dataset_by_node(dataset, ranks.rank, ranks.size)
-    raise ValueError(f"the dataset must be one split, such as train; got a {type(dataset).__name__}")

@@ -1,5 +1,7 @@
 """SAELens's trainer of many SAEs on one stream of activations, with our trainer for each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +14,9 @@ from sae_lens.training.types import MultiHookDataProvider
 from typing_extensions import override
 
 from sae_lens_switch.common.printable import logger
-from sae_lens_switch.common.progress import Bar, Sentences, progress, track
+from sae_lens_switch.common.progress import Bar, Sentences, Silent, progress, track
 from sae_lens_switch.common.substitution import constructing
-from sae_lens_switch.common.types import AnyTrainingSAE
+from sae_lens_switch.common.types import AnyTrainingSAE, Json
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.training.skipped_steps import TrainingDivergedError
@@ -24,7 +26,7 @@ from sae_lens_switch.training.trainer import SparseSAETrainer
 class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     """SAELens's, interrupted only between steps, when all SAEs have had the same batches; checkpoints are atomic."""
 
-    _bar: Bar | Sentences | None = None
+    _bar: Bar | Sentences | Silent | None = None
 
     def own_trainers(self) -> "dict[str, SparseSAETrainer[Any, Any]]":
         return cast("dict[str, SparseSAETrainer[Any, Any]]", self.trainers)
@@ -37,11 +39,11 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     def fit(self) -> dict[str, AnyTrainingSAE]:
         self._stream = self.data_provider
         with (
-            Interruption() as interruption,
+            self._new_interruption() as interruption,
             constructing(multi_trainer_module, "tqdm", self._progress),
             constructing(activation_scaler_module, "tqdm", track),
         ):
-            self.data_provider = _interruptible(self._stream, interruption)
+            self.data_provider = self._batches(self._stream, interruption)
             try:
                 return super().fit()
             except INTERRUPTIONS:
@@ -58,13 +60,26 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                 if self._bar is not None:
                     self._bar.close()
 
-    def _progress(self, total: int, desc: str) -> Bar | Sentences:
+    def _new_interruption(self) -> Interruption:
+        return Interruption()
+
+    def _batches(self, stream: MultiHookDataProvider, interruption: Interruption) -> MultiHookDataProvider:
+        """Those of the stream, between which training may be interrupted."""
+        while True:
+            with interruption.waiting():
+                try:
+                    batch = next(stream)
+                except StopIteration:
+                    return
+            yield batch
+
+    def _progress(self, total: int, desc: str) -> Bar | Sentences | Silent:
         self._bar = progress(total, self.n_training_samples, desc, "trained on")
         return self._bar
 
     @override
     def _update_pbar(  # type: ignore[override], a bar of ours stands in for tqdm's
-        self, step_outputs: dict[str, TrainStepOutput], pbar: Bar | Sentences, update_interval: int = 100
+        self, step_outputs: dict[str, TrainStepOutput], pbar: Bar | Sentences | Silent, update_interval: int = 100
     ) -> None:
         done = self.n_training_samples - pbar.n
         pbar.update(done, lambda: {name: out.loss.item() for name, out in step_outputs.items()})
@@ -88,8 +103,20 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
 
     @override
     def _checkpoint_if_needed(self) -> None:
-        with checkpoints.scheduled(self.checkpoint_thresholds, self.n_training_samples):
+        with checkpoints.scheduled(self.checkpoint_thresholds, self.n_training_samples), self._counting_this_step():
             super()._checkpoint_if_needed()
+
+    @contextmanager
+    def _counting_this_step(self) -> Iterator[None]:
+        """SAELens counts a step after the checkpoint that holds it, so that a resumed run would count it again."""
+        counters = [self, *self.own_trainers().values()]
+        for counter in counters:
+            counter.n_training_steps += 1
+        try:
+            yield
+        finally:
+            for counter in counters:
+                counter.n_training_steps -= 1
 
     @override
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
@@ -104,41 +131,48 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
         if base is None:
             super().save_checkpoint(checkpoint_name, wandb_aliases)
             return
-        trainers = self.own_trainers()
-        facts = {
-            "n_training_samples": self.n_training_samples,
-            "n_training_steps": self.n_training_steps,
-            "folded": any(trainer.is_folded for trainer in trainers.values()),
-            "config": {name: trainer.config_of_record() for name, trainer in trainers.items()},
-            **self._session.facts(Path(base)),
-        }
-        with checkpoints.whole_folder(Path(base) / checkpoint_name, facts) as folder:
-            for name, trainer in trainers.items():
-                (folder / name).mkdir()
-                trainer.write_checkpoint(folder / name)
-            if self.save_checkpoint_fn is not None:
-                self.save_checkpoint_fn(checkpoint_path=folder)
+        path, trainers = Path(base) / checkpoint_name, self.own_trainers()
+        self._write_checkpoint(path)
         for name, trainer in trainers.items():
-            trainer.log_artifacts(Path(base) / checkpoint_name / name, wandb_aliases)
+            trainer.log_artifacts(path / name, wandb_aliases)
         (keep,) = {trainer.cfg.keep_checkpoints for trainer in trainers.values()}
         if keep is not None:
-            checkpoints.prune(Path(base), keep, Path(base) / checkpoint_name)
+            self._prune(path, keep)
+
+    def _write_checkpoint(self, path: Path) -> None:
+        facts = self._facts() | self._session.facts(path.parent)
+        with checkpoints.whole_folder(path, facts) as folder:
+            self._write_saes(folder)
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=folder)
+
+    def _facts(self) -> Json:
+        return {
+            "n_training_samples": self.n_training_samples,
+            "n_training_steps": self.n_training_steps,
+            "folded": any(trainer.is_folded for trainer in self.own_trainers().values()),
+            "config": self._configs(),
+        }
+
+    def _configs(self) -> dict[str, Json]:
+        return {name: trainer.config_of_record() for name, trainer in self.own_trainers().items()}
+
+    def _write_saes(self, folder: Path) -> None:
+        for name, trainer in self.own_trainers().items():
+            (folder / name).mkdir()
+            trainer.write_checkpoint(folder / name)
+
+    def _prune(self, written: Path, keep: int) -> None:
+        checkpoints.prune(written.parent, keep, written)
+
+    def _verify(self, path: Path) -> None:
+        checkpoints.verify(path, self._configs())
 
     @override
     def load_checkpoint(self, path: str | Path) -> None:
         trainers = self.own_trainers()
-        checkpoints.verify(path, {name: trainer.config_of_record() for name, trainer in trainers.items()})
+        self._verify(Path(path))
         super().load_checkpoint(path)
         for trainer in trainers.values():
             trainer.restore_training_weights()
         self._session.go_on_from(Path(path))
-
-
-def _interruptible(stream: MultiHookDataProvider, interruption: Interruption) -> MultiHookDataProvider:
-    while True:
-        with interruption.waiting():
-            try:
-                batch = next(stream)
-            except StopIteration:
-                return
-        yield batch

@@ -1,6 +1,6 @@
 """SAELens runners that use SparseSAETrainer and validate the configuration before training starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import sae_lens
 from sae_lens import llm_sae_training_runner as llm_module
 from sae_lens import multi_sae_training_runner as multi_module
 from sae_lens.config import HfDataset, SAETrainerConfig
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training.sae_trainer import SAETrainer
@@ -141,23 +141,40 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
     ) -> None:
         check_language_model_run(cfg, field_rules.MULTI_RUNNER, *cfg.saes.values())
         refuse_transcoders("an SAE of a run of many SAEs", *cfg.saes.values())
-        check_run_fits(cfg, *cfg.saes.values())
+        check_run_fits(cfg, *(cfg.saes[name] for name in self._trained_here(cfg)))
         _check_dataset(cfg, override_dataset)
         super().__init__(cfg, override_dataset, override_model, override_saes)
         self.options = options or TrainerOptions()
+
+    def _trained_here(self, cfg: MultiSAETrainingRunnerConfig) -> Iterable[str]:
+        """Names of the SAEs that this process trains."""
+        return cfg.saes
 
     @override
     def run(self) -> dict[str, AnyTrainingSAE]:
         for name, hook_name in self.cfg.hook_names_per_sae.items():
             head = self.cfg.hook_head_indices_per_sae[name]
             check_hook(self.model, self.cfg, hook_name, head, self.cfg.saes[name].d_in)
-        _find_checkpoint(self.cfg, self.options.resume)
+        self._find_checkpoint()
+        found = self.cfg.resume_from_checkpoint
+        if found is not None and Path(found).is_dir() and not (Path(found) / ACTIVATIONS_STORE_STATE_FILENAME).exists():
+            raise checkpoints.CheckpointError(
+                f"checkpoint {found} is not of a run of many SAEs on one process: one on several resumes under "
+                "torchrun, if need be with --nproc-per-node 1, by parallel.ParallelMultiSAETrainingRunner"
+            )
         make = with_options(self.options)
         with (
-            constructing(multi_module, "MultiSAETrainer", MultiSAETrainer),
+            constructing(multi_module, "MultiSAETrainer", self._trainer()),
             constructing(multi_trainer_module, "SAETrainer", make),
         ):
             return super().run()
+
+    def _find_checkpoint(self) -> None:
+        _find_checkpoint(self.cfg, self.options.resume)
+
+    def _trainer(self) -> Callable[..., MultiSAETrainer]:
+        """What makes the trainer."""
+        return MultiSAETrainer
 
     @override
     def _run_with_interruption_handling(

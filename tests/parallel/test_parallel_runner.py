@@ -17,7 +17,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file
 
 from sae_lens_switch import SwitchSAE
-from sae_lens_switch.parallel.runner import ParallelLanguageModelSAETrainingRunner
+from sae_lens_switch.parallel import runner as runner_module
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
 from sae_lens_switch.train import main
 from sae_lens_switch.training import checkpoints
@@ -100,13 +100,13 @@ def test_a_run_resumes_on_another_number_of_processes_beyond_what_was_read(tmp_p
         int(load_file(file)["n_dataset_processed"])
         for file in checkpoint.parent.glob("ranks/*/activations_store_state.safetensors")
     ]
-    returned = ParallelLanguageModelSAETrainingRunner._return_to_place
+    returned = runner_module.return_to_place
 
-    def noting(self, path):
-        returned(self, path)
-        torch.save(self.activations_store.n_dataset_processed, tmp_path / f"place-{self.ranks.rank}.pt")
+    def noting(store, path, ranks):
+        returned(store, path, ranks)
+        torch.save(store.n_dataset_processed, tmp_path / f"place-{ranks.rank}.pt")
 
-    monkeypatch.setattr(ParallelLanguageModelSAETrainingRunner, "_return_to_place", noting)
+    monkeypatch.setattr(runner_module, "return_to_place", noting)
     argv += ["--expert-parallel", "2", "--resume", str(checkpoint.parent)]
     assert run(argv, model, dataset, 2, tmp_path) == [0, 0]
     assert len(read) == 4

@@ -1,6 +1,7 @@
 """What a run goes on from: longer than planned, and on its own data."""
 
 import dataclasses
+import json
 import logging
 
 import pytest
@@ -123,6 +124,10 @@ def test_several_saes_on_one_stream_are_extended(tmp_path, model, dataset, caplo
     several(tmp_path, model, dataset, TrainerOptions(), training_tokens=6 * 64, **fields).run()
     several(tmp_path, model, dataset, TrainerOptions(resume="latest"), training_tokens=12 * 64, **fields).run()
     assert f"planned for {6 * 64} samples and now continues to {12 * 64}" in caplog.text
+    for name in ("switch", "topk"):
+        rows = [json.loads(line) for line in (tmp_path / "output" / name / "history.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, 13))
+        assert [row["details/n_training_samples"] for row in rows] == [64 * step for step in range(1, 13)]
 
 
 def test_several_saes_go_on_from_weights_for_scaled_activations(tmp_path, model, dataset, monkeypatch):
