@@ -32,6 +32,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "optimiser": {
         "dense Adam": {},
         "row-sparse Adam": {"optimizer": "row_sparse_adam"},
+        "dense Adam, bfloat16 moments": {"moments_dtype": "bfloat16"},
+        "row-sparse, bfloat16 moments": {"optimizer": "row_sparse_adam", "moments_dtype": "bfloat16"},
     },
     "precision": {
         "float32": {},
@@ -130,7 +132,7 @@ def train_one(
     from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
 
     torch.manual_seed(seed)
-    of_trainer = {n: v for n, v in options.items() if n in ("optimizer", "autocast")}
+    of_trainer = {n: v for n, v in options.items() if n in ("optimizer", "moments_dtype", "autocast")}
     of_sae = {"d_sae": args.d_sae, "k": args.k} | {n: v for n, v in options.items() if n not in of_trainer}
     sae = SwitchTrainingSAE(SwitchTrainingSAEConfig(d_in=train.shape[1], n_experts=args.n_experts, **of_sae))
     samples = args.epochs * args.tokens // args.batch * args.batch

@@ -57,7 +57,7 @@ def _planned(args: dict[str, Any]) -> str:
         hardware,
         *(args["d_in"], args["d_sae"], args["k"], E or A * (N or 1), N or 1, args["tokens_per_rank"]),
         *(A, args["optimizer"] or "row_sparse_adam", args["precision"]),
-        *(1e9 * args["reserved_gb"], args["load_spread"]),
+        *(1e9 * args["reserved_gb"], args["load_spread"], args["bytes_per_moment"]),
     )
     experts = None if E is None else [E]
     found = smallest(plan, experts) if N is None else fastest(plan, experts)
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--optimizer", choices=["adam", "row_sparse_adam"], help="adam if not given; with --plan, row_sparse_adam"
     )
     parser.add_argument("--bytes-per-weight", type=int, default=4)
+    parser.add_argument("--bytes-per-moment", type=int, default=4, help="of Adam's moments: 4, or 2 for bfloat16")
     machine = parser.add_argument_group("the machine", "all six numbers, or --measure")
     machine.add_argument("--measure", action="store_true", help="measure this machine, in a few seconds")
     for name, unit in (
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         ("fresh", "bytes per second, memory written for the first time"),
     ):
         machine.add_argument(f"--{name}", type=float, help=unit)
-    cluster = parser.add_argument_group("a cluster", "experts divided among GPUs, float32 weights and moments")
+    cluster = parser.add_argument_group("a cluster", "experts divided among GPUs, float32 weights")
     cluster.add_argument("--plan", action="store_true", help="how many GPUs, and what a step takes")
     cluster.add_argument("--hardware", default="h100", choices=list(HARDWARE))
     cluster.add_argument("--n-ranks", type=int, help="GPUs; by default as few as have the memory")

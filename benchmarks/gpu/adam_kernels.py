@@ -35,6 +35,26 @@ def check_adam(p: Any, c: SimpleNamespace) -> Pairs:
             for name, ours, truth in zip("Wmv", (W, m, v), truths, strict=True):
                 yield f"{label}{constraint}, {name}", ours, truth
             yield f"{label}{constraint}, copy", *not_near(low, W)
+        if F:
+            yield from _with_low_moments(p, c, label, given)
+
+
+def _with_low_moments(p: Any, c: SimpleNamespace, label: str, given: list[Tensor]) -> Pairs:
+    """Moments in bfloat16: a neighbour of the exact ones, the same on a second step from the same state."""
+    W_FD, grad_FD, *moments = given
+    moments = [t.to(torch.bfloat16) for t in moments]
+    step, scale = (torch.full((), x, device=c.x.device) for x in (3.0, 2.0))
+    results = []
+    for _ in range(2):
+        W, (m, v) = W_FD.clone(), (t.clone() for t in moments)
+        p.adam_rows(W, grad_FD, m, v, step, 0.01, 0.9, 0.999, 1e-8, scale, None, None, True, True)
+        results.append((W, m, v))
+    exact = [t.double() for t in (W_FD, grad_FD, *moments)]
+    truths = reference.adam_rows(*exact, 3.0, 0.01, 0.9, 0.999, 1e-8, 2.0, True, True)
+    yield f"{label}bf16 moments, W", results[0][0], truths[0]
+    for name, ours, again, truth in zip("mv", results[0][1:], results[1][1:], truths[1:], strict=True):
+        yield f"{label}bf16 moments, {name}", *not_near(ours, truth)
+        yield f"{label}bf16 moments, {name} again", *equal_bits(again, ours)
 
 
 def check_lazy_adam(p: Any, c: SimpleNamespace) -> Pairs:

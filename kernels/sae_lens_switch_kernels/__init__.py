@@ -34,6 +34,7 @@ from sae_lens_switch_kernels.loss import reconstruction_loss
 from sae_lens_switch_kernels.routing import route, router_logits, update_expert_bias, update_loads
 from sae_lens_switch_kernels.row_grads import RowGrads
 from sae_lens_switch_kernels.several_experts import code_gates
+from sae_lens_switch_kernels.stochastic_rounding import rounded_moments
 from sae_lens_switch_kernels.torch_loss import spread
 from sae_lens_switch_kernels.torch_private import version_of
 from sae_lens_switch_kernels.torch_routing import biased_probs
@@ -54,6 +55,7 @@ __all__ = [
     "matmul_at_indices",
     "reconstruction_loss",
     "route",
+    "rounded_moments",
     "router_logits",
     "sparse_autoencode",
     "sparse_decode",

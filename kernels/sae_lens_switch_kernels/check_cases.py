@@ -92,19 +92,26 @@ def _adam_cases(shape: Shape, device: torch.device) -> dict[str, list[tuple[Any,
     rows, options = (W_FD, grad_FD, m_FD, v_FD), (0.9, 0.999, 1e-8)
     wide = tuple(t.view(shape.K - 1, -1) for t in rows)
     copy_FD, wide_copy = (t.to(torch.bfloat16) for t in (W_FD, wide[0]))
+    low, wide_low = ((*some[:2], *(t.to(torch.bfloat16) for t in some[2:])) for some in (rows, wide))
     dense = [
         (*rows, step, 0.5, *options, None, None, None, False, False, copy_FD),
         (*rows, step, 0.5, *options, scale, found, radial_F, True, True, None),
         (*rows, step, lr, *options, scale, found, None, True, True, copy_FD),
         (*wide, step, 0.5, *options, None, None, None, True, True, wide_copy),
         (*rows, step, 0.5, *options, scale, 1 - found, None, True, True, copy_FD),
+        (*low, step, 0.5, *options, scale, found, radial_F, True, True, copy_FD),
+        (*wide_low, step, 0.5, *options, None, None, None, True, True, None),
     ]
     sizes = [shape.D, 1, W_FD.numel() - shape.D - 1]
     several = [[part.clone() for part in t.flatten().split(sizes)] for t in rows]
     ages = [step, step + 1, step * 9]
     tensors = [(*several, ages, 0.5, *options), (*several, ages, lr, *options, scale, found)]
     tensors.append((*several, ages, 0.5, *options, scale, 1 - found))
-    return {"adam_rows": dense, "adam_tensors": tensors, "lazy_adam_rows": [_of_some_rows(case) for case in dense[:4]]}
+    return {
+        "adam_rows": dense,
+        "adam_tensors": tensors,
+        "lazy_adam_rows": [_of_some_rows(dense[i]) for i in (0, 1, 2, 3, 5)],
+    }
 
 
 def _of_some_rows(case: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sae_lens_switch_kernels.stochastic_rounding import rounded_moments
+
 
 def adam_rows(
     W_FD: Tensor,
@@ -31,8 +33,8 @@ def adam_rows(
     Args:
         W_FD: Weights.
         grad_FD: Their gradient, divided by ``grad_scale`` first.
-        m_FD: First moments.
-        v_FD: Second moments.
+        m_FD: First moments; float32, or bfloat16, into which they are rounded stochastically.
+        v_FD: Second moments, of the same dtype.
         step: Which step this is, from 1.
         lr: Learning rate.
         beta1: Decay of the first moments.
@@ -48,6 +50,8 @@ def adam_rows(
     new = _stepped(
         (W_FD, grad_FD, m_FD, v_FD), step.double(), lr, beta1, beta2, eps, grad_scale, radial_F, unit_rows, project
     )
+    if m_FD.dtype == torch.bfloat16:
+        new = new[0], *rounded_moments(*new[1:], torch.arange(len(W_FD), device=W_FD.device), step)
     for old, t in zip((W_FD, m_FD, v_FD), new, strict=True):
         old.copy_(t if found_inf is None else torch.where(found_inf == 0, t, old))
     if copy_FD is not None:
@@ -76,8 +80,8 @@ def lazy_adam_rows(
     Args:
         W_FD: Weights.
         grad_RD: The gradient of the rows to step.
-        m_FD: First moments.
-        v_FD: Second moments.
+        m_FD: First moments; float32 or bfloat16, as in ``adam_rows``.
+        v_FD: Second moments, of the same dtype.
         step_F: How many steps each row has taken; that of the rows to step is increased by one.
         rows_R: The rows to step, distinct.
         lr: Learning rate.
@@ -94,6 +98,8 @@ def lazy_adam_rows(
     old = W_FD[rows_R], grad_RD, m_FD[rows_R], v_FD[rows_R]
     number_R1 = step_R.double().unsqueeze(1)
     new = _stepped(old, number_R1, lr, beta1, beta2, eps, grad_scale, radial_R, unit_rows, project)
+    if m_FD.dtype == torch.bfloat16:
+        new = new[0], *rounded_moments(*new[1:], rows_R, step_R)
     for t_FD, t_RD in zip((W_FD, m_FD, v_FD), new, strict=True):
         t_FD[rows_R] = t_RD
     step_F[rows_R] = step_R
@@ -147,8 +153,7 @@ def _stepped(
     project: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and both moments after a step, of a matrix or of some of its rows."""
-    W_RD, g_RD, m_RD, v_RD = given
-    g_RD = g_RD.to(W_RD.dtype)
+    W_RD, g_RD, m_RD, v_RD = (t.to(given[0].dtype) for t in given)
     if project:
         radial_R = (g_RD * W_RD).sum(1) if radial_R is None else radial_R
         g_RD = torch.addcmul(g_RD, W_RD, radial_R.unsqueeze(1), value=-1)

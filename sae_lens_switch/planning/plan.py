@@ -33,7 +33,8 @@ class Plan:
         tokens_per_rank: Tokens per step and rank.
         n_active_experts: Experts per token.
         optimizer: "adam" or "row_sparse_adam".
-        precision: Of the matrix products. Weights and moments are float32.
+        precision: Of the matrix products. Weights are float32.
+        bytes_per_moment: 4 for moments in float32, 2 for bfloat16.
         reserved: Bytes per GPU that the language model and the activations take.
         load_spread: Standard deviation of the logarithm of the experts' loads.
 
@@ -53,6 +54,7 @@ class Plan:
     precision: Precision = "bfloat16"
     reserved: float = 16e9
     load_spread: float = 0.0
+    bytes_per_moment: int = 4
 
     def __post_init__(self) -> None:
         if self.n_ranks < 1 or self.n_experts % self.n_ranks:
@@ -86,6 +88,7 @@ class Plan:
             local_experts,
             round(self.tokens_per_rank * self.n_active_experts * self.skew),
             self.optimizer,
+            bytes_per_moment=self.bytes_per_moment,
         )
 
     @property
@@ -192,7 +195,8 @@ def smallest(plan: Plan, experts: Iterable[int] | None = None, most_ranks: int =
     node = plan.hardware.gpus_per_node
     alone = [2**i for i in range(node.bit_length()) if 2**i < node]
     room = plan.hardware.memory - plan.reserved
-    at_least = math.inf if room <= 0 else 12 * 2 * plan.d_in * plan.d_sae / room  # weights and moments alone
+    # weights and moments alone
+    at_least = math.inf if room <= 0 else (4 + 2 * plan.bytes_per_moment) * 2 * plan.d_in * plan.d_sae / room
     for n in [*alone, *range(node, most_ranks + 1, node)]:
         if n >= at_least and (found := fastest(replace(plan, n_experts=n, n_ranks=n), experts)):
             return found

@@ -38,6 +38,7 @@ class Cost:
         batch: Activations per training step.
         optimizer: "adam" or "row_sparse_adam".
         bytes_per_weight: 4 for float32, 2 for bfloat16.
+        bytes_per_moment: Likewise, of Adam's moments of both weight matrices.
 
     Raises:
         ValueError: If there is no SAE of this shape.
@@ -54,11 +55,13 @@ class Cost:
     n_active_experts: int = 1
     n_shared_experts: int = 0
     shared_width: int | None = None
+    bytes_per_moment: int = 4
 
     def __post_init__(self) -> None:
         if self.architecture not in ("switch", "sparse_topk", "topk"):
             raise ValueError(f"architecture must be switch, sparse_topk or topk; got {self.architecture!r}")
-        for name in ("d_in", "d_sae", "k", "n_experts", "n_active_experts", "batch", "bytes_per_weight"):
+        sizes = "d_in", "d_sae", "k", "n_experts", "n_active_experts", "batch", "bytes_per_weight", "bytes_per_moment"
+        for name in sizes:
             value = vars(self)[name]
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
@@ -144,6 +147,7 @@ class Cost:
         """Peak memory of a training step in bytes, by part."""
         B, D, K, n = self.batch, self.d_in, self.k, sum(self.parameters.values())
         masters = 4 * n if self.bytes_per_weight < 4 else 0
+        matrices = 2 * D * self.d_sae
         if self.architecture == "topk":  # from the second step on, SAELens holds seven tensors of B x F
             latents = 7 * 4 * B * self.d_sae
         else:  # codes, their gradients and index, and the tile of pre-activations that top-k searches
@@ -152,7 +156,7 @@ class Cost:
         return {
             "weights": self.bytes_per_weight * n,
             "gradients": self.bytes_per_weight * 2 * self.rows * D,
-            "optimiser": 2 * 4 * n + masters,
+            "optimiser": 2 * (self.bytes_per_moment * matrices + 4 * (n - matrices)) + masters,
             "activations": (5 + self.n_active_experts + (self.n_shared_experts > 0)) * 4 * B * D,
             "latents": latents,
         }
@@ -164,12 +168,13 @@ class Cost:
         # Latents that are shared, or of experts with at least one token.
         reached = self.layout.shared_width + min(self.n_experts, B * self.n_active_experts) * self.expert_width
         touched = 2 * w * self.rows * D
+        moments = 4 * 2 * self.bytes_per_moment * self.rows * D  # two of both matrices, read and written
         if self.architecture == "topk":
             return {
                 "dense latents, written": _DENSE_TENSORS * 4 * B * F,
                 "dense latents, read": _DENSE_READS * _DENSE_TENSORS * 4 * B * F,
                 "clipping": _CONSTRAINT_PASSES["topk"] * touched,
-                "optimiser": 7 * touched,
+                "optimiser": 3 * touched + moments,
             }
         return {
             "router": w * D * self.n_experts,
@@ -179,7 +184,7 @@ class Cost:
             "weight gradients": 2 * w * B * K * D + touched,
             "pre-bias gradient": w * self.rows * D,
             "clipping and constraint": _CONSTRAINT_PASSES[self.architecture] * touched,
-            "optimiser": 7 * touched,
+            "optimiser": 3 * touched + moments,
             "tokens": _TOKEN_PASSES * 4 * B * D,
         }
 

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from sae_lens_switch.common import rules
 from sae_lens_switch.training import field_rules
-from sae_lens_switch.training.field_rules import OnCollapse, OptimizerName
+from sae_lens_switch.training.field_rules import MomentsDtype, OnCollapse, OptimizerName
 
 
 @dataclass(kw_only=True)
@@ -17,6 +17,7 @@ class TrainerOptions:
 
     Args:
         optimizer (str): "adam", or "row_sparse_adam": lazy Adam, which only updates latents that were active in the step, at most k per token, however wide the dictionary.
+        moments_dtype (str): Of Adam's moments of W_enc and W_dec: "float32", or "bfloat16", rounded stochastically, in half the memory; weights of at most float32.
         gradient_accumulation_steps (int): Number of parts in which each batch is computed, one after the other, in the memory of one part; their gradients are summed. Batch statistics, such as the load balance, are computed per part.
         cuda_graph (bool): Capture the training step as one CUDA graph and replay it, which removes the host's part, most of a small step. Results are the same but for the learning rate's rounding to float32. Requires "adam", and one of our architectures without auxiliary loss. No effect on a CPU.
         expert_parallel (int): Number of processes that the experts of a Switch SAE are divided over; it divides n_experts and the number of processes that torchrun has started. With 1, every process has all experts, and the processes divide the data.
@@ -32,6 +33,7 @@ class TrainerOptions:
     """
 
     optimizer: OptimizerName = "adam"
+    moments_dtype: MomentsDtype = "float32"
     gradient_accumulation_steps: int = 1
     cuda_graph: bool = False
     expert_parallel: int = 1

@@ -22,6 +22,7 @@ from sae_lens_switch.common.rules import (
 )
 
 OptimizerName = Literal["adam", "row_sparse_adam"]
+MomentsDtype = Literal["float32", "bfloat16"]
 OnCollapse = Literal["report", "raise_coefficient", "reseed"]
 
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
@@ -41,6 +42,7 @@ LOGGING: dict[str, Rule] = {
 
 OPTIONS: dict[str, Rule] = {
     "optimizer": Choice(get_args(OptimizerName)),
+    "moments_dtype": Choice(get_args(MomentsDtype)),
     "gradient_accumulation_steps": _size,
     "cuda_graph": _flag,
     **dict.fromkeys(("expert_parallel", "latent_parallel"), _size),

@@ -26,6 +26,7 @@ _BEFORE = {
     "activation": "topk",
     "topk_threshold_lr": 0.01,
     "matryoshka_widths": None,
+    "moments_dtype": "float32",
 }
 ORDERED_BY = ("n_training_samples", "saved_at")
 

@@ -11,6 +11,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae_lens_switch import (
+    SparseSAETrainer,
+    SparseSAETrainerConfig,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
     SwitchTrainingSAE,
@@ -71,6 +73,31 @@ def test_row_sparse_adam_costs_the_same_for_a_dictionary_of_any_width():
         assert wide.bytes_moved[part] == narrow.bytes_moved[part]
     assert wide.memory["gradients"] == narrow.memory["gradients"]
     assert replace(wide, optimizer="adam").bytes_moved["optimiser"] > 100 * wide.bytes_moved["optimiser"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "sae", "rows"),
+    [
+        ({"optimizer": "adam"}, SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**SHAPE)), 160),
+        ({"optimizer": "row_sparse_adam"}, SwitchTrainingSAE(SwitchTrainingSAEConfig(n_experts=8, **SHAPE)), 8),
+    ],
+    ids=["adam", "row-sparse"],
+)
+def test_moments_by_hand_and_as_the_optimiser_keeps_them(trainer, sae, rows):
+    n_experts = 8 if "n_experts" in sae.cfg.to_dict() else 1
+    cost = Cost(sae.cfg.architecture(), n_experts=n_experts, batch=2, **SHAPE, **trainer)
+    low = replace(cost, bytes_per_moment=2)
+    assert low.bytes_moved["optimiser"] == 2 * rows * 24 * (3 * 4 + 4 * 2)  # weight, gradient; both moments twice
+    assert cost.bytes_moved["optimiser"] == 2 * rows * 24 * 7 * 4
+    assert cost.memory["optimiser"] - low.memory["optimiser"] == 2 * 2 * 2 * 24 * 160
+    for kept, expected in (("float32", cost), ("bfloat16", low)):
+        cfg = SparseSAETrainerConfig(8, 2, device="cpu", moments_dtype=kept, **trainer)
+        optimizer = SparseSAETrainer(cfg, sae, torch.randn(8, 24)).optimizer
+        for p in sae.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+        assert sum(t.nbytes for t in moments) == expected.memory["optimiser"]
 
 
 def test_a_prediction_is_the_sum_of_its_parts_and_follows_the_machine():

@@ -14,6 +14,7 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens_switch import CheckpointError
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
 from sae_lens_switch.parallel.__main__ import main
+from sae_lens_switch.parallel.sharded_files import shapes
 from sae_lens_switch.training import checkpoints
 
 STEPS = 12
@@ -48,10 +49,16 @@ def test_a_run_resumed_on_one_two_and_four_processes_ends_like_one_without_a_sto
         assert_same_run(one, expected, **loose)
 
 
-def test_a_run_resumed_on_as_many_processes_has_the_same_bits(tmp_path):
-    whole = run_on(2, tmp_path / "whole")
-    run_on(2, tmp_path / "parts", 5)
-    resumed = run_on(2, tmp_path / "parts")
+@pytest.mark.parametrize(
+    "fields", [{}, {"moments_dtype": "bfloat16"}, {"moments_dtype": "bfloat16", "optimizer": "row_sparse_adam"}]
+)
+def test_a_run_resumed_on_as_many_processes_has_the_same_bits(fields, tmp_path):
+    whole = run_on(2, tmp_path / "whole", **fields)
+    run_on(2, tmp_path / "parts", 5, **fields)
+    kept = next((tmp_path / "parts").glob("*/optimizer"))
+    dtypes = {dtype for name, (_, dtype) in shapes(kept).items() if name.startswith("W_") and "step" not in name}
+    assert (torch.bfloat16 in dtypes) == ("moments_dtype" in fields)
+    resumed = run_on(2, tmp_path / "parts", **fields)
     for a, b in zip(whole, resumed, strict=True):
         assert all(torch.equal(t, b["weights"][name]) for name, t in a["weights"].items())
         assert a["rows"] == b["rows"]

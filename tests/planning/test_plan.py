@@ -52,6 +52,14 @@ def test_weights_and_moments_are_divided_among_ranks():
     assert four["router"] == one["router"]
 
 
+def test_moments_of_two_bytes_need_fewer_gpus():
+    plan = Plan(HARDWARE["h100"], 2304, 10**9, 64, n_experts=1)
+    whole, low = smallest(plan), smallest(replace(plan, bytes_per_moment=2))
+    assert low.fits
+    assert low.n_ranks < 0.8 * whole.n_ranks
+    assert low.local.bytes_per_moment == 2
+
+
 def test_latents_are_rounded_up_to_whole_experts():
     plan = Plan(H100, 8, 1001, 4, 4, n_ranks=2)
     assert plan.expert_width == 251

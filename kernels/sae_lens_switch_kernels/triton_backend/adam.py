@@ -1,8 +1,9 @@
 """Adam over rows of a matrix in one pass: projection, step and renormalisation of a row while it is in registers.
 
-Gradient, weight and both moments are read once, weight and moments written once: 28 bytes per float32 weight, and two
-more for a copy in bfloat16. A row too wide for registers is looped over instead; what is read again then comes from
-cache. Without a constraint rows of a whole matrix mean nothing, and it is one line of numbers.
+Gradient, weight and both moments are read once, weight and moments written once: 28 bytes per float32 weight, 20 with
+moments in bfloat16, and two more for a copy in bfloat16. A row too wide for registers is looped over instead; what is
+read again then comes from cache. Without a constraint rows of a whole matrix mean nothing, and it is one line of
+numbers.
 
 Dense Adam steps all rows by one count of steps; lazy Adam steps some, each by its own, and reads their gradients from a
 matrix of those rows alone. Both are one kernel.
@@ -44,8 +45,8 @@ def _load_tile(W, grad, exp_avg, exp_avg_sq, w_at, g_at, m_at, inside):
     return (
         load_row(W + w_at, inside),
         load_row(grad + g_at, inside).to(tl.float32),
-        load_row(exp_avg + m_at, inside),
-        load_row(exp_avg_sq + m_at, inside),
+        load_row(exp_avg + m_at, inside).to(tl.float32),
+        load_row(exp_avg_sq + m_at, inside).to(tl.float32),
     )
 
 
@@ -54,6 +55,30 @@ def _store_weights(W, copy, at, w, inside):
     tl.store(W + at, w, mask=inside)
     if copy is not None:
         tl.store(copy + at, w.to(copy.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _random_bits(place, t):
+    """As stochastic_rounding.random_bits; unsigned."""
+    x = place.to(tl.uint32) * 0x9E3779B1 + t.to(tl.int32).to(tl.uint32) * 0x85EBCA77
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _rounded(x, bits):
+    return ((x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_moments(exp_avg, exp_avg_sq, m_at, m, v, w_at, t, inside):
+    """Rounded stochastically if they are kept in bfloat16."""
+    if exp_avg.dtype.element_ty == tl.bfloat16:
+        bits = _random_bits(w_at, t)
+        m, v = _rounded(m, bits & 0xFFFF), _rounded(v, bits >> 16)
+    tl.store(exp_avg + m_at, m.to(exp_avg.dtype.element_ty), mask=inside)
+    tl.store(exp_avg_sq + m_at, v.to(exp_avg_sq.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -123,8 +148,7 @@ def _adam_rows_kernel(
         if UNIT:
             w *= _to_unit(tl.sum(tl.where(d < width, w * w, 0.0), 0))
         _store_weights(W, copy, w_at, w, d < width)
-        tl.store(exp_avg + m_at, m, mask=d < width)
-        tl.store(exp_avg_sq + m_at, v, mask=d < width)
+        _store_moments(exp_avg, exp_avg_sq, m_at, m, v, w_at, t, d < width)
     else:
         if PROJECT and radial is None:
             dots = tl.zeros([BLOCK_D], tl.float32)
@@ -145,8 +169,7 @@ def _adam_rows_kernel(
                 tl.store(W + w_at + start, w, mask=inside)
             else:
                 _store_weights(W, copy, w_at + start, w, inside)
-            tl.store(exp_avg + m_at + start, m, mask=inside)
-            tl.store(exp_avg_sq + m_at + start, v, mask=inside)
+            _store_moments(exp_avg, exp_avg_sq, m_at + start, m, v, w_at + start, t, inside)
         if UNIT:
             factor = _to_unit(tl.sum(squares, 0))
             tl.debug_barrier()  # the row that other threads have just written is read
@@ -175,7 +198,7 @@ def adam_rows(
     project: bool = False,
     copy_FD: Tensor | None = None,
 ) -> None:
-    """As torch_backend's; everything but the copy float32, the matrices contiguous."""
+    """As torch_backend's; everything but copy and moments float32, the matrices contiguous."""
     by_row = unit_rows or project
     if not W_FD.numel():
         return
@@ -208,7 +231,7 @@ def lazy_adam_rows(
     project: bool = False,
     copy_FD: Tensor | None = None,
 ) -> None:
-    """As torch_backend's; weights, moments and counts float32, the rows of both moments equally far apart."""
+    """As torch_backend's; weights and counts float32, the rows of both moments equally far apart."""
     R, D = grad_RD.shape
     if not D:
         return
@@ -288,13 +311,15 @@ def log_of_decay(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e4
 
 
-def adam_rows_traffic(F: int, D: int, constrained: bool, copy_itemsize: int = 0) -> Traffic:
+def adam_rows_traffic(F: int, D: int, constrained: bool, copy_itemsize: int = 0, moment_itemsize: int = 4) -> Traffic:
     """Sixteen operations per weight, six more with the constraint, whose component along a row is given."""
-    streamed = (28 + copy_itemsize) * F * D + (4 * F if constrained else 0)
+    streamed = (12 + 4 * moment_itemsize + copy_itemsize) * F * D + (4 * F if constrained else 0)
     return Traffic(flops=(22 if constrained else 16) * F * D, streamed=streamed)
 
 
-def lazy_adam_rows_traffic(R: int, D: int, constrained: bool, copy_itemsize: int = 0) -> Traffic:
+def lazy_adam_rows_traffic(
+    R: int, D: int, constrained: bool, copy_itemsize: int = 0, moment_itemsize: int = 4
+) -> Traffic:
     """As dense Adam over R rows; each also reads its index, and reads and writes its count of steps."""
-    dense = adam_rows_traffic(R, D, constrained, copy_itemsize)
+    dense = adam_rows_traffic(R, D, constrained, copy_itemsize, moment_itemsize)
     return dense._replace(streamed=dense.streamed + (8 + 4 + 4) * R)

@@ -180,12 +180,20 @@ def _optimisers(D: int) -> Iterator[Operation]:
         ("adam_rows, projected, unit", 1e-4, {"radial_F": radial, **constraint}),
         ("adam_rows, projected, unit, bf16 copy", 1e-4, {"radial_F": radial, "copy_FD": copy, **constraint}),
         ("adam_rows, dots, lr on device", number, constraint),
+        (
+            "adam_rows, projected, unit, bf16 copy and moments",
+            1e-4,
+            {"radial_F": radial, "copy_FD": copy, **constraint},
+        ),
     ]
     for name, lr, given in steps:
+        kept = (copy, copy) if "moments" in name else (m, v)
         yield Operation(
             name,
-            lambda lr=lr, given=given: adam_rows(W, grad, m, v, number, lr, *options, *numbers, **given),
-            adam_rows_traffic(F, D, "project" in given, 2 if "copy_FD" in given else 0),
+            lambda lr=lr, kept=kept, given=given: adam_rows(
+                W, grad, kept[0], kept[1], number, lr, *options, *numbers, **given
+            ),
+            adam_rows_traffic(F, D, "project" in given, 2 if "copy_FD" in given else 0, kept[0].itemsize),
         )
     small = [empty(D), empty(D, E), empty(D)]
     small_state, sizes = (small, small, small, small, [number] * 3), [t.numel() for t in small]
@@ -202,16 +210,22 @@ def _optimisers(D: int) -> Iterator[Operation]:
         )
     R = F // 4
     moments, grad_RD, rows, steps_F = empty(F, 2, D), empty(R, D), empty(R, dtype=torch.int64), empty(F)
-    stepped = grad_RD, moments[:, 0], moments[:, 1], steps_F, rows
     lazy: list[tuple[str, dict[str, Any]]] = [
         ("lazy_adam_rows, a quarter", {}),
         ("lazy_adam_rows, projected, unit, copy", {"radial_R": radial[:R], "copy_FD": copy, **constraint}),
+        (
+            "lazy_adam_rows, projected, unit, copy, bf16 moments",
+            {"radial_R": radial[:R], "copy_FD": copy, **constraint},
+        ),
     ]
     for name, given in lazy:
+        kept = moments.to(torch.bfloat16) if "moments" in name else moments
         yield Operation(
             name,
-            lambda given=given: lazy_adam_rows(W, *stepped, 1e-4, *options, number, **given),
-            lazy_adam_rows_traffic(R, D, "project" in given, 2 if "copy_FD" in given else 0),
+            lambda kept=kept, given=given: lazy_adam_rows(
+                *(W, grad_RD, kept[:, 0], kept[:, 1], steps_F, rows, 1e-4, *options, number), **given
+            ),
+            lazy_adam_rows_traffic(R, D, "project" in given, 2 if "copy_FD" in given else 0, kept.itemsize),
         )
 
 

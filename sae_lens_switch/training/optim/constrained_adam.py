@@ -6,7 +6,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens_switch_kernels import RowGrads, WorkingCopies, clip, to_huge_pages, triton_kernel, zeros_huge
+from sae_lens_switch_kernels import (
+    RowGrads,
+    WorkingCopies,
+    clip,
+    rounded_moments,
+    to_huge_pages,
+    triton_kernel,
+    zeros_huge,
+)
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from typing_extensions import override
@@ -40,7 +48,11 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             that each block is read from and written to memory once. None: no constraint.
         project: Whether to remove the gradient's component along each of its rows.
         copied: Matrices whose working copies in low precision, if products use any, are written as they are stepped.
+        low_moments: Matrices whose moments are kept in bfloat16, rounded stochastically.
         after_step: Called at the end of a step, while parameters are still swapped.
+
+    Raises:
+        ValueError: If the device has no fused step, or weights are float64, for moments in bfloat16.
     """
 
     def __init__(
@@ -52,6 +64,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         unit_rows: nn.Parameter | None = None,
         project: bool = True,
         copied: Iterable[nn.Parameter] = (),
+        low_moments: Iterable[nn.Parameter] = (),
         after_step: Callable[[], None] | None = None,
     ) -> None:
         parameters = list(parameters)
@@ -59,7 +72,11 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
             super().__init__(parameters, lr=lr, betas=betas, fused=True)
         except RuntimeError:  # torch has no fused step for this device
             super().__init__(parameters, lr=lr, betas=betas)
-        self.unit_rows, self.project = unit_rows, project
+        self.unit_rows, self.project, self._low_moments = unit_rows, project, set(low_moments)
+        unfit = "" if self.is_fused or not self._low_moments else f"a device without fused Adam, {parameters[0].device}"
+        unfit = "weights of float64" if any(map(_is_double, self._low_moments)) else unfit
+        if unfit:
+            raise ValueError(f"moments_dtype must be 'float32' for {unfit}; got 'bfloat16'")
         # Of all processes' gradients, where this one has a part of them.
         self.total_norm: Callable[[list[Tensor]], Tensor] | None = None
         self.row_grads = RowGrads(active_only=False) if unit_rows is not None and project else None
@@ -80,7 +97,8 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         for p in fresh:
             for name in ("exp_avg", "exp_avg_sq"):
                 t = self.state[p][name]
-                self.state[p][name] = zeros_huge(*t.shape, dtype=t.dtype, device=t.device)
+                dtype = torch.bfloat16 if p in self._low_moments else t.dtype
+                self.state[p][name] = zeros_huge(*t.shape, dtype=dtype, device=t.device)
         return super().collect(group, *lists)
 
     @override
@@ -94,7 +112,9 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
                 if p not in self.state:
                     continue
                 state = self.state[p]
-                state |= {name: to_huge_pages(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+                for name in ("exp_avg", "exp_avg_sq"):  # which torch has cast to what is stepped
+                    t = state[name]
+                    state[name] = to_huge_pages(t.to(torch.bfloat16) if p in self._low_moments else t)
                 if fused:
                     state["step"] = state["step"].to(p.device, torch.float32)
 
@@ -208,7 +228,7 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         adam_rows = _kernel_for(p, grad, m, v)
         if adam_rows is not None:
             adam_rows(p, grad, m, v, step, *_numbers(options), radial_F, unit, unit and self.project, copy)
-        elif p.ndim and (unit or copy is not None):
+        elif p.ndim and (unit or copy is not None or m.dtype != p.dtype):
             self._step_blocks(state, copy, partial(fused, **options), radial_F, unit)
         else:
             fused([p], [grad], [m], [v], [], [step], **options)
@@ -228,11 +248,19 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         n = len(blocks[0][0])
         copies = [None] * len(blocks[0]) if copy_FD is None else row_blocks(copy_FD, _ROWS_STEPPED)
         scratch = torch.empty_like(W_FD[:n])
+        moments = None if state.exp_avg.dtype == W_FD.dtype else W_FD.new_empty(2, *scratch.shape)
         for i, (w, grad, m, v, copy) in enumerate(zip(*blocks, copies, strict=True)):
             if unit and self.project:
                 along = None if radial_F is None else radial_F[i * n : (i + 1) * n]
                 grad = project_out_rows(grad, w, scratch[: len(w)], along)
-            fused([w], [grad], [m], [v], [], [step])
+            if moments is None:
+                fused([w], [grad], [m], [v], [], [step])
+            else:
+                m32, v32 = (high[: len(w)].copy_(low) for high, low in zip(moments, (m, v), strict=True))
+                fused([w], [grad], [m32], [v32], [], [step])
+                rows_R = torch.arange(i * n, i * n + len(w), device=w.device)
+                for low, t in zip((m, v), rounded_moments(m32, v32, rows_R, step), strict=True):
+                    low.copy_(t)
             if unit:
                 normalize_rows_(w)
             if copy is not None:
@@ -269,6 +297,7 @@ def _is_double(t: Tensor) -> bool:
 
 def _kernel_for(*matrices: Tensor) -> Callable[..., None] | None:
     """One kernel for project, step and renormalise: for float32 matrices on a GPU, where it has proven itself."""
-    if any(t.ndim != 2 or t.dtype != torch.float32 or not t.is_contiguous() for t in matrices):
+    dtypes = {t.dtype for t in matrices[:2]}
+    if dtypes != {torch.float32} or any(t.ndim != 2 or not t.is_contiguous() for t in matrices):
         return None
     return triton_kernel("adam_rows", matrices[0])

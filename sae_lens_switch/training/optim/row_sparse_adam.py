@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens_switch_kernels import RowGrads, WorkingCopies, clip, to_huge_pages, triton_kernel, zeros_huge
+from sae_lens_switch_kernels import (
+    RowGrads,
+    WorkingCopies,
+    clip,
+    rounded_moments,
+    to_huge_pages,
+    triton_kernel,
+    zeros_huge,
+)
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -27,15 +35,22 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
     and momentum moves a row after its latent was last active. Here each row has its own step count for the bias
     correction, and rests while its latent does. Other parameters take plain Adam steps.
 
-    Moments, and weights of less than float32, are kept in float32. The SAE's decoder constraint, if any, holds for the
+    Moments, and weights of less than float32, are kept in float32; with ``low_moments`` those of W_enc and W_dec in
+    bfloat16, rounded stochastically. The SAE's decoder constraint, if any, holds for the
     rows that are touched. Frozen parameters (``requires_grad=False``) stay bit-identical.
 
     Raises:
-        ValueError: If the SAE has no sparse gradients.
+        ValueError: If the SAE has no sparse gradients, or its weights are float64, for moments in bfloat16.
     """
 
     def __init__(
-        self, sae: TrainingSAE[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        sae: TrainingSAE[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        low_moments: bool = False,
     ) -> None:
         if not isinstance(sae, SparseTrainingSAE):
             raise ValueError(
@@ -49,6 +64,9 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             )
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
         self.sae = sae
+        self._low_moments = {sae.W_enc, sae.W_dec} if low_moments else set()
+        if any(p.dtype == torch.float64 for p in self._low_moments):
+            raise ValueError("moments_dtype must be 'float32' for weights of float64; got 'bfloat16'")
         self.row_grads = RowGrads()
         # Of all processes' gradients, where this one has a part of them.
         self.total_norm: Callable[[list[Tensor]], Tensor] | None = None
@@ -134,7 +152,8 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         dtype = torch.promote_types(p.dtype, torch.float32)
         if not state:
             # First and second moment of a row lie side by side, since they are always read and written together.
-            state["moments"] = zeros_huge(len(data), 2, data.shape[1], dtype=dtype, device=p.device)
+            kept = torch.bfloat16 if p in self._low_moments else dtype
+            state["moments"] = zeros_huge(len(data), 2, data.shape[1], dtype=kept, device=p.device)
             state["step"] = torch.zeros(len(data), dtype=torch.float32, device=p.device)
             if dtype != p.dtype:
                 state["master"] = data.to(dtype)
@@ -147,7 +166,10 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         for i, p in enumerate(parameters_of(self)):
             saved = state_dict["state"].get(i)
             if saved is not None:
-                self.state[p] = {name: to_huge_pages(t.to(p.device)) for name, t in saved.items()}
+                state = {name: t.to(p.device) for name, t in saved.items()}
+                kept = torch.bfloat16 if p in self._low_moments else torch.promote_types(p.dtype, torch.float32)
+                state["moments"] = state["moments"].to(kept)
+                self.state[p] = {name: to_huge_pages(t) for name, t in state.items()}
 
 
 class _Rows(NamedTuple):
@@ -194,14 +216,18 @@ def _step_blocks(rows: _Rows, options: _Options, radial_R: Tensor | None) -> Non
     step_R = step[rows_R] + 1
     step[rows_R] = step_R
     block = min(_ROWS_STEPPED if weights.device.type == "cpu" else len(rows_R), len(rows_R))
-    w_buffer, moments_buffer = (t.new_empty(block, *t.shape[1:]) for t in (weights, moments))
+    w_buffer, moments_buffer = (weights.new_empty(block, *t.shape[1:]) for t in (weights, moments))
+    low = None if moments.dtype == weights.dtype else moments.new_empty(moments_buffer.shape)
     buffers = [torch.empty_like(w_buffer) for _ in range(2)]
     parts = zip(rows_R.split(block), grad_RD.split(block), step_R.split(block), strict=True)
     for i, (part_R, grad_part, step_part) in enumerate(parts):
         w, both = w_buffer[: len(part_R)], moments_buffer[: len(part_R)]
         g, scratch = (t[: len(part_R)] for t in buffers)
         torch.index_select(weights, 0, part_R, out=w)
-        torch.index_select(moments, 0, part_R, out=both)
+        if low is None:
+            torch.index_select(moments, 0, part_R, out=both)
+        else:
+            both.copy_(torch.index_select(moments, 0, part_R, out=low[: len(part_R)]))
         torch.div(grad_part, options.scale, out=g)
         if options.project:
             along = None if radial_R is None else radial_R[i * block : (i + 1) * block] / options.scale
@@ -209,6 +235,8 @@ def _step_blocks(rows: _Rows, options: _Options, radial_R: Tensor | None) -> Non
         _adam_update(w, g, both[:, 0], both[:, 1], step_part, options, scratch)
         if options.unit_rows:
             normalize_rows_(w)
+        if low is not None:
+            both = torch.stack(rounded_moments(both[:, 0], both[:, 1], part_R, step_part), 1)
         scatter_rows_(moments, part_R, both)
         scatter_rows_(weights, part_R, w)
         if copy is not None:

@@ -16,7 +16,8 @@ def optimizer_for(sae: TrainingSAE[Any], cfg: SparseSAETrainerConfig) -> Constra
     """The optimiser of ``cfg.optimizer``; moves the SAE to ``cfg.device``, on a CPU into huge pages.
 
     Raises:
-        ValueError: If nothing is to be trained, or for row-sparse Adam of an SAE without sparse gradients.
+        ValueError: If nothing is to be trained, for row-sparse Adam of an SAE without sparse gradients, or for moments
+            in bfloat16 of weights in float64.
     """
     assert cfg.lr is not None
     if not trained(sae.parameters()):
@@ -24,11 +25,12 @@ def optimizer_for(sae: TrainingSAE[Any], cfg: SparseSAETrainerConfig) -> Constra
     sae.to(cfg.device)
     for p in sae.parameters():
         p.data = to_huge_pages(p.data)  # every step goes through all of it
-    betas = cfg.adam_beta1, cfg.adam_beta2
+    betas, low = (cfg.adam_beta1, cfg.adam_beta2), cfg.moments_dtype == "bfloat16"
     if cfg.optimizer == "row_sparse_adam":
-        return RowSparseAdam(sae, cfg.lr, betas)
+        return RowSparseAdam(sae, cfg.lr, betas, low_moments=low)
     if not isinstance(sae, SparseTrainingSAE):
-        return ConstrainedAdam(sae.parameters(), cfg.lr, betas)
+        matrices = [p for p in sae.parameters() if p.ndim == 2]
+        return ConstrainedAdam(sae.parameters(), cfg.lr, betas, low_moments=matrices if low else ())
     constraint = sae.decoder_constraint
     return ConstrainedAdam(
         sae.parameters(),
@@ -37,5 +39,6 @@ def optimizer_for(sae: TrainingSAE[Any], cfg: SparseSAETrainerConfig) -> Constra
         unit_rows=None if constraint is None else constraint.W_dec,
         project=constraint is not None and constraint.project,
         copied=(sae.W_enc, sae.W_dec),
+        low_moments=(sae.W_enc, sae.W_dec) if low else (),
         after_step=sae.after_own_step,
     )

@@ -68,6 +68,31 @@ def test_a_step_equals_the_reference(F, D, constraint, lr_on_device):
         assert torch.equal(copy, again[0].to(torch.bfloat16))
 
 
+@pytest.mark.parametrize(("F", "D"), SHAPES, ids=str)
+@pytest.mark.parametrize("constrained", [False, True])
+def test_moments_in_bfloat16_are_rounded_as_in_plain_torch(F, D, constrained):
+    """Moments and gradients whose sums are exact in float32, so that both round the same numbers."""
+    W, grad, m, v = rows(F, D)
+    grad, m = (t.mul(64).round().clamp(-255, 255) / 64 for t in (grad, m))
+    given = [W, grad, m.to(torch.bfloat16), (grad * 3).square().round().to(torch.bfloat16)]
+    options = {"unit_rows": constrained, "grad_scale": number(1.0)}
+    decays = (0.75, 0.875, 1e-8)
+    for t in (1.0, 100_000.0):
+        results = []
+        for form in (adam_rows, torch_backend.adam_rows):
+            W, _, m, v = results.append([t.clone() for t in given]) or results[-1]
+            form(W, grad, m, v, number(t), 0.01, *decays, **options)
+        for a, b in zip(*(r[2:] for r in results), strict=True):
+            assert a.dtype == torch.bfloat16
+            assert torch.equal(a, b)
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    low = [t.float() for t in (given[2], results[0][2])]
+    exact = 0.75 * low[0] + 0.25 * grad
+    assert ((low[1] - exact).abs() <= 2.0**-7 * exact.abs()).all()
+    if F * D > 50:
+        assert not torch.equal(low[1], exact.to(torch.bfloat16).float())
+
+
 @pytest.mark.parametrize(("F", "D"), [(13, 7), (3, 5000)], ids=str)
 @pytest.mark.parametrize("constrained", [False, True])
 def test_nothing_is_written_where_something_was_not_finite(F, D, constrained):

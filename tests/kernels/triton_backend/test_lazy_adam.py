@@ -54,6 +54,24 @@ class Case:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_moments_in_bfloat16_are_rounded_by_place_in_the_matrix_and_age_of_the_row(shape):
+    """Of numbers whose sums are exact in float32, so that plain torch rounds the same."""
+    case = Case(*shape)
+    case.grad = case.grad.mul(64).round().clamp(-255, 255) / 64
+    case.moments = (case.moments * 64).round().clamp(-255, 255).div(64).to(torch.bfloat16)
+    results = []
+    for form in (lazy_adam_rows, torch_backend.lazy_adam_rows):
+        W, moments, step = case.W.clone(), case.moments.clone(), case.step.clone()
+        form(W, case.grad, moments[:, 0], moments[:, 1], step, case.rows, 0.01, 0.75, 0.875, 1e-8)
+        results.append((moments, step, W))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-5, atol=1e-6)
+    rest = torch.ones(len(case.W), dtype=torch.bool).index_fill_(0, case.rows.cpu(), False)
+    assert torch.equal(results[0][0][rest], case.moments[rest])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("constraint", ["none", "unit", "unit, project", "unit, project, radial given"])
 def test_a_step_equals_the_reference_and_touches_no_other_row(shape, constraint):
     case = Case(*shape)
