@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens_switch_kernels import RowGrads
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -19,14 +20,20 @@ from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
 # What is not divided over processes yet.
 _ONLY = {
-    "n_active_experts": 1,
     "n_shared_experts": 0,
-    "load_balancing": "loss",
-    "router_z_loss_coefficient": 0,
     "expert_overlap_coefficient": 0,
     "activation": "topk",
     "matryoshka_widths": None,
 }
+
+
+def check_divisible(whole: SwitchTrainingSAEConfig, P: int) -> None:
+    """Raises ValueError for an SAE whose experts P processes cannot have."""
+    if whole.n_experts % P:
+        raise ValueError(f"expert_parallel must divide n_experts; got {P} and {whole.n_experts}")
+    for name, only in _ONLY.items():
+        if vars(whole)[name] != only:
+            raise ValueError(f"{name} must be {only!r} with experts on several processes; got {vars(whole)[name]!r}")
 
 
 class ExpertShard(Shard, SwitchTrainingSAE):
@@ -46,13 +53,7 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     @classmethod
     @override
     def _part_of(cls, whole: SwitchTrainingSAEConfig, P: int) -> SwitchTrainingSAEConfig:
-        if whole.n_experts % P:
-            raise ValueError(f"expert_parallel must divide n_experts; got {P} and {whole.n_experts}")
-        for name, only in _ONLY.items():
-            if vars(whole)[name] != only:
-                raise ValueError(
-                    f"{name} must be {only!r} with experts on several processes; got {vars(whole)[name]!r}"
-                )
+        check_divisible(whole, P)
         return replace(whole, d_sae=whole.d_sae // P, n_experts=whole.n_experts // P)
 
     @property
@@ -62,7 +63,8 @@ class ExpertShard(Shard, SwitchTrainingSAE):
 
     @override
     def _new_block(self) -> SwitchTrainingSAE:
-        return SwitchTrainingSAE(replace(self.whole, d_sae=self._block_width, n_experts=1, device="cpu"))
+        of_one = {"d_sae": self._block_width, "n_experts": 1, "n_active_experts": 1, "k": 1}
+        return SwitchTrainingSAE(replace(self.whole, **of_one, device="cpu"))
 
     @override
     def _set_fresh(self, value: bool) -> None:
@@ -81,6 +83,8 @@ class ExpertShard(Shard, SwitchTrainingSAE):
         E, D, dtype = self.whole.n_experts, self.whole.d_in, router_dtype(self.dtype)
         W_router_DE = torch.empty(D, E, dtype=dtype, device=self.device)
         self.W_router = nn.Parameter(W_router_DE.uniform_(-1, 1) / D**0.5)
+        if self.expert_bias is not None:
+            self.expert_bias = W_router_DE.new_zeros(E)
 
     @property
     @override
@@ -125,10 +129,7 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     def _without_tokens(self, step_input: TrainStepInput) -> SparseStepOutput:
         """A step in which this process's experts have nothing to do: gradients are 0."""
         x_BD = step_input.sae_in
-        rows_only = isinstance(step_input, SparseStepInput) and step_input.row_grads is not None
-        rows_only = rows_only and step_input.row_grads.active_only  # type: ignore[union-attr]
-        parameters = self.shared_parameters() if rows_only else list(self.parameters())
-        nothing = torch.stack([(0 * p).sum().float() for p in parameters if p.requires_grad]).sum()
+        nothing = self._nothing(step_input.row_grads if isinstance(step_input, SparseStepInput) else None)
         losses = {"mse_loss": nothing, "load_balance_loss": torch.zeros_like(nothing)}
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = torch.zeros_like(nothing)
@@ -145,6 +146,12 @@ class ExpertShard(Shard, SwitchTrainingSAE):
             losses=losses,
             metrics={},
         )
+
+    def _nothing(self, row_grads: RowGrads | None) -> Tensor:
+        """0, whose gradient is 0 for every parameter that is to have one."""
+        rows_only = row_grads is not None and row_grads.active_only
+        parameters = self.shared_parameters() if rows_only else list(self.parameters())
+        return torch.stack([(0 * p).sum().float() for p in parameters if p.requires_grad]).sum()
 
     @override
     def _route_batch(self, inputs_BD: Tensor) -> Assignment:

@@ -21,8 +21,8 @@ from sae_lens_switch.common.types import AnyTrainingSAE
 from sae_lens_switch.parallel.checkpoints import weight_parts
 from sae_lens_switch.parallel.consolidate import write_whole
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
-from sae_lens_switch.parallel.expert_shard import ExpertShard
 from sae_lens_switch.parallel.latent_trainer import SHARDS, LatentParallelSAETrainer
+from sae_lens_switch.parallel.pair_shard import shard_class_of
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer
 from sae_lens_switch.parallel.ranks import Ranks, local_device, start_process_group
 from sae_lens_switch.parallel.shard import Shard
@@ -42,11 +42,13 @@ class _Division(NamedTuple):
 
     field: str
     trainer_class: type[AnyRankedTrainer]
-    shard_classes: Mapping[str, type[Shard]]  # by architecture
+    shard_classes: Mapping[str, Callable[[Any], type[Shard]]]  # by architecture, and by config
 
 
-_EXPERTS = _Division("expert_parallel", ParallelSparseSAETrainer, {"switch": ExpertShard})
-_LATENTS = _Division("latent_parallel", LatentParallelSAETrainer, SHARDS)
+_EXPERTS = _Division("expert_parallel", ParallelSparseSAETrainer, {"switch": shard_class_of})
+_LATENTS = _Division(
+    "latent_parallel", LatentParallelSAETrainer, {name: lambda _, c=c: c for name, c in SHARDS.items()}
+)
 
 
 class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -83,7 +85,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         # Both hold names that SAELens has drawn at random.
         cfg.checkpoint_path, cfg.logger = self.ranks.first_says((cfg.checkpoint_path, cfg.logger))
         if division is not None:
-            shard_class = division.shard_classes[cfg.sae.architecture()]
+            shard_class = division.shard_classes[cfg.sae.architecture()](cfg.sae)
             override_sae = self._own_part(cfg, shard_class, override_sae)
         self._trainer_class = DataParallelSAETrainer if division is None else division.trainer_class
         super().__init__(cfg, override_dataset, override_model, override_sae)

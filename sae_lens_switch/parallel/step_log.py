@@ -59,6 +59,6 @@ def routing_log(output: SparseStepOutput, shard: ExpertShard) -> Metrics:
         "routing/expert_load_max": float(batch.load_E.max()),
         "routing/expert_load_min": float(batch.load_E.min()),
         "routing/expert_load_entropy": float(routing.load_entropy),
-        "routing/gate_mean": float(gates) / batch.n_tokens,
+        "routing/gate_mean": float(gates) / (batch.n_tokens * shard.whole.n_active_experts),
     }
     return log | {f"routing/dead_latents_expert_{e}": int(dead) for e, dead in enumerate(dead_E.tolist())}

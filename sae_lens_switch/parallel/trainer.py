@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics
 from sae_lens_switch.parallel.expert_shard import ExpertShard
+from sae_lens_switch.parallel.pair_shard import shard_class_of
 from sae_lens_switch.parallel.reduction import complete_step_
 from sae_lens_switch.parallel.resumable import ShardedTrainer, divided
 from sae_lens_switch.parallel.step_log import routing_log
@@ -21,9 +22,9 @@ from sae_lens_switch.training.firing import Firings
 class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
     """SparseSAETrainer on the processes that torchrun has started, each with its own experts and its own activations.
 
-    A step sends every token to the process that owns its expert, and sums what is shared: the gradients of ``b_dec``
-    and the router, losses, load, and the norm to clip. What is sent does not depend on the width of the dictionary.
-    Weights and losses are those of one process on the same batches, but for rounding.
+    A step sends every token to the process that owns its expert, or to those that own all its experts, and sums what is
+    shared: the gradients of ``b_dec`` and the router, losses, load, and the norm to clip. What is sent does not depend
+    on the width of the dictionary. Weights and losses are those of one process on the same batches, but for rounding.
 
     Args:
         cfg: As in SparseSAETrainer, the same on all processes: ``train_batch_size_samples`` and all other counts are of
@@ -57,7 +58,8 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
                 "on_collapse must be 'report' or 'raise_coefficient' in a parallel run, since the busiest expert may "
                 "be another process's; got 'reseed'"
             )
-        cfg, shard = divided(cfg, sae, ExpertShard, "experts")
+        whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
+        cfg, shard = divided(cfg, sae, shard_class_of(whole), "experts")
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
 
     # The step

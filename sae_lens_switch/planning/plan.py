@@ -2,7 +2,7 @@
 
 Every rank has its own tokens, all of the router, and E / N of the experts. A token travels once to the rank of its
 expert, which computes reconstruction, loss and all gradients of that expert; with several active experts, it travels
-to each, their reconstructions come back, and the gradient goes out again (planned, not built). What all ranks share,
+to each, their best latents and reconstructions come back, and the gradient goes out again. What all ranks share,
 router and biases, is summed over them. So traffic depends on the number of experts, not on that of latents.
 
 Letters beside the package's: N ranks.
@@ -17,6 +17,9 @@ from sae_lens_switch.planning.step_cost import Cost, OptimizerName
 from sae_lens_switch.planning.traffic import skew
 
 _COLLECTIVES = 5  # per step: counts and tokens, router, biases and loads, the gradient's norm
+_OF_SEVERAL = 5  # more, with several active experts
+# What does not go to single experts.
+_OF_ALL = ("statistics of the batch", "gradients of the router and losses", "the norm of the gradients")
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,13 @@ class Plan:
     def traffic(self) -> dict[str, float]:
         """Bytes that a rank sends in a step, by message of ``parallel``; activations are float32."""
         N, D, E, A = self.n_ranks, self.d_in, self.n_experts, self.n_active_experts
-        journeys = 1 if A == 1 else 3 * A
+        pairs, candidates = A * self.tokens_per_rank * (N - 1) / N, min(self.k, self.expert_width)
+        numbers = {"tokens": 4 * D}  # per pair of a token and one of its experts
+        if A > 1:
+            numbers |= {"experts": 8, "candidates": 4 * candidates, "choices": candidates}
+            numbers |= {"parts of the reconstruction": 4 * D, "the gradient of the reconstruction": 4 * D}
         return {
-            "tokens": journeys * 4 * D * self.tokens_per_rank * (N - 1) / N,
+            **{name: n_bytes * pairs for name, n_bytes in numbers.items()},
             # Everybody's, as float64.
             "statistics of the batch": 8.0 * (N - 1) * (E + D + 1),
             # A ring: every byte is sent once to be summed and once to be known.
@@ -130,12 +137,13 @@ class Plan:
         own = self.local.seconds(machine)
         router = 3 * 2 * self.tokens_per_rank * self.d_in * self.n_experts / router_flops
         sent = self.traffic
-        tokens = sent["tokens"] * self.skew
+        collectives = _COLLECTIVES + (_OF_SEVERAL if self.n_active_experts > 1 else 0)
+        of_all = sum(sent.pop(name) for name in _OF_ALL)
         return own | {
             "router": router,
-            "all-to-all": self._wire_seconds(tokens, self._share_beyond_node()),
-            "sums and statistics": self._wire_seconds(sum(sent.values()) - sent["tokens"], float(self._is_wide())),
-            "latency": _COLLECTIVES * self.hardware.latency if self.n_ranks > 1 else 0.0,
+            "all-to-all": self._wire_seconds(sum(sent.values()) * self.skew, self._share_beyond_node()),
+            "sums and statistics": self._wire_seconds(of_all, float(self._is_wide())),
+            "latency": collectives * self.hardware.latency if self.n_ranks > 1 else 0.0,
         }
 
     def _is_wide(self) -> bool:

@@ -246,10 +246,7 @@ def test_the_others_stop_within_the_time_allowed_when_a_process_hangs(place, tmp
     [
         ({"expert_parallel": 3}, {}, "expert_parallel must divide the number of processes, 2; got 3"),
         ({}, {"n_experts": 5}, "expert_parallel must divide n_experts; got 2 and 5"),
-        ({}, {"n_active_experts": 2}, "n_active_experts must be 1 with experts on several processes; got 2"),
         ({}, {"n_shared_experts": 2, "shared_width": 12}, "n_shared_experts must be 0 with experts on several"),
-        ({}, {"load_balancing": "bias"}, "load_balancing must be 'loss' with experts on several processes; got 'bias'"),
-        ({}, {"router_z_loss_coefficient": 0.1}, "router_z_loss_coefficient must be 0 with experts on several"),
         ({}, {"expert_overlap_coefficient": 0.1}, "expert_overlap_coefficient must be 0 with experts on several"),
         ({"latent_parallel": 2}, {}, "latent_parallel must be 1 for a switch SAE, whose experts are divided; got 2"),
         ({"gradient_accumulation_steps": 2}, {}, "gradient_accumulation_steps must be 1 in a parallel run; got 2"),

@@ -32,8 +32,13 @@ def test_traffic_by_hand_and_independent_of_the_width():
     assert sent["statistics of the batch"] == 8 * 15 * (256 + 768 + 1)
     assert sent["gradients of the router and losses"] == 2 * 15 / 16 * 4 * (2 * 768 + 768 * 256 + 3)
     assert replace(PLAN, d_sae=1 << 26).traffic == sent
-    # With A = 2, a token goes out twice, comes back twice, and its gradient goes out twice.
-    assert replace(PLAN, n_active_experts=2).traffic["tokens"] == 6 * sent["tokens"]
+    # With A = 2, a token goes out twice, its reconstruction comes back twice, and its gradient goes out twice.
+    two = replace(PLAN, n_active_experts=2)
+    for name in ("tokens", "parts of the reconstruction", "the gradient of the reconstruction"):
+        assert two.traffic[name] == 2 * sent["tokens"]
+    assert two.traffic["candidates"] == 4 * two.traffic["choices"] == 2 * 4096 * 32 * 4 * 15 / 16
+    assert two.seconds()["all-to-all"] > 6 * PLAN.seconds()["all-to-all"]
+    assert two.seconds()["latency"] == 2 * PLAN.seconds()["latency"]
 
 
 def test_the_network_is_slower_than_a_node():

@@ -1,0 +1,134 @@
+"""The experts of one process, where a token's home must hear of all its experts, or knows more of the router."""
+
+from dataclasses import replace
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens_switch_kernels import Reconstruction, RowGrads, switch_encode
+from sae_lens_switch_kernels.chosen import Candidates, Codes, decode_chosen
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_switch.parallel.exchange import with_facts
+from sae_lens_switch.parallel.expert_shard import ExpertShard, check_divisible
+from sae_lens_switch.parallel.pairs import SentPairs, among_best
+from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
+from sae_lens_switch.saes.router import Assignment, assign
+from sae_lens_switch.saes.step import DeadLatents, SparseStepOutput
+from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+
+# Of two active experts the best latents must be found among those of both, by the gate that the home knows.
+_AT_HOME = {"n_active_experts": 1, "load_balancing": "loss", "router_z_loss_coefficient": 0}
+
+
+def shard_class_of(whole: SwitchTrainingSAEConfig) -> type[ExpertShard]:
+    """What trains a process's experts: ``ExpertShard``, which sends least, wherever it can."""
+    fields = vars(whole)
+    return ExpertShard if all(fields[name] == value for name, value in _AT_HOME.items()) else PairShard
+
+
+class PairShard(ExpertShard):
+    """Experts of a Switch SAE of any number of active experts, under either way to balance their load.
+
+    Every token goes to the owners of all its experts. They send home the pre-activations of their best latents; the
+    home finds the k best of all, times the gates, and says which. These are decoded by the owners and summed at home,
+    where loss and error are, and with them the gradients of gates and router.
+    """
+
+    @classmethod
+    @override
+    def _part_of(cls, whole: SwitchTrainingSAEConfig, P: int) -> SwitchTrainingSAEConfig:
+        check_divisible(whole, P)
+        if whole.aux_loss_coefficient:
+            raise ValueError(
+                "aux_loss_coefficient must be 0 with experts on several processes, if a token has several, "
+                f"load_balancing is 'bias' or there is a router_z_loss_coefficient; got {whole.aux_loss_coefficient}"
+            )
+        local = whole.n_experts // P
+        A = min(whole.n_active_experts, local)
+        k = min(whole.k, A * whole.layout.expert_width)
+        return replace(whole, d_sae=whole.d_sae // P, n_experts=local, n_active_experts=A, k=k)
+
+    # The step
+
+    @override
+    def receive(self, x_BD: Tensor) -> Tensor:
+        """Route this process's share of the batch, which stays here; tells all how many tokens each expert has."""
+        logits_BE = self._router_logits(self.normalized_input(x_BD))
+        probs_BE = logits_BE.softmax(dim=-1)
+        found = assign(logits_BE, probs_BE, self.whole.n_active_experts, self.expert_bias)
+        with torch.no_grad():
+            self.batch = batch = with_facts(x_BD, found.experts_BA, self.whole.n_experts, self.ranks)
+        load_E = batch.load_E.to(probs_BE.dtype)
+        balance = len(load_E) * torch.dot(load_E, probs_BE.sum(dim=0) / batch.n_tokens)
+        self._assignment = replace(found, load_E=load_E, balance=balance)
+        return x_BD
+
+    @override
+    def _route_batch(self, inputs_BD: Tensor) -> Assignment:
+        """As ``receive`` has routed them."""
+        return self._assignment
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The step of the tokens at home here. Its codes are of pairs of this process's experts, without gates."""
+        if self.has_dense_hooks:
+            raise ValueError(
+                "hook_sae_acts_pre and hook_sae_acts_post must have no hooks with experts on several processes"
+            )
+        output = SwitchTrainingSAE.training_forward_pass(self, step_input)
+        assert isinstance(output, SparseStepOutput)
+        assert output.codes.offsets is not None
+        output.codes = output.codes.view(len(output.codes.offsets) - 1)
+        return output
+
+    @override
+    def _autoencode(
+        self, inputs_BD: Tensor, assignment: Assignment | None, dead: DeadLatents, row_grads: RowGrads | None
+    ) -> tuple[Reconstruction, Tensor]:
+        assert assignment is not None
+        gates_BA = self._gates(assignment)
+        pairs = SentPairs.of(self.received, assignment.experts_BA, self.whole.n_experts, self.ranks)
+        with torch.no_grad():
+            x_RD = pairs.tokens_to_owners(inputs_BD, "tokens")
+            expert_R = pairs.to_owners(assignment.experts_BA.unsqueeze(2), "experts").flatten() - self.first
+            codes = self._choose(pairs, x_RD, expert_R, gates_BA)
+        if len(x_RD):
+            parts_RD, _ = decode_chosen(
+                x_RD, self.W_enc.T, self.W_dec, codes, pre_bias_D=self.pre_bias, row_grads=row_grads
+            )
+        else:  # gradients are 0
+            parts_RD = self.W_dec.new_zeros(0, self.cfg.d_in) + self._nothing(row_grads).to(self.W_dec.dtype)
+        out_BD = pairs.sum_at_home(parts_RD, gates_BA)
+        return Reconstruction(out_BD, codes.values_S, codes.indices_S, None, None, codes.offsets_B1), codes.values_S
+
+    def _choose(self, pairs: SentPairs, x_RD: Tensor, expert_R: Tensor, gates_BA: Tensor | None) -> Codes:
+        """Which latents of this process's experts are among the k best of their token."""
+        C = min(self.whole.k, self.whole.layout.expert_width)
+        if len(x_RD):
+            values_RC, indices_RC = switch_encode(
+                x_RD,
+                expert_R,
+                self.W_enc.detach().T,
+                C,
+                self.cfg.n_experts,
+                pre_bias_D=self.pre_bias,
+                encoder_precision=self.encoder_precision,
+            )
+        else:
+            values_RC, indices_RC = x_RD.new_empty(0, C, dtype=self.W_enc.dtype), expert_R.new_empty(0, C)
+        ranked_BAC = pairs.to_homes(values_RC, "candidates")
+        if gates_BA is not None:
+            ranked_BAC = ranked_BAC * gates_BA.to(ranked_BAC.dtype).unsqueeze(2)
+        is_chosen_RC = pairs.to_owners(among_best(ranked_BAC, self.whole.k).byte(), "choices").bool()
+        return Candidates(values_RC, indices_RC, values_RC).chosen(is_chosen_RC)
+
+    @override
+    def _count(self, load_E: Tensor, n_choices: int) -> None:
+        """Of the whole batch."""
+        super()._count(load_E, self.n_tokens * self.whole.n_active_experts)
+
+    @override
+    def _other_losses(self, given: Tensor, assignment: Assignment) -> dict[str, Tensor]:
+        share = len(assignment.logits_BE) / self.n_tokens
+        return {name: share * loss for name, loss in super()._other_losses(given, assignment).items()}

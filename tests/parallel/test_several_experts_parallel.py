@@ -1,0 +1,234 @@
+"""Several active experts, and either way to balance them, with the experts divided over processes: as on one."""
+
+import os
+
+import pytest
+import torch
+from helpers import D, E, F, K
+from helpers.command_line import SWITCH, arguments
+from helpers.parallel_runs import BATCH, alone, assert_same_run, config, go_on_together, shared_bits, together, tokens
+from helpers.processes import on_processes
+from helpers.resumed import make_sae
+from sae_lens import SAE
+
+from sae_lens_switch import SparseSAETrainer
+from sae_lens_switch.parallel import ParallelSparseSAETrainer
+from sae_lens_switch.parallel.expert_shard import ExpertShard
+from sae_lens_switch.parallel.pair_shard import PairShard, shard_class_of
+from sae_lens_switch.parallel.pairs import among_best
+from sae_lens_switch.planning.hardware import HARDWARE
+from sae_lens_switch.planning.plan import Plan
+from sae_lens_switch.train import main
+
+TWO = {"n_active_experts": 2}
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize(("n", "steps"), [(2, 1), (2, 50), (4, 20)])
+def test_several_processes_train_what_one_does(n, steps, optimizer, tmp_path):
+    """On four, of one expert each, both experts of a token are never the same process's."""
+    expected = alone(steps, TWO, optimizer=optimizer)
+    all_of_them = together(n, tmp_path, steps, TWO, optimizer=optimizer)
+    for found in all_of_them:
+        assert_same_run(found, expected)
+        assert shared_bits(found) == shared_bits(all_of_them[0])
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [
+        {"n_active_experts": 3, "gate": "renormalized"},
+        {"n_active_experts": 2, "gate": "one"},
+        {"n_active_experts": E},
+        {"load_balancing": "bias"},
+        {"load_balancing": "bias", "n_active_experts": 2, "load_balance_bias_rate": 0.1},
+        {"router_z_loss_coefficient": 0.3},
+        {"router_z_loss_coefficient": 0.3, "n_active_experts": 2, "load_balance_scale": "d_in"},
+        {"n_active_experts": 2, "normalize_activations": "expected_average_only_in", "tie_router_bias": True},
+        {"n_active_experts": 2, "normalize_activations": "layer_norm", "bias_start": "mean"},
+        {"n_active_experts": 2, "normalize_decoder": False, "apply_b_dec_to_input": False},
+        {"n_active_experts": 2, "k": 15},
+    ],
+    ids=str,
+)
+def test_every_option_of_the_sae_trains_as_on_one_process(sae, tmp_path):
+    fields = {"n_batches_for_norm_estimate": 3}
+    expected = alone(12, sae, **fields)
+    for found in together(2, tmp_path, 12, sae, **fields):
+        assert_same_run(found, expected)
+
+
+def test_rows_of_processes_divide_the_data(tmp_path):
+    expected = alone(12, TWO)
+    for found in together(4, tmp_path, 12, TWO, expert_parallel=2):
+        assert_same_run(found, expected)
+
+
+def test_weights_in_bfloat16_have_masters_on_each_process(tmp_path):
+    sae = {**TWO, "dtype": "bfloat16"}
+    expected = alone(10, sae)
+    for found in together(2, tmp_path, 10, sae):
+        assert_same_run(found, expected, rtol=3e-2, atol=3e-2)
+
+
+def only_two_experts(first: int):
+    """Every token goes to experts ``first`` and the next."""
+    sae = make_sae(**TWO)
+    with torch.no_grad():
+        away = -10 * tokens().mean(dim=0).unsqueeze(1)
+        chosen = [first, first + 1]
+        sae.W_router[:, [e for e in range(E) if e not in chosen]] = away
+    assert not sae.is_fresh
+    return sae
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize(("n", "first"), [(2, 0), (2, 1), (2, 2), (4, 1)])
+def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(n, first, optimizer, tmp_path):
+    fields = {"optimizer": optimizer}
+    expected = alone(12, make=lambda: only_two_experts(first), **fields)
+    for found in together(n, tmp_path, 12, make=lambda: only_two_experts(first), **fields):
+        assert_same_run(found, expected)
+    idle = [e for e in range(E) if e not in (first, first + 1)]
+    assert (expected["density"].view(E, -1)[idle] == 0).all()
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path):
+    bad = tokens()
+    bad[:, 3] = torch.where(torch.arange(len(bad)) % 97 == 0, torch.nan, bad[:, 3])
+    sae = {**TWO, "load_balancing": "bias"}
+    expected = alone(20, sae, source=bad)
+    assert 0 < expected["skipped"] < 20
+    for found in together(2, tmp_path, 20, sae, source=bad):
+        assert_same_run(found, expected)
+        assert found["skipped"] == expected["skipped"]
+
+
+def gradients(sae: dict, n: int) -> dict[str, torch.Tensor]:
+    """Of the first step, before clipping."""
+    trainer = ParallelSparseSAETrainer(config(1, expert_parallel=n), make_sae(**sae), tokens())
+    trainer.optimizer.clipped_step = lambda *_: torch.tensor(True)
+    trainer.optimizer.zero_grad = lambda: None
+    trainer.step(next(trainer.data_provider))
+    return {name: p.grad for name, p in trainer.sae.named_parameters()}
+
+
+@pytest.mark.parametrize("gate", ["probability", "renormalized", "one"])
+def test_gradients_are_those_of_a_dense_computation(gate, tmp_path):
+    """In float64, of all latents of all experts, masked."""
+    fields = {**TWO, "gate": gate, "dtype": "float64", "load_balance_coefficient": 0.0}
+    found = on_processes(2, lambda: gradients(fields, 2), tmp_path)
+    sae = make_sae(**fields)
+    x = next(SparseSAETrainer(config(1), sae, tokens()).data_provider).double()
+    sae._before_forward(x, x)
+    M = F // E
+    probs = ((x - sae.effective_router_bias) @ sae.W_router).softmax(-1)
+    chosen = probs.topk(2).indices
+    own = torch.zeros_like(probs).scatter(1, chosen, 1.0)
+    gates = {"probability": probs, "one": torch.ones_like(probs)}.get(gate, probs / (probs * own).sum(1, keepdim=True))
+    acts = ((x - sae.b_dec) @ sae.W_enc).relu() * (own * gates).repeat_interleave(M, dim=1)
+    kept = torch.zeros_like(acts).scatter(1, acts.topk(sae.cfg.k).indices, 1.0)
+    loss = ((acts * kept) @ sae.W_dec + sae.b_dec - x).square().sum(1).mean()
+    loss.backward()
+    for name, p in sae.named_parameters():
+        if p.grad is None:
+            continue
+        parts = [part[name] for part in found]
+        ours = torch.cat(parts, {"W_enc": 1, "W_dec": 0}[name]) if name in ("W_enc", "W_dec") else parts[0]
+        torch.testing.assert_close(ours, p.grad, rtol=1e-8, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_best_of_all_experts_are_found_whatever_their_order():
+    generator = torch.Generator().manual_seed(0)
+    ranked = torch.rand(50, 3, 7, generator=generator)
+    chosen = among_best(ranked, 5)
+    assert (chosen.flatten(1).sum(1) == 5).all()
+    least = torch.where(chosen, ranked, 9.0).flatten(1).amin(1)
+    most_left = torch.where(chosen, -1.0, ranked).flatten(1).amax(1)
+    assert (least >= most_left).all()
+    assert (among_best(torch.zeros(4, 2, 3), 6)).all()
+
+
+# Files, the wire, and what is refused
+
+
+@pytest.mark.parametrize("sae", [TWO, {**TWO, "load_balancing": "bias", "k": 12}], ids=str)
+def test_a_run_resumed_on_one_two_and_four_processes_ends_like_one_without_a_stop(sae, tmp_path):
+    expected = alone(12, sae)
+    for n, until in ((2, 3), (4, 6), (1, 9), (2, 12)):
+        make = lambda: make_sae(**sae)  # noqa: E731
+        fields = {"expert_parallel": n}
+        found = go_on_together(n, tmp_path / "checkpoints", (until, 12), make, ParallelSparseSAETrainer, **fields)
+    for one in found:
+        assert_same_run(one, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_the_command_leaves_an_ordinary_sae(tmp_path, model, dataset):
+    argv = [*SWITCH, *arguments(tmp_path), "--n-active-experts", "2", "--expert-parallel", "2"]
+
+    def command() -> int:
+        os.environ["RANK"] = str(torch.distributed.get_rank())
+        os.environ["WORLD_SIZE"] = "2"
+        return main(argv, override_model=model, override_dataset=dataset)
+
+    assert on_processes(2, command, tmp_path) == [0, 0]
+    sae = SAE.load_from_disk(tmp_path / "output")
+    assert (sae.cfg.n_active_experts, sae.cfg.n_experts, sae.cfg.k) == (2, E, K)
+    assert len(sae.W_dec) == sae.cfg.d_sae
+    norms = sae.W_dec.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def one_step(d_sae: int) -> dict:
+    trainer = ParallelSparseSAETrainer(config(1000, expert_parallel=2), make_sae(d_sae=d_sae, **TWO), tokens())
+    trainer.step(next(trainer.data_provider))
+    before = trainer.ranks.bytes_sent.copy()
+    trainer.step(next(trainer.data_provider))
+    sent = trainer.ranks.bytes_sent
+    batch, rank = trainer.sae.received, trainer.ranks.rank
+    out, back = batch.sizes[rank][1 - rank], batch.sizes[1 - rank][rank]
+    of_step = {what: sent[what] - before[what] for what in sent if sent[what] > before[what]}
+    return {"sent": of_step, "out": out, "back": back}
+
+
+def test_what_a_step_sends_is_what_the_formula_says_at_any_width(tmp_path):
+    """Tokens go out and gradients with them; candidates and reconstructions come home."""
+    k = make_sae().cfg.k
+    for width in (F, 5 * F):
+        for rank in on_processes(2, lambda d=width: one_step(d), tmp_path):
+            sent, C = rank["sent"], min(k, width // E)
+            assert sent["tokens"] == sent["the gradient of the reconstruction"] == 4 * D * rank["out"]
+            assert sent["parts of the reconstruction"] == 4 * D * rank["back"]
+            assert sent["candidates"] == 4 * C * rank["back"]
+            assert sent["choices"] == C * rank["out"]
+            assert sent["experts"] == 8 * rank["out"]
+            planned = Plan(HARDWARE["h100"], D, width, k, E, 2, BATCH // 2, n_active_experts=2).traffic
+            assert planned.keys() == sent.keys()
+            for name, n_bytes in planned.items():
+                assert sent[name] == pytest.approx(n_bytes, rel=0.35), name  # even loads
+
+
+def test_the_cheaper_way_is_taken_wherever_it_can_be():
+    assert shard_class_of(make_sae().cfg) is ExpertShard
+    for fields in (TWO, {"load_balancing": "bias"}, {"router_z_loss_coefficient": 0.1}):
+        assert shard_class_of(make_sae(**fields).cfg) is PairShard
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        ({**TWO, "aux_loss_coefficient": 0.1}, "aux_loss_coefficient must be 0 with experts on several processes"),
+        ({**TWO, "n_shared_experts": 1, "shared_width": 8}, "n_shared_experts must be 0 with experts on several"),
+        ({**TWO, "activation": "batchtopk"}, "activation must be 'topk' with experts on several processes"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_what_is_not_divided_is_refused_by_name(sae, message, tmp_path):
+    def run() -> str:
+        fields = {**sae, "d_sae": F + sae.get("shared_width", 0)}
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            ParallelSparseSAETrainer(config(1, expert_parallel=2), make_sae(**fields), tokens())
+        return str(error.value)
+
+    assert all(message in found for found in on_processes(2, run, tmp_path))
