@@ -21,7 +21,8 @@ class RoutedBatch:
         load_E: Share of the whole batch's choices that each expert receives.
         mean_D: Mean of the whole batch.
         variance: Mean squared distance of its tokens from that mean.
-        sizes: How many choices of each process fall on each place of its row.
+        sent: How many of this process's choices fall on each place of its row.
+        received: How many choices of each place of the row fall on this process's experts.
     """
 
     x_BD: Tensor
@@ -29,14 +30,15 @@ class RoutedBatch:
     load_E: Tensor
     mean_D: Tensor
     variance: Tensor
-    sizes: list[list[int]]
+    sent: list[int]
+    received: list[int]
 
 
 def send_to_owners(x_BD: Tensor, expert_B: Tensor, n_experts: int, ranks: Ranks) -> RoutedBatch:
     """Send each token to the process that owns its expert.
 
-    One all-gather of E + D + 1 numbers and one all-to-all of the tokens, whatever the width of the dictionary. The
-    whole batch is that of the first rank, followed by that of the second, and so on; tokens arrive in this order.
+    Beside facts of the batch one all-to-all of the tokens, whatever the width of the dictionary. The whole batch is
+    that of the first rank, followed by that of the second, and so on; tokens arrive in this order.
 
     Args:
         x_BD: This process's share of the batch.
@@ -47,9 +49,8 @@ def send_to_owners(x_BD: Tensor, expert_B: Tensor, n_experts: int, ranks: Ranks)
     batch = with_facts(x_BD, expert_B.unsqueeze(1), n_experts, ranks)
     if ranks.row_size == 1:
         return batch
-    received = [batch.sizes[rank][ranks.row_rank] for rank in ranks.row]
     by_owner_B = owners_of(expert_B, n_experts, ranks).argsort(stable=True)
-    return replace(batch, x_BD=ranks.exchange(x_BD[by_owner_B], batch.sizes[ranks.rank], received, "tokens"))
+    return replace(batch, x_BD=ranks.exchange(x_BD[by_owner_B], batch.sent, batch.received, "tokens"))
 
 
 def owners_of(experts: Tensor, n_experts: int, ranks: Ranks) -> Tensor:
@@ -60,29 +61,27 @@ def owners_of(experts: Tensor, n_experts: int, ranks: Ranks) -> Tensor:
 def with_facts(x_BD: Tensor, experts_BA: Tensor, n_experts: int, ranks: Ranks) -> RoutedBatch:
     """This process's share of the batch, with the facts of all.
 
-    One all-gather of E + D + 1 numbers. The host waits for the device once, since an all-to-all must know how much to
-    receive.
+    A sum of E + D + 1 numbers over all processes, and one number to each of the row. The host waits for the device
+    once, since an all-to-all must know how much to receive.
     """
     (B, A), E, P = experts_BA.shape, n_experts, ranks.row_size
     counts_E = (experts_BA.reshape(B * A, 1) == torch.arange(E, device=x_BD.device)).sum(dim=0)
-    mean_D, around_mean = _moments(x_BD)
-    facts = torch.cat([counts_E.double(), mean_D, around_mean.view(1)])
-    facts_WS = ranks.gather(facts, "statistics of the batch")
-    counts_WE, means_WD, around_W = facts_WS[:, :E], facts_WS[:, E:-1], facts_WS[:, -1]
+    sums = [counts_E.double(), x_BD.sum(dim=0, dtype=torch.float64), _squares(x_BD).view(1)]
+    total = ranks.sum_(torch.cat(sums), "statistics of the batch")
+    sent_P = counts_E.view(P, E // P).sum(dim=1)
+    received_P = ranks.exchange(sent_P, [1] * P, [1] * P, "statistics of the batch") if P > 1 else sent_P
 
-    sizes = counts_WE.view(ranks.size, P, E // P).sum(dim=2).long().tolist()  # from whom, to which place in a row
-    n_W = counts_WE.sum(dim=1) / A
-    n = n_W.sum()
-    mean_D = n_W @ means_WD / n
-    variance = (around_W.sum() + n_W @ (means_WD - mean_D).square().sum(dim=1)) / n
+    all_counts_E, sum_D, squares = total.split([E, x_BD.shape[1], 1])
+    n_choices = all_counts_E.sum()
+    n = n_choices / A
+    mean_D = sum_D / n
+    variance = (squares.squeeze(0) / n - mean_D.square().sum()).clamp_min(0)
     dtype = torch.promote_types(x_BD.dtype, torch.float32)
-    load_E = counts_WE.sum(dim=0) / (A * n)
-    n_tokens = sum(map(sum, sizes)) // A
-    return RoutedBatch(x_BD, n_tokens, load_E.to(dtype), mean_D.to(dtype), variance.to(dtype), sizes)
+    facts = (all_counts_E / n_choices).to(dtype), mean_D.to(dtype), variance.to(dtype)
+    *sizes, n_all = torch.cat([sent_P, received_P, n_choices.long().view(1)]).tolist()
+    return RoutedBatch(x_BD, n_all // A, *facts, sent=sizes[:P], received=sizes[P:])
 
 
-def _moments(x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and summed squared distance from it, as float64."""
-    x_BD = x_BD.to(torch.promote_types(x_BD.dtype, torch.float32))
-    mean_D = x_BD.mean(dim=0)
-    return mean_D.double(), (x_BD - mean_D).square().sum().double()
+def _squares(x_BD: Tensor) -> Tensor:
+    """Sum of all squares; in float64, of which the mean's can be subtracted."""
+    return torch.linalg.vector_norm(x_BD, dtype=torch.float64).square()

@@ -45,8 +45,7 @@ class SentPairs:
             ranks: Who owns which experts.
         """
         order = owners_of(experts_nA.flatten(), n_experts, ranks).argsort(stable=True)
-        received = [batch.sizes[rank][ranks.row_rank] for rank in ranks.row]
-        return cls(ranks, order, batch.sizes[ranks.rank], received, experts_nA.shape[1])
+        return cls(ranks, order, batch.sent, batch.received, experts_nA.shape[1])
 
     def to_owners(self, t_nAX: Tensor, what: str) -> Tensor:
         """What the homes have for pairs of this process's experts, [R, X], in the order of the whole batch."""

@@ -16,7 +16,7 @@ from sae_lens_switch.planning.hardware import Hardware, Precision
 from sae_lens_switch.planning.step_cost import Cost, OptimizerName
 from sae_lens_switch.planning.traffic import skew
 
-_COLLECTIVES = 5  # per step: counts and tokens, router, biases and loads, the gradient's norm
+_COLLECTIVES = 6  # per step: facts of the batch, counts, tokens, the router's gradient and losses, the norm
 _OF_SEVERAL = 5  # more, with several active experts
 # What does not go to single experts.
 _OF_ALL = ("statistics of the batch", "gradients of the router and losses", "the norm of the gradients")
@@ -103,7 +103,7 @@ class Plan:
             **self.local.memory,
             "working copies": copies,
             "router": 4 * 4 * D * E + 3 * 4 * b * E,  # weights, gradients and moments; logits and probabilities
-            "statistics of the batch": 8 * self.n_ranks * (E + D + 1),
+            "statistics of the batch": 8 * (E + D + 1 + 2 * self.n_ranks),
             "language model": self.reserved,
         }
 
@@ -122,9 +122,8 @@ class Plan:
             numbers |= {"parts of the reconstruction": 4 * D, "the gradient of the reconstruction": 4 * D}
         return {
             **{name: n_bytes * pairs for name, n_bytes in numbers.items()},
-            # Everybody's, as float64.
-            "statistics of the batch": 8.0 * (N - 1) * (E + D + 1),
-            # A ring: every byte is sent once to be summed and once to be known.
+            # A ring: every byte is sent once to be summed and once to be known. In float64; and a count to each.
+            "statistics of the batch": 2 * (N - 1) / N * 8 * (E + D + 1) + 8 * (N - 1),
             "gradients of the router and losses": 2 * (N - 1) / N * 4 * (2 * D + D * E + 3),
             "the norm of the gradients": 4.0 * (N - 1),
         }

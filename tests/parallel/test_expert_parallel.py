@@ -157,7 +157,7 @@ def test_what_a_step_sends_is_what_the_formula_says_at_any_width(n, tmp_path):
             shared, losses = 2 * D + D * E, 3
             assert rank["sent"] == {
                 "tokens": 4 * D * rank["away"],
-                "statistics of the batch": 8 * (n - 1) * (E + D + 1),
+                "statistics of the batch": 2 * (n - 1) * 8 * (E + D + 1) // n + 8 * (n - 1),
                 "gradients of the router and losses": 2 * (n - 1) * 4 * (shared + losses) // n,
                 "the norm of the gradients": 4 * (n - 1),
             }

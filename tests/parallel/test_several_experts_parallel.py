@@ -186,8 +186,8 @@ def one_step(d_sae: int) -> dict:
     before = trainer.ranks.bytes_sent.copy()
     trainer.step(next(trainer.data_provider))
     sent = trainer.ranks.bytes_sent
-    batch, rank = trainer.sae.received, trainer.ranks.rank
-    out, back = batch.sizes[rank][1 - rank], batch.sizes[1 - rank][rank]
+    batch, other = trainer.sae.received, 1 - trainer.ranks.rank
+    out, back = batch.sent[other], batch.received[other]
     of_step = {what: sent[what] - before[what] for what in sent if sent[what] > before[what]}
     return {"sent": of_step, "out": out, "back": back}
 
