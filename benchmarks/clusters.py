@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from gpu import publish as gpu
-from gpu.publish import table
+from gpu.publish import ROOT, table
 
 if TYPE_CHECKING:
     from sae_lens_switch.planning.hardware import Precision
     from sae_lens_switch.planning.plan import Plan
 
+PROCESSES = ROOT / "docs" / "measured" / "processes.json"
 # d_in, d_sae, k: a small model's dictionary, then GPT-2's, Gemma 2 2B's and Llama 3 8B's width.
 TARGETS = [
     (768, 1_000_000, 32),
@@ -75,4 +77,19 @@ def against_measured() -> str:
     return table(["d_in", "latents", "SAE", "precision", "predicted", "measured", "difference"], rows)
 
 
-BLOCKS = {"plans": plans, "plan-against-measured": against_measured}
+def against_processes() -> str:
+    """Predicted steps of several processes of one machine beside measured ones, by `processes.py`."""
+    head = ["processes", "predicted", "measured", "difference", "memory of each", "sent by each"]
+    rows = []
+    for row in json.loads(PROCESSES.read_text())["results"]:
+        predicted, ms = row["predicted_ms"], row["measured_ms"]
+        cells = [str(row["processes"]), f"{predicted:,.0f} ms", f"{ms:,.0f} ms", f"{predicted / ms - 1:+.0%}"]
+        rows.append([*cells, f"{row['memory_GB']:.2f} GB", f"{row['sent_MB']:,.1f} MB"])
+    return table(head, rows)
+
+
+BLOCKS = {
+    "plans": plans,
+    "plan-against-measured": against_measured,
+    "plan-against-processes": against_processes,
+}

@@ -3,10 +3,11 @@
 python benchmarks/publish.py            # rewrites the marked parts of the pages
 python benchmarks/publish.py --check    # exit code 1 if a page does not show what the results say
 
-``docs/measured/`` holds what `make bench`, `make quickstart`, `recall.py` and `duplicates.py` write to ``runs/``; to
-publish new numbers, copy ``bench.json``, ``row_sparse.json``, ``inference.json``, ``quickstart/metrics.json``,
-``recall.json`` and ``duplicates.json`` there. ``docs/gpu/`` holds what `make gpu-check` writes.
-``docs/experiments/`` holds the CSVs of the experiments: examples/experiments/published.py makes their tables.
+``docs/measured/`` holds what `make bench`, `make quickstart`, `recall.py`, `duplicates.py` and `processes.py` write to
+``runs/``; to publish new numbers, copy ``bench.json``, ``row_sparse.json``, ``inference.json``,
+``quickstart/metrics.json``, ``recall.json``, ``duplicates.json`` and ``processes.json`` there. ``docs/gpu/`` holds what
+`make gpu-check` writes. ``docs/experiments/`` holds the CSVs of the experiments: examples/experiments/published.py
+makes their tables.
 A page marks the place of a table by ``<!-- measured: name -->`` and ``<!-- end -->``.
 """
 

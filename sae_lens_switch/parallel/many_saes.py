@@ -21,6 +21,7 @@ from sae_lens_switch.common.progress import Bar, Sentences, Silent
 from sae_lens_switch.common.types import AnyTrainingSAE, Json
 from sae_lens_switch.parallel.agreement import AgreedInterruption
 from sae_lens_switch.parallel.checkpoints import RANKS, write_together
+from sae_lens_switch.parallel.pace import Pace
 from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.interruption import Interruption
@@ -127,7 +128,7 @@ class ParallelMultiSAETrainer(MultiSAETrainer):
         own = {name: hook_names[name] for name in saes}
         super().__init__(cfg, saes, own, data_provider, evaluator, save_checkpoint_fn)
         self.ranks = ranks
-        self._exchange = HookExchange(ranks, hook_names, owners)
+        self._exchange, self._pace = HookExchange(ranks, hook_names, owners), Pace(ranks)
 
     # The loop
 
@@ -143,13 +144,14 @@ class ParallelMultiSAETrainer(MultiSAETrainer):
             interruption.check()
             batch = next(stream, None)
             n_tokens = None if batch is None else len(next(iter(batch.values())))
-            told = self.ranks.gather_objects((n_tokens, interruption.received))
-            interruption.agree(next((signum for _, signum in told if signum is not None), None))
-            ended = [str(rank) for rank, (n, _) in enumerate(told) if n is None]
+            told = self.ranks.gather_objects((n_tokens, interruption.received, self._pace.worked()))
+            interruption.agree(next((signum for _, signum, _ in told if signum is not None), None))
+            self._pace.next_step([seconds for *_, seconds in told])
+            ended = [str(rank) for rank, (n, *_) in enumerate(told) if n is None]
             if ended or batch is None:
                 logger.warning(f"activations of rank {', '.join(ended)} ended after {self.n_training_samples} samples")
                 return
-            yield self._exchange(batch, [n or 0 for n, _ in told])
+            yield self._exchange(batch, [n or 0 for n, *_ in told])
 
     @override
     @torch.no_grad()

@@ -16,6 +16,7 @@ from sae_lens_switch.common.progress import Bar, Sentences, Silent
 from sae_lens_switch.common.types import Json, Metrics, StateDict
 from sae_lens_switch.parallel.agreement import AgreedInterruption, refuse_differences
 from sae_lens_switch.parallel.checkpoints import RANKS, write_together
+from sae_lens_switch.parallel.pace import Pace
 from sae_lens_switch.parallel.ranks import Ranks, start_process_group
 from sae_lens_switch.parallel.share import share_of
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
@@ -69,6 +70,7 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         share = share_of(data_provider, cfg.train_batch_size_samples, ranks)
         super().__init__(cfg, sae, share, None, save_checkpoint_fn)
         self._interruption = AgreedInterruption()
+        self._pace = Pace(ranks)
 
     def _count_others(self, n_tokens: int, mine: int) -> None:
         """The batch of the step has ``n_tokens``, of which this process has counted its own."""
@@ -85,9 +87,10 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         interruption.check()
         with torch.enable_grad():
             batch = next(self.data_provider, None)
-        told = self.ranks.gather_objects((batch is not None, interruption.received))
-        interruption.agree(next((signum for _, signum in told if signum is not None), None))
-        ended = [rank for rank, (has_batch, _) in enumerate(told) if not has_batch]
+        told = self.ranks.gather_objects((batch is not None, interruption.received, self._pace.worked()))
+        interruption.agree(next((signum for _, signum, _ in told if signum is not None), None))
+        self._pace.next_step([seconds for *_, seconds in told])
+        ended = [rank for rank, (has_batch, *_) in enumerate(told) if not has_batch]
         if ended:
             logger.warning(
                 f"activations of rank {', '.join(map(str, ended))} ended after {self.n_training_samples} of "

@@ -4,6 +4,7 @@ Letters: W processes (ranks) in all, P of them in each row, which together has a
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,7 @@ class Ranks:
         row_rank: Place in the row, of P.
         n_rows: W / P.
         bytes_sent: Bytes that this process has handed to the network, by kind of message.
+        seconds_waited: Seconds that it has spent in messages.
 
     Raises:
         ValueError: If P does not divide W.
@@ -126,6 +128,7 @@ class Ranks:
         )
         self.data_rank, self.row_rank = divmod(self.rank, row_size)
         self.bytes_sent: Counter[str] = Counter()
+        self.seconds_waited = 0.0
 
     @property
     def is_first(self) -> bool:
@@ -219,6 +222,7 @@ class Ranks:
     def heard(self, what: str, n_bytes: int = 0) -> Iterator[None]:
         """Turn what the collectives raise when a process is gone into a RankLostError."""
         self.bytes_sent[what] += n_bytes
+        began = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
@@ -228,6 +232,8 @@ class Ranks:
                 f"in time ({reason}). Training stops here; the last checkpoint is whole: resume='latest' continues "
                 "from it"
             ) from error
+        finally:
+            self.seconds_waited += time.perf_counter() - began
 
 
 def _own_group(groups: list[list[int]], timeout: float) -> dist.ProcessGroup:
