@@ -133,6 +133,10 @@ class ParallelMultiSAETrainer(MultiSAETrainer):
     # The loop
 
     @override
+    def _save_diverged(self) -> None:
+        """Nothing: the other processes, which all would have to take part, know of it once this one has ended."""
+
+    @override
     def _new_interruption(self) -> Interruption:
         return AgreedInterruption()
 

@@ -52,13 +52,16 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                     self.save_checkpoint(str(self.n_training_samples))
                 raise
             except TrainingDivergedError:
-                if self.cfg.checkpoint_path is not None:
-                    self.save_checkpoint(f"diverged_{self.n_training_samples}")
+                self._save_diverged()
                 raise
             finally:
                 self.data_provider = self._stream
                 if self._bar is not None:
                     self._bar.close()
+
+    def _save_diverged(self) -> None:
+        if self.cfg.checkpoint_path is not None:
+            self.save_checkpoint(f"diverged_{self.n_training_samples}")
 
     def _new_interruption(self) -> Interruption:
         return Interruption()

@@ -17,6 +17,7 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
     TrainerOptions,
+    TrainingDivergedError,
 )
 from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.parallel import RankLostError
@@ -223,6 +224,22 @@ def test_activations_that_end_on_one_process_end_training_on_all(tmp_path):
         return trainer.n_training_samples
 
     assert on_processes(2, run, tmp_path) == [4 * BATCH] * 2
+
+
+def test_an_sae_that_diverges_on_one_process_stops_the_others(tmp_path):
+    def run() -> str:
+        trainer = parallel(config(tmp_path / "run"), TrainerOptions(max_skipped_steps=2))
+        name = min(trainer.own_trainers())
+        if trainer.ranks.rank == 1:
+            trainer.own_trainers()[name].sae.W_dec.data.fill_(torch.nan)
+        with pytest.raises((TrainingDivergedError, RankLostError)) as error:
+            trainer.fit()
+        return f"{type(error.value).__name__}: {error.value}"
+
+    first, second = on_processes(2, run, tmp_path)
+    assert first.startswith("RankLostError: rank 0 of 2 has lost another one")
+    assert second.startswith("TrainingDivergedError: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_dies_stops_the_others(tmp_path):
