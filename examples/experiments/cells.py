@@ -14,6 +14,11 @@ TUNING_SEED = 100
 # latents, what a dense product with 2,048 latents adds, and Adam's pass over a parameter.
 _SPARSE, _DENSE, _PER_PARAMETER = 0.018, 0.015, 4.4e-9
 _DENSE_PRODUCTS = {"standard": 6, "gated": 9, "topk": 6}
+# Fields that earlier results lack: at their defaults they change no cell's name.
+_LATER = (
+    *("n_active_experts", "n_shared_experts", "gate", "load_balancing"),
+    *("router_z_loss_coefficient", "expert_overlap_coefficient"),
+)
 _CE_SECONDS = 0.45  # per context of 128 tokens, with and without the SAE
 
 
@@ -42,9 +47,15 @@ class Cell:
     router_lr: float = 1.0  # times lr
     lr_warm_up: float = 0.0  # share of the steps
     aux_loss_coefficient: float = 0.0
-    start: str = (
-        "apart"  # of the experts; "copies": all the same; "shared": copies of one trained on a tenth of the tokens
-    )
+    # Of the experts. "copies": all the same; "shared": copies of one trained on a tenth of the tokens; "split": parts
+    # of a TopK SAE trained on half of them.
+    start: str = "apart"
+    n_active_experts: int = 1
+    n_shared_experts: int = 0  # each as wide as the others
+    gate: str = "probability"
+    load_balancing: str = "loss"
+    router_z_loss_coefficient: float = 0.0
+    expert_overlap_coefficient: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -56,7 +67,11 @@ class Cell:
 
     def key(self, of_run: dict[str, Any]) -> str:
         """A name for the settings that decide results: those of the cell and of the whole run."""
-        settings = {n: v for n, v in asdict(self).items() if n not in ("experiment", "budgets")}
+        settings = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("experiment", "budgets") and (name not in _LATER or value != getattr(Cell, name))
+        }
         # Warm-ups are shares of the steps: only runs without can be parts of longer ones.
         of_budgets = [] if not (self.lr_warm_up or self.load_balance_warm_up) else list(self.budgets)
         text = json.dumps([settings, of_budgets, of_run], sort_keys=True)
@@ -69,7 +84,15 @@ class Cell:
     @property
     def label(self) -> str:
         name = f"switch {self.n_experts}" if self.architecture == "switch" else self.architecture
+        name += f", {self.n_active_experts} active" if self.n_active_experts > 1 else ""
+        name += ", one shared" if self.n_shared_experts else ""
         return f"{name}, F {self.d_sae}, k {self.k}, layer {self.layer}, lr {self.lr or 0:.2g}, seed {self.seed}"
+
+    @property
+    def active_width(self) -> int:
+        """Latents that a token is encoded with."""
+        n_used = self.n_active_experts + self.n_shared_experts
+        return n_used * self.d_sae // (self.n_experts + self.n_shared_experts)
 
     # Cost
 
@@ -84,7 +107,7 @@ class Cell:
     def step_seconds(self, d_in: int = 576) -> float:
         """Predicted, on one core."""
         size = self.batch / 512 * d_in / 576
-        dense = _DENSE_PRODUCTS.get(self.architecture, 1) * _DENSE * self.d_sae / self.n_experts / 2048
+        dense = _DENSE_PRODUCTS.get(self.architecture, 1) * _DENSE * self.active_width / 2048
         return size * (_SPARSE * self.k / 32 + dense) + _PER_PARAMETER * 2 * self.d_sae * d_in
 
     def seconds(self, d_in: int = 576, ce_contexts: int = 0) -> float:

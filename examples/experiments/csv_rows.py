@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-_TEXT = {"experiment", "architecture", "start", "gate", "load_balance_scale", "units"}
+_TEXT = {"experiment", "architecture", "start", "gate", "load_balancing", "load_balance_scale", "units"}
 
 
 def read(file: Path) -> list[Row]:

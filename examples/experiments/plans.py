@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cells import L1_ARCHITECTURES, TUNING_SEED, Cell, with_experts
+from studied import STUDY, baseline, studied
 
 Row = dict[str, Any]
 SWEEP, L1_SWEEP = "learning rate", "L1 coefficient"
@@ -33,6 +34,7 @@ class Plan:
     batch: int = 512
     ablated_experts: int = 0  # 0: no ablations
     ablation_tokens: int = 0
+    study_tokens: tuple[int, int] = (0, 0)  # of the early and the middle layer; see studied.py
     l1_coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
     layers: tuple[int, int] = (6, 12)
     held_out_contexts: int = 260
@@ -41,7 +43,8 @@ class Plan:
     def layer_tokens(self) -> dict[int, int]:
         """Training activations that each layer needs."""
         early, middle = self.layers
-        return {early: self.tokens} | ({middle: self.middle_tokens} if self.middle else {})
+        of_middle = max(self.middle_tokens if self.middle else 0, self.study_tokens[1])
+        return {early: self.tokens} | ({middle: of_middle} if of_middle else {})
 
 
 _BUDGETS = (250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)
@@ -76,6 +79,21 @@ PLANS = {
         ablated_experts=8,
         ablation_tokens=1_000_000,
         l1_coefficients={"standard": (2.0, 4.0, 8.0), "gated": (3.0, 6.0, 12.0)},
+    ),
+    "study": Plan(
+        tokens=750_000,
+        budgets=(750_000,),
+        sweep_tokens=500_000,
+        learning_rates=(1e-3, 2e-3),
+        width=2048,
+        ks=(32,),
+        matched=(),
+        fixed=(),
+        fixed_tokens=0,
+        seeds=(0, 1, 2),
+        middle=(),
+        middle_tokens=0,
+        study_tokens=(750_000, 400_000),
     ),
     "tiny": Plan(
         tokens=4096,
@@ -114,12 +132,16 @@ def cells(plan: Plan, rows: Sequence[Row]) -> list[Cell]:
     """Every cell, most important first. ``rows`` are the results so far, which choose what is still None."""
     base = Cell("", "sparse_topk", plan.width, plan.ks[0], layer=plan.layers[0], budgets=plan.budgets, batch=plan.batch)
     compared = [replace(c, lr=best_lr(plan, rows, c)) for c in _comparisons(plan, base)]
+    for seed in plan.seeds if any(plan.study_tokens) else ():
+        of_seed = studied(replace(base, seed=seed), plan.layers, plan.study_tokens)
+        compared += [replace(c, lr=best_lr(plan, rows, baseline(c))) for c in of_seed]
     compared = [_with_l1(plan, rows, c) for c in compared]
     if plan.ablated_experts:
         compared += _ablations(plan, base, rows)
     found: list[Cell] = []
     for cell in compared:  # a sweep comes right before the first cell that needs it
-        if all(_shape(cell) != _shape(other) for other in found):
+        own = not cell.experiment.startswith(STUDY) or cell == baseline(cell)
+        if own and all(_shape(cell) != _shape(other) for other in found):
             found += _sweep(plan, cell, rows) + _l1_sweep(plan, cell, rows)
         found.append(cell)
     return found

@@ -15,9 +15,10 @@ import short_runs.claims
 from claims import claims
 from csv_rows import Row, read
 from gains import against_tokens, efficiency, fits
+from tables import study
 
 SHORT = Path(__file__).parents[2] / "docs" / "experiments"
-LONG = SHORT / "long"
+LONG, STUDIED = SHORT / "long", SHORT / "study"
 _COMMANDS = {"default": "make experiments", "full": "python examples/experiments/run.py --full"}
 _SHORT_COMMAND = "[short runs](#the-short-runs)"
 # Topics of the long runs' claims, in the order of the table, with the claims of the short runs on the same.
@@ -91,5 +92,6 @@ BLOCKS = {
     "experiments-headline": headline,
     "experiments-tokens": lambda: _of_long_runs(against_tokens(read(LONG / "results.csv"))),
     "experiments-fits": lambda: _of_long_runs(fits(read(LONG / "results.csv"))),
+    "experiments-study": lambda: _of_long_runs(study(read(STUDIED / "results.csv"), [])),
     "experiments-efficiency": lambda: _of_long_runs(efficiency(read(LONG / "results.csv"), read(LONG / "curves.csv"))),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cells import L1_ARCHITECTURES, Cell
@@ -11,17 +11,22 @@ from claims import claims
 from csv_rows import Row, change, grouped, label, span, values, verdict
 from gains import against_tokens, efficiency, fits
 from plans import L1_SWEEP, SWEEP
+from studied import EXPERTS, SPLIT_EXPERTS, STUDY
+
+_ABLATION = "ablation: "
 
 # What an ablation changes, and the experiments that compare.
 _CHANGED = (
     *("load_balance_coefficient", "load_balance_warm_up", "router_lr", "router_start_std", "lr_warm_up"),
     *("aux_loss_coefficient", "start", "batch"),
+    *("n_experts", "n_active_experts", "n_shared_experts", "gate", "load_balancing"),
+    *("router_z_loss_coefficient", "expert_overlap_coefficient"),
 )
 
 
 def everything(rows: list[Row], _curves: list[Row]) -> list[Row]:
     """Every SAE that is compared, over its seeds, at each number of tokens."""
-    compared = [r for r in rows if not r["experiment"].startswith(("ablation", SWEEP, L1_SWEEP))]
+    compared = [r for r in rows if not r["experiment"].startswith((_ABLATION, STUDY, SWEEP, L1_SWEEP))]
     shape = ("experiment", "layer", "k", "architecture", "n_experts", "d_sae", "tokens")
     return [
         {
@@ -69,29 +74,66 @@ def learning_rates(rows: list[Row], _curves: list[Row]) -> list[Row]:
 
 def ablations(rows: list[Row], _curves: list[Row]) -> list[Row]:
     """One setting changed at a time, against the defaults with the same seeds."""
-    found = []
-    for (experiment,), mine in grouped(
-        [r for r in rows if r["experiment"].startswith("ablation")], "experiment"
-    ).items():
-        by_value = grouped(mine, *_CHANGED)
-        plain = tuple(getattr(Cell, n) for n in _CHANGED)
-        for key, same in by_value.items() if plain in by_value else ():
-            if key == plain:
-                continue
-            a, b = values(same, "mse"), values(by_value[plain], "mse")
-            changed = {n: v for n, v, default in zip(_CHANGED, key, plain, strict=True) if v != default}
-            found.append(
-                {
-                    "setting": experiment.removeprefix("ablation: "),
-                    "value": ", ".join(f"{n} {v if isinstance(v, str) else f'{v:g}'}" for n, v in changed.items()),
-                    "change of the error": change(a, b),
-                    "smaller error": verdict(a, b, -1),
-                    "dead": span([r["dead_latents"] / r["d_sae"] for r in same], 3),
-                    "tokens": f"{same[0]['tokens']:.0f}",
-                    "seeds": f"{len(a)} and {len(b)}",
-                }
-            )
-    return found
+    return [
+        {
+            "setting": experiment.removeprefix(_ABLATION),
+            "value": _said(changed),
+            **_error(same, plain),
+            "dead": span([r["dead_latents"] / r["d_sae"] for r in same], 3),
+            "tokens": f"{same[0]['tokens']:.0f}",
+            "seeds": f"{len(same)} and {len(plain)}",
+        }
+        for experiment, changed, same, plain in _changes(rows, _ABLATION)
+        if changed
+    ]
+
+
+def study(rows: list[Row], _curves: list[Row]) -> list[Row]:
+    """What is beyond one active expert, against one expert per token with the same seeds, which comes first."""
+    return [
+        {
+            "experiment": experiment.removeprefix(STUDY),
+            "changed": _said(changed) or "nothing",
+            "FVU": span(values(same, "fvu"), 4),
+            **(_error(same, plain) if changed else {"change of the error": "", "smaller error": ""}),
+            "CE recovered": span(values(same, "ce_recovered"), 4),
+            "dead": span([r["dead_latents"] / r["d_sae"] for r in same], 3),
+            "duplicates": span(values(same, "duplicates"), 4),
+            "busiest expert": span(values(same, "load_max"), 2),
+            "FLOPs": f"{same[0]['flops_per_activation']:.3g}",
+            "ms per step": span(values(same, "step_ms"), 1),
+            "tokens": f"{same[0]['tokens']:.0f}",
+            "seeds": f"{len(same)} and {len(plain)}",
+        }
+        for experiment, changed, same, plain in _changes(rows, STUDY)
+    ]
+
+
+def _changes(rows: list[Row], prefix: str) -> Iterator[tuple[str, Row, list[Row], list[Row]]]:
+    """By experiment: what is changed of its baseline, those rows, and the baseline's; that itself first."""
+    for (experiment,), mine in grouped([r for r in rows if r["experiment"].startswith(prefix)], "experiment").items():
+        by_value = grouped([{n: getattr(Cell, n) for n in _CHANGED} | r for r in mine], *_CHANGED)
+        n_experts = SPLIT_EXPERTS if experiment.endswith("split") else EXPERTS
+        changed = {key: _differences(key, n_experts if prefix == STUDY else None) for key in by_value}
+        plain = next((same for key, same in by_value.items() if not changed[key]), None)
+        for key in sorted(by_value, key=lambda key: bool(changed[key])) if plain else ():
+            yield experiment, changed[key], by_value[key], plain or []
+
+
+def _differences(key: tuple[Any, ...], n_experts: int | None) -> Row:
+    """From a cell's defaults and this number of experts; None: any."""
+    defaults = {n: getattr(Cell, n) for n in _CHANGED} | {"n_experts": n_experts}
+    found = {n: v for n, v in zip(_CHANGED, key, strict=True) if v != defaults[n]}
+    return {n: v for n, v in found.items() if n != "n_experts" or n_experts is not None}
+
+
+def _said(changed: Row) -> str:
+    return ", ".join(f"{n} {v if isinstance(v, str) else f'{v:g}'}" for n, v in changed.items())
+
+
+def _error(a: Sequence[Row], b: Sequence[Row]) -> Row:
+    x, y = values(a, "mse"), values(b, "mse")
+    return {"change of the error": change(x, y), "smaller error": verdict(x, y, -1)}
 
 
 def texts(facts: dict[str, Any]) -> list[Row]:
@@ -109,4 +151,5 @@ TABLES: list[tuple[str, str, Callable[[list[Row], list[Row]], list[Row]]]] = [
     ("everything", "Every SAE, over its seeds", everything),
     ("learning_rates", "Learning rates", learning_rates),
     ("ablations", "One setting changed at a time", ablations),
+    ("study", "Beyond one active expert: one setting changed at a time", study),
 ]

@@ -20,12 +20,15 @@ from measuring import error
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig, activation_batches
+from sae_lens_switch.analysis import duplicate_latents
 from sae_lens_switch.cost import Cost
 from sae_lens_switch.training.manifest import CheckpointError
+from sae_lens_switch.upgrade import split_topk
 
 Row = dict[str, Any]
 CURVE_POINTS, CURVE_TOKENS = 16, 4096
 _DEAD_WINDOW = 200  # steps, for AuxK
+_SPLIT_TOKENS = 50_000  # of which latents are clustered, and the router fitted
 _SAVE_SECONDS = 120.0  # of training may be lost when a process is killed, and the last fifth of a run
 
 
@@ -108,12 +111,18 @@ def _train(
         "dead_latents": int((fired == 0).sum()),
         "load_max": load.max().item() * len(load),
         "load_min": load.min().item() * len(load),
+        "duplicates": math.nan if longer or cell.n_experts == 1 else _duplicates(sae),
         "flops_per_activation": flops_per_activation(cell, layer.centre.numel()),
         "steps": steps,
         "step_ms": 1e3 * statistics.median(seconds),
     }
     took = {"steps": len(seconds), "seconds": time.perf_counter() - start}
     return {"tokens": budget, "row": row, "curve": curve, "took": took}
+
+
+def _duplicates(sae: Any) -> float:
+    """Share of the latents whose decoder row has a cosine above 0.9 with one of another expert's."""
+    return duplicate_latents(sae.W_dec, sae.cfg.n_experts, n_shared=sae.cfg.layout.shared_width).share_across
 
 
 # The part that runs of different length share
@@ -162,6 +171,8 @@ def resumed(cell: Cell, layer: Layer, budget: int, folder: Path) -> SparseSAETra
     trainer = make_trainer(cell, layer, budget)
     if cell.start == "shared":
         _train_shared_expert(trainer, cell, layer, budget)
+    if cell.start == "split":
+        _train_and_split(trainer, cell, layer, budget)
     return trainer
 
 
@@ -209,19 +220,38 @@ def _start_as_copies(sae: Any) -> None:
 
 def _train_shared_expert(trainer: SparseSAETrainer[Any, Any], cell: Cell, layer: Layer, budget: int) -> None:
     """Begin the run with one expert alone, a TopK SAE, on a tenth of the tokens; all experts start as copies of it."""
-    one = replace(cell, architecture="sparse_topk", d_sae=cell.d_sae // cell.n_experts, n_experts=1, start="apart")
+    width = cell.d_sae // cell.n_experts
+    alone = _topk_begins(trainer, cell, layer, budget, width, cell.steps(budget) // 10)
+    with torch.no_grad():
+        trainer.sae.W_dec[:width] = alone.sae.W_dec
+        trainer.sae.W_enc[:, :width] = alone.sae.W_enc
+    _start_as_copies(trainer.sae)
+
+
+def _train_and_split(trainer: SparseSAETrainer[Any, Any], cell: Cell, layer: Layer, budget: int) -> None:
+    """Begin the run with a TopK SAE of the same width, on half of the tokens, and split that."""
+    seen = cell.steps(budget) // 2
+    alone = _topk_begins(trainer, cell, layer, budget, cell.d_sae, seen)
+    rows = layer.cache.rows(layer.number, "train")[:_SPLIT_TOKENS]
+    split = split_topk(alone.sae, cell.n_experts, layer.scaled(rows), seed=cell.seed)
+    trainer.sae.load_state_dict(split.state_dict())
+    trainer.sae.is_fresh = False
+
+
+def _topk_begins(
+    trainer: SparseSAETrainer[Any, Any], cell: Cell, layer: Layer, budget: int, width: int, steps: int
+) -> SparseSAETrainer[Any, Any]:
+    """Train a TopK SAE on the first tokens of the run, which goes on after them; returns its trainer."""
+    one = replace(cell, architecture="sparse_topk", d_sae=width, n_experts=1, start="apart")
     alone = make_trainer(one, layer, budget)
-    for _ in range(cell.steps(budget) // 10):
+    for _ in range(steps):
         alone.step(next(alone.data_provider))
         alone.n_training_steps += 1
         trainer.lr_scheduler.step()
-    with torch.no_grad():
-        trainer.sae.W_dec[: one.d_sae] = alone.sae.W_dec
-        trainer.sae.W_enc[:, : one.d_sae] = alone.sae.W_enc
-    _start_as_copies(trainer.sae)
     trainer.data_provider = alone.data_provider
     trainer.n_training_steps, trainer.n_training_samples = alone.n_training_steps, alone.n_training_samples
     trainer.n_batches_drawn = alone.n_batches_drawn
+    return alone
 
 
 def _give_own_rate(trainer: SparseSAETrainer[Any, Any], times: float) -> None:
@@ -237,4 +267,5 @@ def _give_own_rate(trainer: SparseSAETrainer[Any, Any], times: float) -> None:
 def flops_per_activation(cell: Cell, d_in: int) -> int:
     """As the paper counts: the encoder of one expert, and the router. Dense SAEs cost as much as TopK."""
     kind: Any = "switch" if cell.architecture == "switch" else "topk"
-    return Cost(kind, d_in, cell.d_sae, cell.k, cell.n_experts).paper_flops
+    several = {"n_active_experts": cell.n_active_experts, "n_shared_experts": cell.n_shared_experts}
+    return Cost(kind, d_in, cell.d_sae, cell.k, cell.n_experts, **several).paper_flops

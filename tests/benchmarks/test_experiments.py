@@ -245,7 +245,9 @@ def test_a_cell_takes_its_settings(layer, tmp_path):
     plain = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32)
     settings = [{}, {"seed": 1}, {"lr": 1e-3}, {"k": 5}, {"batch": 64}, {"load_balance_coefficient": 3.0}]
     settings += [{"load_balance_warm_up": 0.5}, {"router_start_std": 4.0}, {"router_lr": 9.0}, {"lr_warm_up": 0.2}]
-    settings += [{"start": "copies"}, {"start": "shared"}]
+    settings += [{"start": "copies"}, {"start": "shared"}, {"start": "split"}, {"load_balancing": "bias"}]
+    settings += [{"n_active_experts": 2}, {"n_active_experts": 2, "gate": "one"}, {"n_shared_experts": 2}]
+    settings += [{"router_z_loss_coefficient": 9.0}, {"expert_overlap_coefficient": 9.0}]
     errors = {}
     for i, change in enumerate(settings):
         cell = replace(plain, **change)
@@ -310,6 +312,32 @@ def test_a_shared_expert_is_trained_on_the_first_tenth_of_the_run(layer, tmp_pat
     training.train(cell, layer, tmp_path / "cell")
     (found,) = training.finished(cell, tmp_path / "cell")
     assert (found["took"]["steps"], found["row"]["steps"]) == (18, 20)
+
+
+def test_a_split_sae_is_parts_of_a_topk_sae_that_saw_half_of_the_tokens(layer, tmp_path, monkeypatch):
+    cell = cells.Cell("", "switch", 64, 4, 2, 0, (1280,), lr=2e-3, batch=32, start="split")
+    seen, split = {}, training.split_topk
+
+    def noting(sae, n_experts, x, **options):
+        seen.update(sae=sae, split=split(sae, n_experts, x, **options), n_experts=n_experts)
+        return seen["split"]
+
+    monkeypatch.setattr(training, "split_topk", noting)
+    trainer = training.resumed(cell, layer, 1280, tmp_path)
+    assert (seen["sae"].cfg.architecture(), seen["sae"].cfg.d_sae, seen["n_experts"]) == ("sparse_topk", 64, 2)
+    for name, t in seen["split"].state_dict().items():
+        assert torch.equal(trainer.sae.state_dict()[name], t), name
+    assert not trainer.sae.is_fresh
+    assert (trainer.n_training_steps, trainer.n_training_samples) == (20, 640)
+    norms = trainer.sae.W_dec.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    before = training.error(trainer.sae, layer.held_out)["fvu"]
+    batch = next(trainer.data_provider)
+    expected = training.make_trainer(cell, layer, 1280).data_provider
+    for _ in range(20):
+        next(expected)
+    assert torch.equal(batch, next(expected))
+    assert before < 2
 
 
 def test_the_router_has_its_own_learning_rate_until_the_end(layer):
