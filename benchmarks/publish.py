@@ -28,7 +28,8 @@ import published
 
 RESULTS = ROOT / "docs" / "measured"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "kernels/README.md", "docs/faq.md", "docs/training.md", "docs/billion.md")),
+    *(ROOT / name for name in ("README.md", "kernels/README.md")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("faq", "training", "ecosystem", "billion")),
     gpu.RESULTS / "README.md",
     published.SHORT / "README.md",
 ]
