@@ -15,20 +15,13 @@ import pandas as pd
 import plans
 import published
 import pytest
-import studied
 import tables
+from helpers.experiments import measured, swept
 from plans import PLANS
 
 DEFAULT = PLANS["default"]
 
 # What decides
-
-
-def swept(architecture: str, E: int, errors: dict[float, float], F: int = 2048, name: str = "fvu") -> list[dict]:
-    return [
-        {"experiment": plans.SWEEP, "architecture": architecture, "d_sae": F, "n_experts": E, "lr": lr, name: e}
-        for lr, e in errors.items()
-    ]
 
 
 @pytest.mark.parametrize(
@@ -116,34 +109,6 @@ def test_the_default_plan_answers_the_headline_first_and_stays_under_100_minutes
     assert DEFAULT.layer_tokens() == {6: 3_000_000, 12: 500_000}
 
 
-def test_the_study_compares_saes_of_the_same_width_and_most_at_the_same_flops():
-    plan = PLANS["study"]
-    planned = plans.cells(plan, [])
-    by_experiment = defaultdict(list)
-    for c in planned:
-        if c.experiment.startswith(studied.STUDY) and c.seed == 0:
-            by_experiment[c.experiment.removeprefix(studied.STUDY)].append(c)
-    assert set(by_experiment) == {
-        *("several experts, same FLOPs", "several experts, as wide", "load balance", "duplicates", "split"),
-        *("several experts, same FLOPs, layer 12", "load balance, layer 12"),
-    }
-    for name, mine in by_experiment.items():
-        assert mine[0] == studied.baseline(replace(mine[0], start="apart"))
-        assert len(set(mine)) == len(mine) > 1
-        assert len({c.d_sae for c in mine}) == 1
-        if "same FLOPs" in name or "load" in name:
-            assert {c.active_width for c in mine} == {2048}
-    assert {c.active_width for c in by_experiment["several experts, as wide"]} == {2048, 4096, 8192}
-    assert {(c.d_sae, c.n_experts) for c in planned if c.experiment == plans.SWEEP} == {
-        *((2048, 1), (16384, 8), (2048, 4)),
-    }
-    rows = swept("switch", 8, {5e-4: 0.3, 1e-3: 0.2, 2e-3: 0.25}, 16384)
-    ready = [c for c in plans.cells(plan, rows) if c.is_ready and c.experiment.startswith(studied.STUDY)]
-    assert {c.lr for c in ready} == {1e-3}
-    assert {c.n_experts for c in ready} == {8, 15, 16, 32}  # at the rate of the eight
-    assert sum(costs.minutes(plan).values()) / 2 < 110
-
-
 def test_fields_that_came_later_leave_the_names_of_earlier_results():
     plain = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32)
     assert plain.key({}) == "switch-2-14fd60a385a0"
@@ -166,15 +131,6 @@ def test_costs_are_those_of_the_rates_that_they_are_predicted_from():
 
 
 # What the tables say
-
-
-def measured(**fields) -> dict:
-    """A row of results.csv."""
-    plain = cells.Cell("matched FLOPs", "switch", 2048, lr=1e-3).settings | {"tokens": 3e6}
-    plain |= dict.fromkeys(("l0", "mse", "fvu", "fvu_other", "final_loss", "ce_recovered", "steps", "step_ms"), 1.0)
-    plain |= {"dead_latents": 0.0, "load_max": 1.0, "load_min": 1.0, "flops_per_activation": 1.0}
-    found = plain | fields
-    return {n: float(v) if isinstance(v, int) else v for n, v in found.items()}
 
 
 def run(architecture: str, E: int, seed: int, errors: dict[float, float], **fields) -> list[dict]:
@@ -341,21 +297,6 @@ def test_ablations_are_set_beside_the_defaults_of_the_same_seeds():
     assert (row["setting"], row["value"], row["smaller error"]) == ("AuxK", "aux_loss_coefficient 0.25", "holds")
     assert row["change of the error"].startswith("-20.4%")
     assert tables.ablations(other, []) == []  # nothing to set them beside
-
-
-def test_the_study_stands_beside_one_expert_per_token():
-    name = f"{studied.STUDY}several experts, same FLOPs"
-    common = {"experiment": name, "architecture": "switch", "d_sae": 16384.0, "duplicates": 0.02}
-    plain = [measured(**common, seed=s, n_experts=8.0, mse=1.0 + s / 100) for s in (0, 1)]
-    two = {"n_experts": 16.0, "n_active_experts": 2.0, "gate": "renormalized"}
-    other = [measured(**common, seed=s, mse=0.9, **two) for s in (0, 1)]
-    first, second = tables.study(other + plain, [])
-    assert (first["changed"], first["change of the error"]) == ("nothing", "")
-    assert second["changed"] == "n_experts 16, n_active_experts 2, gate renormalized"
-    assert second["change of the error"].startswith("-10.4%")
-    assert second["smaller error"] == "holds"
-    assert second["duplicates"] == "0.0200 (0.0200 to 0.0200)"
-    assert tables.study(other, []) == []
 
 
 def test_what_is_drawn_is_the_mean_and_the_range_of_seeds(rows):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import activations
+import cells
 import numpy as np
 import plans
 import texts
@@ -70,3 +71,22 @@ def say_who(folder: Path, what: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{os.getpid()}", "a") as file:
         file.write(what + "\n")
+
+
+# Rows of results.csv
+
+
+def swept(architecture: str, E: int, errors: dict[float, float], F: int = 2048, name: str = "fvu") -> list[dict]:
+    return [
+        {"experiment": plans.SWEEP, "architecture": architecture, "d_sae": F, "n_experts": E, "lr": lr, name: e}
+        for lr, e in errors.items()
+    ]
+
+
+def measured(**fields) -> dict:
+    """A row of results.csv."""
+    plain = cells.Cell("matched FLOPs", "switch", 2048, lr=1e-3).settings | {"tokens": 3e6}
+    plain |= dict.fromkeys(("l0", "mse", "fvu", "fvu_other", "final_loss", "ce_recovered", "steps", "step_ms"), 1.0)
+    plain |= {"dead_latents": 0.0, "load_max": 1.0, "load_min": 1.0, "flops_per_activation": 1.0}
+    found = plain | fields
+    return {n: float(v) if isinstance(v, int) else v for n, v in found.items()}
