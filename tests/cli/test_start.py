@@ -10,6 +10,7 @@ import pytest
 from helpers import switch_sae
 
 import sae_lens_switch
+from sae_lens_switch.cli.help import known_help
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"sae_lens", "transformer_lens", "transformers", "datasets", "torch", "plotly", "matplotlib"}
@@ -64,6 +65,8 @@ def heavy_modules(folder: Path, *command: str) -> tuple[str, set[str]]:
     ids=" ".join,
 )
 def test_a_command_imports_nothing_heavy_to_say_what_it_does(arguments, tmp_path):
+    if arguments[0] == "train" and known_help() is None:
+        pytest.skip("help.json was made from other sources of SAELens than are installed")
     out, loaded = heavy_modules(tmp_path, "-m", f"sae_lens_switch.{arguments[0]}", *arguments[1:])
     assert len(out.splitlines()) > 20
     assert loaded == set()
