@@ -59,7 +59,7 @@ def train(
         if not file.exists():
             longer = budget != cell.tokens
             write(file, _train(cell, layer, budget, folder, longer, None if longer else ce_recovered, go_on))
-    _remove_trunks(folder)
+    remove_trunks(folder)
 
 
 def _train(
@@ -133,7 +133,7 @@ def _save_trunk(trainer: SparseSAETrainer[Any, Any], folder: Path, curve: list[R
     step = trainer.n_training_steps
     write(folder / f"curve-{step}.json", curve)
     trainer.save_checkpoint(f"trunk-{step}", base_path=folder)
-    _remove_trunks(folder, but=step)
+    remove_trunks(folder, but=step)
 
 
 def _curve_of_trunk(folder: Path, step: int) -> list[Row]:
@@ -141,13 +141,14 @@ def _curve_of_trunk(folder: Path, step: int) -> list[Row]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def _remove_trunks(folder: Path, but: int | None = None) -> None:
+def remove_trunks(folder: Path, but: int | None = None) -> None:
+    """Also those of a worker that was killed, whatever another one has removed by now."""
     for path in (*folder.glob("trunk-*"), *folder.glob(".*trunk-*")):  # and what a killed process began to save
         if path.name != f"trunk-{but}":
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("curve-*.json"):
         if path.name != f"curve-{but}.json":
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _drawn_before(cell: Cell, budget: int) -> int:

@@ -54,6 +54,7 @@ class Results:
 
 def work(plan: Plan, cache: Any, results: Results, parent: int | None = None) -> None:
     """Take part in everything that is to be done."""
+    from training import remove_trunks
 
     def go_on() -> None:
         if parent is not None and os.getppid() != parent:
@@ -67,8 +68,11 @@ def work(plan: Plan, cache: Any, results: Results, parent: int | None = None) ->
     trained = _Trainer(plan, cache, results, go_on)
     while True:
         go_on()
-        todo = [c for c in results.planned(plan) if not results.is_finished(c)]
+        planned = results.planned(plan)
+        todo = [c for c in planned if not results.is_finished(c)]
         if not todo:
+            for cell in planned:  # one may have been killed between its last result and this
+                remove_trunks(results.of(cell))
             return
         if not any(trained.if_free(cell) for cell in todo if cell.is_ready):
             time.sleep(_POLL_SECONDS)  # others train what is left, or what chooses it

@@ -1,7 +1,9 @@
-"""What all processes must decide alike: whether to go on, and whether they run the same training."""
+"""What all processes must decide alike: whether to go on, from where, and whether they run the same training."""
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar, cast
 
 import torch
 
@@ -9,6 +11,8 @@ import sae_lens_switch
 from sae_lens_switch.common.types import Json
 from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.training.interruption import Interruption
+
+T = TypeVar("T")
 
 _MOST_NAMED = 8
 
@@ -41,6 +45,24 @@ class AgreedInterruption(Interruption):
     def waiting(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """As anywhere else: where one process stopped at once, the others would wait for it."""
         return nullcontext()
+
+
+def first_does(ranks: Ranks, action: Callable[[], T]) -> T:
+    """What it returns on the first process, for all.
+
+    Raises:
+        ValueError: On every process, if it does there.
+    """
+    result, error = None, None
+    if ranks.is_first:
+        try:
+            result = action()
+        except ValueError as failure:
+            error = failure
+    result, error = ranks.first_says((result, error))
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 def refuse_differences(ranks: Ranks, settings: Json) -> None:

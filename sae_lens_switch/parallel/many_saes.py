@@ -19,7 +19,7 @@ from typing_extensions import override
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import Bar, Sentences, Silent
 from sae_lens_switch.common.types import AnyTrainingSAE, Json
-from sae_lens_switch.parallel.agreement import AgreedInterruption
+from sae_lens_switch.parallel.agreement import AgreedInterruption, first_does
 from sae_lens_switch.parallel.checkpoints import RANKS, write_together
 from sae_lens_switch.parallel.pace import Pace
 from sae_lens_switch.parallel.ranks import Ranks
@@ -211,12 +211,5 @@ class ParallelMultiSAETrainer(MultiSAETrainer):
 
     @override
     def _verify(self, path: Path) -> None:
-        configs, error = self._configs(), None
-        if self.ranks.is_first:
-            try:
-                checkpoints.verify(path, configs)
-            except checkpoints.CheckpointError as failure:
-                error = str(failure)
-        error = self.ranks.first_says(error)
-        if error is not None:
-            raise checkpoints.CheckpointError(error)
+        configs = self._configs()
+        first_does(self.ranks, lambda: checkpoints.verify(path, configs))

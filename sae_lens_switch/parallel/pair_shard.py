@@ -17,14 +17,15 @@ from sae_lens_switch.saes.router import Assignment, assign
 from sae_lens_switch.saes.step import DeadLatents, SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
-# Of two active experts the best latents must be found among those of both, by the gate that the home knows.
-_AT_HOME = {"n_active_experts": 1, "load_balancing": "loss", "router_z_loss_coefficient": 0}
+# What an expert's owner can do a whole step with. Of two active experts the best latents must be found among those of
+# both; a bias and the z-loss are about tokens that it has not received.
+_BY_OWNER = {"n_active_experts": 1, "load_balancing": "loss", "router_z_loss_coefficient": 0}
 
 
 def shard_class_of(whole: SwitchTrainingSAEConfig) -> type[ExpertShard]:
     """What trains a process's experts: ``ExpertShard``, which sends least, wherever it can."""
     fields = vars(whole)
-    return ExpertShard if all(fields[name] == value for name, value in _AT_HOME.items()) else PairShard
+    return ExpertShard if all(fields[name] == value for name, value in _BY_OWNER.items()) else PairShard
 
 
 class PairShard(ExpertShard):

@@ -49,12 +49,13 @@ class SentPairs:
 
     def to_owners(self, t_nAX: Tensor, what: str) -> Tensor:
         """What the homes have for pairs of this process's experts, [R, X], in the order of the whole batch."""
-        sent = t_nAX.flatten(0, 1)[self.order]
-        return sent if self.ranks.row_size == 1 else self.ranks.exchange(sent, self.sent, self.received, what)
+        return self._out(t_nAX.flatten(0, 1)[self.order], what)
 
     def tokens_to_owners(self, x_nD: Tensor, what: str) -> Tensor:
         """As ``to_owners``, what all pairs of a token have alike."""
-        sent = x_nD[torch.div(self.order, self.n_active, rounding_mode="floor")]
+        return self._out(x_nD[torch.div(self.order, self.n_active, rounding_mode="floor")], what)
+
+    def _out(self, sent: Tensor, what: str) -> Tensor:
         return sent if self.ranks.row_size == 1 else self.ranks.exchange(sent, self.sent, self.received, what)
 
     def to_homes(self, t_RX: Tensor, what: str) -> Tensor:

@@ -1,8 +1,7 @@
 """What every parallel trainer does around its steps: one loop, one end and one checkpoint for all processes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
@@ -14,7 +13,7 @@ from sae_lens_switch.common.atomic import sync
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import Bar, Sentences, Silent
 from sae_lens_switch.common.types import Json, Metrics, StateDict
-from sae_lens_switch.parallel.agreement import AgreedInterruption, refuse_differences
+from sae_lens_switch.parallel.agreement import AgreedInterruption, first_does, refuse_differences
 from sae_lens_switch.parallel.checkpoints import RANKS, write_together
 from sae_lens_switch.parallel.pace import Pace
 from sae_lens_switch.parallel.ranks import Ranks, start_process_group
@@ -22,11 +21,9 @@ from sae_lens_switch.parallel.share import share_of
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.activations import ActivationSource
-from sae_lens_switch.training.checkpoints import TRAINING_FOLDER, CheckpointError
+from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.trainer import SparseSAETrainer
-
-T = TypeVar("T")
 
 # Of the state beyond SAELens's, what each process has of its own.
 _OF_EACH_RANK = ("random", "random_cuda", "data")
@@ -171,24 +168,11 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def _latest(self, base: str) -> Path | None:
-        return self._first_does(lambda: SparseSAETrainer._latest(self, base))
+        return first_does(self.ranks, lambda: SparseSAETrainer._latest(self, base))
 
     @override
     def _verify(self, path: Path) -> None:
-        self._first_does(lambda: SparseSAETrainer._verify(self, path))
-
-    def _first_does(self, action: Callable[[], T]) -> T:
-        """On the first process, for all. Raises CheckpointError on every one, if it does there."""
-        result, error = None, None
-        if self.ranks.is_first:
-            try:
-                result = action()
-            except CheckpointError as failure:
-                error = str(failure)
-        result, error = self.ranks.first_says((result, error))
-        if error is not None:
-            raise CheckpointError(error)
-        return cast(T, result)
+        first_does(self.ranks, lambda: SparseSAETrainer._verify(self, path))
 
 
 def checkpoint_of(folder: Path) -> Path:

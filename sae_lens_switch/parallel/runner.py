@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from sae_lens_switch.common.atomic import replace_files, scratch
 from sae_lens_switch.common.types import AnyTrainingSAE
+from sae_lens_switch.parallel.agreement import first_does
 from sae_lens_switch.parallel.checkpoints import weight_parts
 from sae_lens_switch.parallel.consolidate import write_whole
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
@@ -161,17 +162,14 @@ def find_together(ranks: Ranks, cfg: LanguageModelRun, find: Callable[[], None])
     Raises:
         ValueError: On every process, if ``find`` does on the first.
     """
-    error = None
-    if ranks.is_first:
-        try:
-            find()
-        except ValueError as failure:
-            error = failure
-    error, found, cfg.checkpoint_path = ranks.first_says((error, cfg.resume_from_checkpoint, cfg.checkpoint_path))
+
+    def found() -> tuple[str | None, str | None]:
+        find()
+        return cfg.resume_from_checkpoint, cfg.checkpoint_path
+
+    checkpoint, cfg.checkpoint_path = first_does(ranks, found)
     cfg.resume_from_checkpoint = None
-    if error is not None:
-        raise error
-    return found
+    return checkpoint
 
 
 def is_parallel(cfg: sae_lens.LanguageModelSAERunnerConfig[Any]) -> bool:

@@ -23,14 +23,6 @@ def small_batches():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("source")
-    experiments.write_model(found / "model")
-    experiments.write_text(found / "text")
-    return found
-
-
-@pytest.fixture(scope="module")
 def contexts(folder):
     return experiments.contexts(folder, "plays")
 

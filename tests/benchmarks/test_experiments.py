@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -160,6 +161,19 @@ def test_killed_anywhere_it_goes_on_to_the_same_results(cache, uninterrupted, tm
     assert kept.items() <= now.items()
     assert measured(results) == measured(uninterrupted)
     assert not [name for name in now if not re.search(r"/\d+\.json$", name)]  # nothing half-made is left
+
+
+def test_what_a_worker_leaves_that_is_killed_after_its_last_result_is_removed(cache, uninterrupted, tmp_path):
+    results = experiments.results_of(tmp_path)
+    shutil.copytree(uninterrupted.folder, results.folder)
+    whole = experiments.files(results.folder)
+    cell = next(results.folder.iterdir())
+    (cell / "trunk-12").mkdir()
+    for left in ("trunk-12/trainer_state.pt", "curve-12.json"):
+        (cell / left).touch()
+    assert experiments.files(results.folder) != whole
+    worker.work(PLAN, cache, results)
+    assert experiments.files(results.folder) == whole
 
 
 def test_a_result_whose_writing_was_killed_leaves_nothing_once_it_is_written(tmp_path):

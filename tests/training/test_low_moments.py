@@ -42,7 +42,9 @@ def test_training_is_nearly_that_with_moments_in_float32(architecture, fields, o
         trainer.step = lambda batch, step=step: losses[-1].append((out := step(batch)).loss.item()) or out
         trainer.fit()
     assert losses[0] != losses[1]
-    torch.testing.assert_close(torch.tensor(losses[1][-10:]), torch.tensor(losses[0][-10:]), rtol=0.08, atol=0)
+    # Which latents a token has may differ here and there, and with them the loss of a step.
+    plain, low = (torch.tensor(of_one[-20:]).mean() for of_one in losses)
+    torch.testing.assert_close(low, plain, rtol=0.01 if fields else 0.001, atol=0)
     kept = moments(trainer)
     assert {name for name, dtype in kept.items() if dtype == torch.bfloat16} == {"W_enc", "W_dec"}
     assert {dtype for name, dtype in kept.items() if not name.startswith(("W_enc", "W_dec"))} == {torch.float32}
