@@ -38,9 +38,9 @@ class LanguageModelLoss:
         self.tokens = torch.from_numpy(tokens)
         self.hidden = hidden_states(self.model, source.hook_name, [layer.number], self.tokens)[layer.number]
         self.clean = self.cross_entropy(self.hidden)
-        ablated = self.hidden.clone()
-        ablated[:, SKIPPED:] = layer.centre
-        self.ablated = self.cross_entropy(ablated)
+        self.kept = layer.is_massive(self.hidden)
+        self.kept[:, :SKIPPED] = True
+        self.ablated = self.cross_entropy(torch.where(self.kept[..., None], self.hidden, layer.centre))
 
     @torch.no_grad()
     def cross_entropy(self, hidden: Tensor) -> float:
@@ -58,9 +58,8 @@ class LanguageModelLoss:
 
     @torch.no_grad()
     def recovered(self, sae: Any) -> float:
-        """(ablated - with SAE) / (ablated - model); the first tokens of each context are left as they are."""
+        """(ablated - with SAE) / (ablated - model); massive activations and first tokens are left as they are."""
         hidden = self.hidden.clone()
-        x = hidden[:, SKIPPED:]
-        x_hat = sae(self.layer.scaled(x.flatten(0, 1))) / self.layer.scale + self.layer.centre
-        hidden[:, SKIPPED:] = x_hat.view(x.shape)
+        x_hat = sae(self.layer.scaled(hidden[~self.kept]))
+        hidden[~self.kept] = x_hat / self.layer.scale + self.layer.centre
         return (self.ablated - self.cross_entropy(hidden)) / (self.ablated - self.clean)

@@ -11,6 +11,7 @@ same small sweep has found for its architecture.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from costs import costs, minutes_left
 from plans import PLANS, Plan
 
 CONTEXT = 128
+_SPARE_TOKENS = 1.01  # massive activations are left out
 _SPARE_BYTES = 2 << 30  # checkpoints of the widest SAEs of two workers, and results
 _POLL_SECONDS, _SAY_EVERY = 1.0, 60.0
 
@@ -89,14 +91,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepared(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]:
     """The cache of activations, not yet filled, and what besides a cell's settings decides its results."""
     import texts
-    from activations import SKIPPED, Cache, Source
+    from activations import MASSIVE, SKIPPED, Cache, Source
     from offline import language_model_folder
     from transformers import AutoConfig
 
     model = args.model or str(language_model_folder(args.models))
-    per_context = CONTEXT - SKIPPED
+
+    def n_contexts(tokens: int) -> int:
+        return math.ceil(tokens * _SPARE_TOKENS / (CONTEXT - SKIPPED))
+
     wanted = {
-        "train": -(-plan.tokens // per_context),
+        "train": n_contexts(plan.tokens),
         "held_out": plan.held_out_contexts,
         "other": plan.held_out_contexts // 4,
     }
@@ -106,7 +111,7 @@ def prepared(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]
         file.parent.mkdir(parents=True, exist_ok=True)
         texts.save(found, file)
     contexts = texts.load(file)
-    layers = {layer: -(-n // per_context) for layer, n in plan.layer_tokens().items()}
+    layers = {layer: n_contexts(n) for layer, n in plan.layer_tokens().items()}
     d_in = AutoConfig.from_pretrained(model).hidden_size
     cache = Cache(args.output / "activations", Source(model, args.model_class, args.hook_name, layers, d_in), contexts)
     of_run = {
@@ -115,6 +120,7 @@ def prepared(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]
         "text": contexts.digest[:16],
         "context": CONTEXT,
         "skipped": SKIPPED,
+        "massive": MASSIVE,
     }
     return cache, of_run
 

@@ -188,7 +188,7 @@ def make_trainer(cell: Cell, layer: Layer, budget: int) -> SparseSAETrainer[Any,
         feature_sampling_window=10**9,
         dead_feature_window=_DEAD_WINDOW,
     )
-    rows = layer.cache.rows(layer.number, "train")
+    rows = layer.train
     if cell.tokens > len(rows):
         raise ValueError(f"tokens must be at most {len(rows)}, those of layer {layer.number}; got {cell.tokens}")
     batches: Iterator[Any] = Scaled(activation_batches(rows, cell.batch, seed=cell.seed), layer.centre, layer.scale)
@@ -233,8 +233,8 @@ def _train_and_split(trainer: SparseSAETrainer[Any, Any], cell: Cell, layer: Lay
     """Begin the run with a TopK SAE of the same width, on half of the tokens, and split that."""
     seen = cell.steps(budget) // 2
     alone = _topk_begins(trainer, cell, layer, budget, cell.d_sae, seen)
-    rows = layer.cache.rows(layer.number, "train")[:_SPLIT_TOKENS]
-    split = split_topk(alone.sae, cell.n_experts, layer.scaled(rows), seed=cell.seed)
+    some = layer.scaled(layer.train[:_SPLIT_TOKENS])
+    split = split_topk(alone.sae, cell.n_experts, some, seed=cell.seed)
     trainer.sae.load_state_dict(split.state_dict())
     trainer.sae.is_fresh = False
 

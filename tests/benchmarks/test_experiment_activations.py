@@ -172,6 +172,28 @@ def test_a_layer_is_centred_and_scaled_and_its_batches_keep_their_place(whole):
     assert torch.equal(next(second), expected)
 
 
+def test_massive_activations_are_left_out(folder, contexts, whole, tmp_path):
+    cache = experiments.cache_of(folder, contexts, tmp_path)
+    list(cache.fill())
+    plain = activations.Layer.of(cache, 0)
+    assert all(torch.equal(plain.train, cache.rows(0, "train")) for cache in (cache, whole))
+    raw = np.memmap(cache.file(0), np.float16, "r+").reshape(-1, experiments.D_IN)
+    n_held_out = 8 * cache.per_context
+    n_first = n_held_out + 4 * cache.per_context
+    for row in (3, n_held_out + 5, n_first + 1, n_first + 40):
+        raw[row] *= 100
+    raw.flush()
+    layer = activations.Layer.of(cache, 0)
+    kept = torch.ones(len(plain.train), dtype=torch.bool)
+    kept[[1, 40]] = False
+    assert torch.equal(layer.train, whole.rows(0, "train")[kept])
+    torch.testing.assert_close(layer.centre, whole.rows(0, "train")[kept].float().mean(0))
+    assert layer.scaled(layer.train).square().sum(1).mean() == pytest.approx(experiments.D_IN, rel=1e-4)
+    assert (len(layer.held_out), len(layer.other)) == (n_held_out - 1, 4 * cache.per_context - 1)
+    torch.testing.assert_close(layer.held_out[3:], layer.scaled(whole.rows(0, "held_out")[4:]))
+    assert layer.is_massive(torch.stack([plain.centre, 1000 + plain.centre])).tolist() == [False, True]
+
+
 def test_killed_anywhere_it_is_filled_with_the_same_bits(folder, contexts, whole, tmp_path):
     cache = experiments.cache_of(folder, contexts, tmp_path)
     expected = {layer: whole.file(layer).read_bytes() for layer in (0, 1)}

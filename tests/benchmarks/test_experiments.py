@@ -301,6 +301,18 @@ def test_the_ce_loss_recovered_is_1_without_error_and_0_for_the_mean(layer):
     assert 0 < loss.recovered(lambda x: x / 2) < 1
 
 
+def test_massive_activations_keep_their_place_when_the_ce_loss_is_measured(layer):
+    norms = layer.cache.rows(0, "held_out").float().norm(dim=1)
+    few = replace(layer, largest_norm=norms.quantile(0.9).item())
+    loss, seen = measuring.LanguageModelLoss(few, 4), []
+    assert loss.recovered(lambda x: seen.append(x) or x) == pytest.approx(1, abs=1e-4)
+    assert loss.recovered(torch.zeros_like) == pytest.approx(0, abs=1e-4)
+    (x,) = seen
+    n = loss.tokens.numel() - 2 * len(loss.tokens)
+    assert 0.8 * n < len(x) < n
+    assert not few.is_massive(x / few.scale + few.centre).any()
+
+
 def test_the_error_is_that_of_the_dense_latents(layer):
     cell = cells.Cell("", "switch", 64, 4, 2, 0, (640,), lr=2e-3, batch=32)
     sae = training.make_trainer(cell, layer, 640).sae

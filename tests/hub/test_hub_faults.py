@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import hub_server
 from helpers.hub_saes import REPO, X, card_of, switch, upload, upload_with_card
 from helpers.hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from packaging.version import Version
 from sae_lens import SAE
 
 from sae_lens_switch.hub import verified_loader
@@ -35,6 +37,9 @@ def test_an_interrupted_upload_changes_nothing_and_can_be_repeated(hub, method, 
         assert torch.equal(SAE.from_pretrained(REPO, sae_id)(X), switch(seed)(X))
 
 
+@pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("1.21"), reason="repeats no upload after a lost connection"
+)
 def test_one_lost_connection_is_made_good(hub):
     hub.fault("PUT", "/lfs/upload/", times=1, action="drop")
     upload({"sae": switch()})

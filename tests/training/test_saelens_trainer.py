@@ -154,7 +154,7 @@ def test_without_normalize_decoder_the_rows_are_left_to_the_optimiser():
 def test_a_trainer_of_another_sae_is_left_alone():
     batches = activations(4)
     torch.manual_seed(0)
-    config = StandardTrainingSAEConfig(d_in=D, d_sae=F, dtype="float64")
+    config = StandardTrainingSAEConfig(d_in=D, d_sae=F, dtype="float32")  # its loss in float64 fails with torch 2.11
     alone = SAE_TRAINING_CLASS_REGISTRY["standard"][0](config)
     beside = copy.deepcopy(alone)
     list(steps(trainer(alone, batches), batches))
