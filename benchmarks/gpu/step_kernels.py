@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sae_lens_switch_kernels import torch_grouped, torch_loss, torch_routing
+from sae_lens_switch_kernels import torch_codes, torch_grouped, torch_loss, torch_routing
 from sae_lens_switch_kernels.indexing import expert_groups
 from torch import Tensor
 
@@ -88,10 +88,24 @@ def check_counts(p: Any, c: SimpleNamespace) -> Pairs:
     yield "last", last_F.double(), 5.0 * (truth > 0)
 
 
+def check_above(p: Any, c: SimpleNamespace) -> Pairs:
+    """In the dtype of the weights, rounded alike: the same codes in the same order."""
+    pre_RP = normal(c.s.B, c.s.F // c.s.E, seed=90, device=c.x.device).to(c.x.dtype)
+    threshold_P, bias_P = normal(2, pre_RP.shape[1], seed=91, device=c.x.device).to(c.x.dtype)
+    gates_R1 = normal(c.s.B, 1, seed=92, device=c.x.device)
+    for name, given in (("bias", (bias_P, None)), ("gates", (None, gates_R1))):
+        truth = torch_codes.codes_above(pre_RP.clone(), threshold_P + 1, *given)
+        found = p.codes_above(pre_RP, threshold_P + 1, *given)
+        yield f"{name}: number", torch.tensor(float(len(found[0]))), torch.tensor(float(len(truth[0])))
+        for what, mine, true in zip(("row", "latent", "value"), found, truth, strict=True):
+            yield f"{name}: {what}", mine[: len(true)].double(), true.double()
+
+
 CHECKS: dict[str, Callable[[Any, SimpleNamespace], Pairs]] = {
     "route": check_route,
     "gated": check_gated,
     "loss": check_loss,
     "clip": check_clip,
     "count_codes": check_counts,
+    "codes_above": check_above,
 }

@@ -37,6 +37,7 @@ PRIMITIVES = (
     "sorted_codes",
     "unsorted_codes",
     "code_grads",
+    "codes_above",
     "count_codes",
     "loss",
     "loss_backward",

@@ -73,6 +73,8 @@ def _cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "update_loads": (normal(E).relu(), normal(E), normal(E), normal(1)[0] + 1, 0.02, -9.0),
         "update_expert_bias": (normal(E), normal(E).round(), normal(1)[0] < 9, 0.1),
         "clip": ([normal(B, D), normal(D, B).T, normal(K)], normal(1)[0], 0.5, indices_BK[0, :2], [gates_B[0]]),
+        "codes_above": (normal(B, M)[:, 1:], normal(M - 1), normal(M - 1), None),
+        "codes_above, gated": (normal(B, M), normal(M).abs(), None, gates_B.unsqueeze(1)),
         "count_codes": (values_BK, indices_BK, values_BK[0, 0] < 9, 7, *counts),
         "code_grads": (values_BK, d_pre_BK, gates_B, normal(B, K), mixed),
     }

@@ -25,8 +25,8 @@ def threshold_encode(
     With experts, of those that ``switch_encode`` chooses from, each compared once it is scaled by the gate of its
     expert.
 
-    Never makes a [B, F] tensor; what is active takes 12 bytes a latent in float32, twice that for a moment. Plain torch
-    on every device: a GPU is waited for several times per tile. No gradient. Under autocast as ``topk_encode``.
+    Never makes a [B, F] tensor; what is active takes 12 bytes a latent in float32, twice that for a moment. A GPU is
+    waited for once per tile. No gradient. Under autocast as ``topk_encode``.
 
     Args:
         x_BD: Tokens.

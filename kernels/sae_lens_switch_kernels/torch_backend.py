@@ -29,6 +29,7 @@ from sae_lens_switch_kernels.torch_adam import adam_rows, adam_tensors, lazy_ada
 from sae_lens_switch_kernels.torch_clipping import clip
 from sae_lens_switch_kernels.torch_codes import (
     code_grads,
+    codes_above,
     count_codes,
     sorted_codes,
     sorted_rows,
@@ -53,6 +54,7 @@ __all__ = [
     "adam_tensors",
     "clip",
     "code_grads",
+    "codes_above",
     "count_codes",
     "expert_groups",
     "gated_decode",

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.indexing import ExpertGroups, latent_index
+from sae_lens_switch_kernels.torch_batch_topk import above
+
+# Of a tile that are searched at a time: on a CPU to stay in cache, on a GPU for few waits and little more memory.
+SEARCH_ELEMENTS = {"cpu": 1 << 21}
+_SEARCH_ELEMENTS_ON_GPU = 1 << 25
 
 
 def sorted_rows(t_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
@@ -100,3 +105,39 @@ def latent_sums(t_BK: Tensor, indices_BK: Tensor, n_latents: int) -> Tensor:
         return t_BK.new_zeros(n_latents).index_add_(0, indices_BK.flatten(), t_BK.flatten())
     index = latent_index(indices_BK, n_latents)
     return index.sums(t_BK.flatten()[index.order_S])
+
+
+def codes_above(
+    pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None, gates_R1: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What exceeds its threshold in a tile of R rows and P latents. May overwrite pre.
+
+    NaN exceeds everything, as in SAELens, so that a token that is NaN does not become one without latents.
+
+    Args:
+        pre_RP: The tile.
+        threshold_P: Thresholds, in whose dtype everything is compared.
+        bias_P: Added to every row.
+        gates_R1: Multiplies a row before it is compared.
+
+    Returns:
+        Row, latent and value (with the bias, without the gate) of each, [S], by row and within a row by latent.
+    """
+    R, P = pre_RP.shape
+    rows = max(1, SEARCH_ELEMENTS.get(pre_RP.device.type, _SEARCH_ELEMENTS_ON_GPU) // max(P, 1))
+    scratch = threshold_P.new_empty(min(R, rows), P)
+    places, values = [scratch.new_empty(0, dtype=torch.long)], [scratch.new_empty(0)]
+    for start in range(0, R, rows):
+        part = pre_RP[start : start + rows].to(threshold_P.dtype)
+        part = part if bias_P is None else part.add_(bias_P)
+        gated = part
+        if gates_R1 is not None:
+            gates = gates_R1[start : start + rows].to(part.dtype)
+            gated = torch.mul(part, gates, out=scratch[: len(part)])
+        # A difference is positive exactly where the first number is larger; torch subtracts faster than it compares.
+        place_S = above(torch.sub(gated, threshold_P, out=scratch[: len(part)]), 0.0).sort().values
+        places.append(place_S + start * P)
+        values.append(part.take(place_S))
+    place_S = torch.cat(places)
+    row_S = torch.div(place_S, max(P, 1), rounding_mode="floor")
+    return row_S, place_S - row_S * P, torch.cat(values)

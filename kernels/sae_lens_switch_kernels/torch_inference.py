@@ -1,9 +1,7 @@
-"""The encoder that only inference needs, in plain torch on every device: one tile of pre-activations at a time.
+"""The encoder that only inference needs, one tile of pre-activations at a time.
 
 Letters: R rows of P latents, a tile; S codes.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,12 +11,7 @@ from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.indexing import one_group
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.own_tiles import own_tiles
-from sae_lens_switch_kernels.torch_batch_topk import above
 from sae_lens_switch_kernels.torch_tiles import pre_activation_tiles
-
-# Of a tile that are searched at a time: on a CPU to stay in cache, on a GPU for few waits and little more memory.
-_SEARCH_ELEMENTS = {"cpu": 1 << 21}
-_SEARCH_ELEMENTS_ON_GPU = 1 << 25
 
 
 def threshold_encode(
@@ -29,11 +22,11 @@ def threshold_encode(
     2BDF flops in ``dtype``. By token, and by latent within a token. Waits for the device to learn how many there are.
     """
     values, indices, ends = [W_FD.new_empty(0)], [threshold_F.new_empty(0, dtype=torch.long)], []
-    found, n_codes = [], 0
+    found, n_codes, p = [], 0, primitives(x_BD)
     for tile in pre_activation_tiles(x_BD, W_FD, one_group(len(x_BD), x_BD.device), dtype, alone=True):
         bias_P = None if bias_F is None else bias_F[tile.latents]
-        for row_S, latent_S, values_S in _above(tile.pre_RP, threshold_F[tile.latents], bias_P):
-            found.append((row_S, latent_S + tile.latents.start, values_S))
+        row_S, latent_S, values_S = p.codes_above(tile.pre_RP, threshold_F[tile.latents], bias_P, None)
+        found.append((row_S, latent_S + tile.latents.start, values_S))
         if tile.latents.stop == len(W_FD):
             row_S, latent_S, values_S = _in_order(found, len(W_FD))
             values.append(values_S)
@@ -52,40 +45,18 @@ def routed_threshold_encode(inputs: EncoderInputs, threshold_F: Tensor) -> tuple
     values, places = [W_FD.new_empty(0)], [threshold_F.new_empty(0, dtype=torch.long)]
     for tile in own_tiles(p, inputs, centered_BD, inputs.dtype, alone=True):
         assert tile.latents is not None
-        for row_S, column_S, values_S in _above(tile.pre_RP, threshold_F[tile.latents], None, tile.gates_R1):
-            places.append(tile.first_R[row_S] + column_S)
-            values.append(values_S)
+        row_S, column_S, values_S = p.codes_above(tile.pre_RP, threshold_F[tile.latents], None, tile.gates_R1)
+        places.append(tile.first_R[row_S] + column_S)
+        values.append(values_S)
     places_S, order_S = torch.cat(places).sort()
     offsets_B1 = torch.searchsorted(places_S, torch.arange(B + 1, device=W_FD.device) * F)
     return torch.cat(values)[order_S], places_S % F, offsets_B1
 
 
-def _above(
-    pre_RP: Tensor, threshold_P: Tensor, bias_P: Tensor | None, gates_R1: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Row, latent and value of all that exceed their threshold, for some rows at a time; NaN exceeds everything.
-
-    As in SAELens, so that a token that is NaN does not become one without latents. May overwrite pre.
-    """
-    R, P = pre_RP.shape
-    rows = max(1, _SEARCH_ELEMENTS.get(pre_RP.device.type, _SEARCH_ELEMENTS_ON_GPU) // P)
-    scratch = threshold_P.new_empty(min(R, rows), P)
-    for start in range(0, R, rows):
-        part = pre_RP[start : start + rows].to(threshold_P.dtype)
-        part = part if bias_P is None else part.add_(bias_P)
-        gated = part
-        if gates_R1 is not None:
-            gates = gates_R1[start : start + rows].to(part.dtype)
-            gated = torch.mul(part, gates, out=scratch[: len(part)])
-        # A difference is positive exactly where the first number is larger; torch subtracts faster than it compares.
-        place_S = above(torch.sub(gated, threshold_P, out=scratch[: len(part)]), 0.0)
-        row_S = torch.div(place_S, P, rounding_mode="floor")
-        latent_S = place_S - row_S * P
-        yield row_S + start, latent_S, part[row_S, latent_S]
-
-
 def _in_order(found: list[tuple[Tensor, Tensor, Tensor]], n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of a tile's rows, by row and within a row by latent."""
+    if len(found) == 1:
+        return found[0]
     row_S, latent_S, values_S = (torch.cat(t) for t in zip(*found, strict=True))
     order_S = (row_S * n_latents + latent_S).argsort()
     return row_S[order_S], latent_S[order_S], values_S[order_S]

@@ -37,6 +37,8 @@ KERNELS = {
     "latent_weight_grads_pieces",
     "select_topk_maxima",
     "topk_rows",
+    "count_above",
+    "write_above",
     "grouped_matmul",
     "grouped_weight_grad",
     "sorted_rows",

@@ -10,7 +10,7 @@ from sae_lens_switch_kernels import (
     sparse_autoencode,
     threshold_encode,
     torch_batch_topk,
-    torch_inference,
+    torch_codes,
     torch_tiles,
 )
 from torch import Tensor
@@ -80,7 +80,7 @@ def use_small_tiles(monkeypatch) -> None:
     monkeypatch.setitem(torch_tiles.TILE_ROWS, "cpu", 5)
     monkeypatch.setattr(torch_tiles, "_TILE_LATENTS", 3)
     monkeypatch.setattr(torch_batch_topk, "_SEARCH_ELEMENTS", 8)
-    monkeypatch.setitem(torch_inference._SEARCH_ELEMENTS, "cpu", 8)
+    monkeypatch.setitem(torch_codes.SEARCH_ELEMENTS, "cpu", 8)
 
 
 @shapes

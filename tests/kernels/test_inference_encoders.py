@@ -9,7 +9,7 @@ from sae_lens_switch_kernels import (
     sparse_decode,
     threshold_encode,
     topk_encode,
-    torch_inference,
+    torch_codes,
     torch_tiles,
     torch_topk,
 )
@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def use_small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(torch_tiles, "_TILE_LATENTS", 19)
-    monkeypatch.setitem(torch_inference._SEARCH_ELEMENTS, "cpu", 60)
+    monkeypatch.setitem(torch_codes.SEARCH_ELEMENTS, "cpu", 60)
     monkeypatch.setattr(torch_topk, "_SEARCH_ELEMENTS", 60)
 
 

@@ -1,6 +1,7 @@
 """The primitives on Triton, under the names of torch_backend. Imported lazily, on the first use of a GPU.
 
-Each is a launcher, or a launcher between a few small torch operations; none synchronises with the device.
+Each is a launcher, or a launcher between a few small torch operations; none but codes_above, which only inference
+needs, synchronises with the device.
 """
 
 import torch
@@ -21,6 +22,7 @@ from sae_lens_switch_kernels.triton_backend.code_rows import (
     take_in_rows,
     unsorted_codes,
 )
+from sae_lens_switch_kernels.triton_backend.codes_above import codes_above
 from sae_lens_switch_kernels.triton_backend.count_codes import count_codes
 from sae_lens_switch_kernels.triton_backend.counting_sort import expert_groups, latent_index
 from sae_lens_switch_kernels.triton_backend.gated_codes import gated_row_grads, gated_rows
@@ -39,6 +41,7 @@ __all__ = [
     "adam_tensors",
     "clip",
     "code_grads",
+    "codes_above",
     "count_codes",
     "expert_groups",
     "gated_decode",

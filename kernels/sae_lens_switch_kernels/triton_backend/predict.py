@@ -29,6 +29,7 @@ from sae_lens_switch_kernels.triton_backend.code_rows import (
     take_in_rows_traffic,
     unsorted_codes,
 )
+from sae_lens_switch_kernels.triton_backend.codes_above import codes_above_traffic, count_above, write_above
 from sae_lens_switch_kernels.triton_backend.count_codes import count_codes, count_codes_traffic
 from sae_lens_switch_kernels.triton_backend.counting_sort import expert_groups, latent_index, sorted_places_traffic
 from sae_lens_switch_kernels.triton_backend.gated_codes import (
@@ -148,6 +149,15 @@ def operations(D: int, dtype: str) -> Iterator[Operation]:
         select_topk_traffic(B, F, K, size, vectors=2, vector_itemsize=size),
     )
     yield Operation("select_topk, one expert", lambda: select_topk(a, K), topk_rows_traffic(B, M, K, size))
+    for name, given in (("codes_above, bias", (vector, None)), ("codes_above, gated", (None, empty(B, 1)))):
+        yield Operation(
+            name,
+            lambda given=given: (
+                count_above(pre, vector, *given),
+                write_above(pre, vector, *given, empty(B + 1, dtype=torch.int64), B * K),
+            ),
+            codes_above_traffic(B, F, B * K, size, vectors=1 + (given[0] is not None)),
+        )
     groups = ExpertGroups(order, offsets)
     yield Operation(
         "select_topk, by expert",
