@@ -23,7 +23,7 @@ class OwnTile(NamedTuple):
     """A tile of the matrix of pre-activations [B, F], which as a whole is nowhere.
 
     Attributes:
-        pre_RP: The product, without bias and gate. The next tile overwrites it.
+        pre_RP: The product, with the bias and without the gate. The next tile overwrites it.
         first_R: The place of each row's first number in the flattened matrix; the others follow it.
         latents: The latents; None where rows may have others than the first, those of their own expert.
         gates_R1: The gate of each row; None: all are 1.
@@ -52,7 +52,7 @@ def own_tiles(
     first_B = torch.arange(len(centered_BD), device=device) * len(W_FD)
     everyone, pairs = one_group(len(centered_BD), device), inputs.pairs()
     if pairs is None:
-        yield from _tiles(centered_BD, W_FD, everyone, dtype, first_B)
+        yield from _tiles(centered_BD, W_FD, everyone, dtype, first_B, bias_F=inputs.bias_F, narrow=not alone)
         return
     if S:
         yield from _tiles(centered_BD, W_FD[:S], everyone, dtype, first_B)
@@ -75,10 +75,12 @@ def _tiles(
     n_before: int = 0,
     gates_R1: Tensor | None = None,
     alone: bool = True,
+    bias_F: Tensor | None = None,
+    narrow: bool = False,
 ) -> Iterator[OwnTile]:
     """Of weights that ``n_before`` latents come before; ``first_R`` are the places of each row's first latent."""
     M = len(W_FD) // (len(groups.offsets_E1) - 1)
-    for tile in pre_activation_tiles(x_RD, W_FD, groups, dtype, alone):
+    for tile in pre_activation_tiles(x_RD, W_FD, groups, dtype, alone, bias_F, narrow):
         within = tile.latents.start - tile.expert * M
         latents = slice(n_before + tile.latents.start, n_before + tile.latents.stop)
         gates = None if gates_R1 is None else gates_R1[tile.rows]

@@ -1,18 +1,22 @@
 """The k largest pre-activations of a whole batch (BatchTopK, Bussmann et al. 2024), exact, from one tile after another.
 
-A pool holds the best so far. Once it has k, the least of them is a bound that later ones must exceed: of the n-th tile
-only about k / n do. So the B * F pre-activations are read once each, compared with a number, and forgotten; nothing is
-guessed, and nothing computed again.
+A pool holds the best so far. Once it has k, the least of them is a bound that later ones must exceed. So the B * F
+pre-activations are read once each, compared with a number, and forgotten. The first bound is a guess: where the first
+rows are like the others, half as many again as needed exceed it. If in the end fewer than k do, ``is_complete`` says
+so, and the tiles are needed once more, without a guess: then only about k / n of the n-th tile's exceed the bound.
 
 Letters: R rows of P latents, a tile; C entries of the pool; N blocks of height H per row.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 _SEARCH_ELEMENTS = 1 << 21  # of a tile that are searched at a time, to stay in cache
 # The pool is cut to k entries once it has this many times as many.
-_POOL = 1.5
+_POOL = 2.0
+_GUESSED = 1.5  # times k that the first bound is meant to leave
 # Height of the blocks that are read closely only if their maximum exceeds the bound.
 _HEIGHT = 16
 
@@ -23,10 +27,11 @@ class BatchTopK:
     Args:
         k: How many, at most as many as all tiles have.
         n_latents: F.
+        n_numbers: How many all tiles have, if a bound may be guessed from the first.
     """
 
-    def __init__(self, k: int, n_latents: int) -> None:
-        self.k, self.n_latents = k, n_latents
+    def __init__(self, k: int, n_latents: int, n_numbers: int | None = None) -> None:
+        self.k, self.n_latents, self.n_numbers = k, n_latents, n_numbers
         self._ranked: list[Tensor] = []
         self._values: list[Tensor] = []
         self._places: list[Tensor] = []
@@ -34,12 +39,16 @@ class BatchTopK:
         self._bound: Tensor | None = None
         self._scratch: Tensor | None = None
 
-    def add(self, pre_RP: Tensor, bias_P: Tensor | None, scale: Tensor | None, first_R: Tensor) -> None:
-        """A tile of the matrix [B, F]: (pre + bias) * scale decides. May overwrite pre.
+    @property
+    def is_complete(self) -> bool:
+        """Whether the tiles so far had k that exceed the bound."""
+        return self._n >= self.k
+
+    def add(self, pre_RP: Tensor, scale: Tensor | None, first_R: Tensor) -> None:
+        """A tile of the matrix [B, F]: pre * scale decides.
 
         Args:
             pre_RP: The tile.
-            bias_P: Added to every row.
             scale: [P], or of each row [R, 1].
             first_R: The place of each row's first number in the flattened matrix; the others follow it.
         """
@@ -47,14 +56,12 @@ class BatchTopK:
             return
         P = pre_RP.shape[1]
         # Of two dtypes torch would make a copy of the whole tile in the wider one first.
-        bias_P, scale = (None if t is None else t.to(pre_RP.dtype) for t in (bias_P, scale))
+        scale = None if scale is None else scale.to(pre_RP.dtype)
         rows = max(1, _SEARCH_ELEMENTS // P) if _may_wait_for(pre_RP.device) else max(1, len(pre_RP))
         if scale is not None and (self._scratch is None or self._scratch.numel() < min(rows, len(pre_RP)) * P):
             self._scratch = pre_RP.new_empty(min(rows, len(pre_RP)) * P)  # once: small tensors would fill its place
         for start in range(0, len(pre_RP), rows):
-            part = pre_RP[start : start + rows]
-            part = part if bias_P is None else part.add_(bias_P)
-            ranked = part
+            part = ranked = pre_RP[start : start + rows]
             if scale is not None and self._scratch is not None:
                 own = scale if scale.ndim == 1 else scale[start : start + rows]
                 ranked = torch.mul(part, own, out=self._scratch[: part.numel()].view(part.shape))
@@ -65,6 +72,9 @@ class BatchTopK:
         n = ranked_RP.numel()
         if not _may_wait_for(ranked_RP.device):  # for how many exceed a bound
             return ranked_RP.flatten().topk(min(self.k, n), sorted=False).indices
+        if self._bound is None and self.n_numbers is not None:
+            expected = math.ceil(_GUESSED * self.k * n / self.n_numbers)
+            self._bound = _least_of_top(ranked_RP, expected) if expected < self.k else None
         if self._bound is not None:
             return above(ranked_RP, self._bound)
         bound = _least_of_top(ranked_RP, self.k)

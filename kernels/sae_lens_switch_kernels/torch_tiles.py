@@ -22,6 +22,8 @@ from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_line
 TILE_ROWS = {"cpu": 512}
 _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
+# Where a tile need not have all latents of a row, it is small enough to be searched in cache.
+_NARROW_TILE_LATENTS = {"cpu": 2048}
 _PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
 _MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
 
@@ -33,7 +35,7 @@ class Tile(NamedTuple):
         rows: The rows.
         latents: The latents; where a tile has several experts, those of the first.
         expert: The expert, or the first.
-        pre_RP: The product. The next tile overwrites it.
+        pre_RP: The product, with the bias. The next tile overwrites it.
     """
 
     rows: slice
@@ -43,7 +45,13 @@ class Tile(NamedTuple):
 
 
 def pre_activation_tiles(
-    x_BD: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype, alone: bool
+    x_BD: Tensor,
+    W_FD: Tensor,
+    groups: ExpertGroups,
+    dtype: torch.dtype,
+    alone: bool,
+    bias_F: Tensor | None = None,
+    narrow: bool = False,
 ) -> Iterator[Tile]:
     """Each row's product with the latents of its expert: all latents of some rows, then the next rows.
 
@@ -53,6 +61,8 @@ def pre_activation_tiles(
         groups: The tokens of each expert.
         dtype: Of the product.
         alone: Whether each tile is of one expert. Otherwise several share one where all their latents fit.
+        bias_F: Added to the product, rounded to its dtype.
+        narrow: Whether few latents per tile are as good as many. Experts that share a tile keep all of theirs.
     """
     E, device = len(groups.offsets_E1) - 1, x_BD.device
     M = len(W_FD) // E
@@ -60,15 +70,18 @@ def pre_activation_tiles(
     # In low precision, the whole of W is converted once: less than half of it is then read once per tile.
     float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
     x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
-    buffer = empty_huge(min(rows, len(x_BD)), min(M, _TILE_LATENTS), dtype=product_dtype(dtype), device=device)
-    for tile in row_tiles(group_offsets(groups, len(x_BD)), rows, alone or E == 1 or M > _TILE_LATENTS):
+    bias_F = None if bias_F is None else bias_F.to(product_dtype(dtype))
+    widest = min(_TILE_LATENTS, _NARROW_TILE_LATENTS.get(device.type, _TILE_LATENTS) if narrow else _TILE_LATENTS)
+    buffer = empty_huge(min(rows, len(x_BD)), min(M, widest), dtype=product_dtype(dtype), device=device)
+    for tile in row_tiles(group_offsets(groups, len(x_BD)), rows, alone or E == 1 or widest < M):
         low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
-        for part in range(0, M, _TILE_LATENTS):
-            width = min(M - part, _TILE_LATENTS)
+        for part in range(0, M, widest):
+            width = min(M - part, widest)
             pre_RP = buffer[: high - low, :width]
             for e, start, end in tile:
                 block = slice(e * M + part, e * M + part + width)
-                product(x[start:end], W[block], pre_RP[start - low : end - low])
+                bias_P = None if bias_F is None else bias_F[block]
+                product(x[start:end], W[block], pre_RP[start - low : end - low], bias_P)
             yield Tile(slice(low, high), slice(expert * M + part, expert * M + part + width), expert, pre_RP)
 
 
@@ -108,11 +121,12 @@ def group_offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
     return [0, n_tokens] if len(groups.offsets_E1) == 2 else groups.offsets_E1.tolist()
 
 
-def product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor) -> None:
+def product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor, bias_P: Tensor | None = None) -> None:
+    """x W^T + bias. The bias is added where the product is still in cache, or copied anyway."""
     if isinstance(x_RD, Float8Rows) or isinstance(W_PD, Float8Rows):
         assert isinstance(x_RD, Float8Rows)
         assert isinstance(W_PD, Float8Rows)
-        out_RP.copy_(x_RD.times(W_PD))
+        _copy(x_RD.times(W_PD), out_RP, bias_P)
         return
     is_float32 = x_RD.dtype == torch.float32
     if len(W_PD) >= _MANY_LATENTS and is_float32 and W_PD.is_contiguous() and has_onednn_linear(x_RD.device):
@@ -123,10 +137,21 @@ def product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor
         block = max(_PRODUCT_LATENTS, _PRODUCT_ELEMENTS // max(len(padded_RD), 1))
         for low in range(0, len(W_PD), block):
             part_RP = onednn_linear(padded_RD, W_PD[low : low + block])
-            out_RP[:, low : low + block].copy_(part_RP[: len(x_RD)])
+            part = slice(low, low + block)
+            _copy(part_RP[: len(x_RD)], out_RP[:, part], None if bias_P is None else bias_P[part])
         return
     # oneDNN's products in 16 bits find their own blocks, and so does MKL for weights stored as [D, F].
     wants_blocks = x_RD.device.type == "cpu" and x_RD.dtype.itemsize > 2 and W_PD.is_contiguous()
     block = _PRODUCT_LATENTS if wants_blocks else len(W_PD)
     for low in range(0, len(W_PD), block):
-        torch.mm(x_RD, W_PD[low : low + block].T, out=out_RP[:, low : low + block])
+        part_RP = out_RP[:, low : low + block]
+        torch.mm(x_RD, W_PD[low : low + block].T, out=part_RP)
+        if bias_P is not None:
+            part_RP += bias_P[low : low + block]
+
+
+def _copy(from_RP: Tensor, to_RP: Tensor, bias_P: Tensor | None) -> None:
+    if bias_P is None:
+        to_RP.copy_(from_RP)
+    else:
+        torch.add(from_RP, bias_P, out=to_RP)

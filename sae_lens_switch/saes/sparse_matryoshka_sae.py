@@ -12,7 +12,7 @@ from sae_lens_switch_kernels import Reconstruction
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_switch.saes.levels import inner_losses, reconstructions
+from sae_lens_switch.saes.levels import decoded, reconstructions
 from sae_lens_switch.saes.sparse_batchtopk_sae import SparseBatchTopKTrainingSAE
 from sae_lens_switch.saes.sparse_topk_sae import Selection
 from sae_lens_switch.saes.step import DeadLatents
@@ -36,12 +36,8 @@ class SparseMatryoshkaBatchTopKTrainingSAE(SparseBatchTopKTrainingSAE, Matryoshk
         return super()._selection(n_tokens)._replace(ends_L=self._ends_L)
 
     @override
-    def _product(self, result: Reconstruction) -> Tensor:
-        return result.out_BD.sum(1)
-
-    @override
-    def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:
-        return inner_losses(self, result.out_BD, self.cfg.matryoshka_widths, x_BD)
+    def _decoded(self, result: Reconstruction, target_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return decoded(self, result.out_BD, self.cfg.matryoshka_widths, target_BD)
 
     # AuxK of each level apart: its dead latents reconstruct the residual at its own width
 

@@ -183,6 +183,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
         inputs_BD = self.normalized_input(x_BD)
         acts, codes, result, dead = None, None, None, DeadLatents(None, 0)
         metrics: Metrics = {}
+        inner: dict[str, Tensor] = {}
         share = self._batch_share(x_BD)
         if self.has_dense_hooks:
             acts, hidden_pre, assignment = self._encode_dense(inputs_BD)
@@ -193,7 +194,8 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             row_grads = None if options is None else options.row_grads
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
             plain = share is None and is_plain(self)
-            product = self._plus_skip(self._product(result), x_BD) if plain else self._product(result)
+            product, inner = self._decoded(result, target_BD)
+            product = self._plus_skip(product, x_BD) if plain else product
             sae_out = None if plain else self._plus_skip(self._finish_decoding(product + self.b_dec), x_BD)
             codes = SparseCodes(hidden_pre, result.indices_BK, self.cfg.d_sae, result.offsets_B1)
             codes = codes.view(*lead)
@@ -214,7 +216,6 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
                 n_dead = self._n_dead(dead.indices_N, step_input.dead_neuron_mask, assignment)
                 losses["auxiliary_reconstruction_loss"] = self._aux_loss(target_BD, sae_out, result, dead, n_dead)
                 loss = loss + losses["auxiliary_reconstruction_loss"]
-            inner = self._inner_losses(result, target_BD)
             losses |= inner
             loss = sum(inner.values(), start=loss)
         if options is None or options.refuse_non_finite:
@@ -258,16 +259,12 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     ) -> tuple[Reconstruction, Tensor]:
         """The fused encoder and decoder, without b_dec; and the latents as seen from outside, [B, K], detached."""
 
-    def _product(self, result: Reconstruction) -> Tensor:
-        """Of codes and decoder, without b_dec."""
-        return result.out_BD
+    def _decoded(self, result: Reconstruction, target_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        """The product of codes and decoder, without b_dec; losses of parts of the dictionary, to add to the whole's."""
+        return result.out_BD, {}
 
     def _plus_skip(self, out_BD: Tensor, x_BD: Tensor) -> Tensor:  # noqa: ARG002, an SAE has no skip connection
         return out_BD
-
-    def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """Losses of parts of the dictionary, added to that of the whole."""
-        return {}
 
     def _balance(
         self,

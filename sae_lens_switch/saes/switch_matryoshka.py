@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
-from sae_lens_switch.saes.levels import dense_parts, inner_losses
+from sae_lens_switch.saes.levels import decoded, dense_parts, inner_losses
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.switch_batchtopk import ThresholdedSwitch
 
@@ -32,13 +32,9 @@ class MatryoshkaSwitch(ThresholdedSwitch):
         return self._ends
 
     @override
-    def _product(self, result: Reconstruction) -> Tensor:
-        return result.out_BD if self._ends_L is None else result.out_BD.sum(1)
-
-    @override
-    def _inner_losses(self, result: Reconstruction, x_BD: Tensor) -> dict[str, Tensor]:
+    def _decoded(self, result: Reconstruction, target_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         widths = self.cfg.matryoshka_widths
-        return {} if widths is None else inner_losses(self, result.out_BD, widths, x_BD)
+        return (result.out_BD, {}) if widths is None else decoded(self, result.out_BD, widths, target_BD)
 
     # With hooks on dense latents
 
