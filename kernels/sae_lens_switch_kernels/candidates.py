@@ -113,15 +113,17 @@ def _select_over_batch(
     In the order of the tokens, and by latent within a token.
     """
     W_FD, scale_F, B = inputs.W_enc_FD, inputs.scale_F, len(centered_BD)
-    # Tiles of experts are not alike: their gates and the sizes of their latents differ.
-    guesses = (None,) if are_several(inputs.expert_B) else (B * len(W_FD), None)
-    for n_numbers in guesses:
+
+    def searched(n_numbers: int | None) -> BatchTopK:
         best = BatchTopK(k, len(W_FD), n_numbers)
         for tile in own_tiles(p, inputs, centered_BD, dtype, alone=False):
             scale_P = None if scale_F is None or tile.latents is None else scale_F[tile.latents]
             best.add(tile.pre_RP, scale_P if tile.gates_R1 is None else tile.gates_R1, tile.first_R)
-        if best.is_complete:
-            break
+        return best
+
+    # Nothing is guessed of experts' tiles, which are not alike: their gates and the sizes of their latents differ.
+    best = searched(None if are_several(inputs.expert_B) else B * len(W_FD))
+    best = best if best.is_complete else searched(None)
     values_S, indices_S, offsets_B1 = best.codes(B, centered_BD.device)
     return values_S.to(W_FD.dtype), indices_S, offsets_B1
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from sae_lens_switch.saes.losses import is_plain, reconstruction_error
@@ -41,7 +40,6 @@ class _Levels(torch.autograd.Function):
         return parts_BLD.sum(1), torch.linalg.vector_norm(errors_NBD, dim=2).square().mean(1)
 
     @staticmethod
-    @once_differentiable
     @override
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad_BD, grad_N = grads
