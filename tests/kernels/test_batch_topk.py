@@ -68,6 +68,13 @@ def test_a_guessed_bound_leaves_the_largest_or_says_that_it_does_not(B, P, share
     assert len((row_of(offsets) * P + indices).unique()) == len(values)
 
 
+def test_nothing_is_guessed_where_the_first_tile_is_all_there_is():
+    pre = normal(20, 64).round()  # many equal the bound
+    best = torch_batch_topk.BatchTopK(100, 64, pre.numel())
+    best.add(pre.clone(), None, places(pre))
+    assert best.is_complete
+
+
 @pytest.mark.parametrize(("first", "n_products"), [(1.0, 1), (50.0, 2), (0.02, 1)], ids=["alike", "larger", "smaller"])
 def test_if_the_first_rows_mislead_every_tile_is_computed_once_more(first, n_products, monkeypatch):
     monkeypatch.setattr(torch_batch_topk, "_SEARCH_ELEMENTS", 1 << 12)

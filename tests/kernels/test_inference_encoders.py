@@ -149,3 +149,18 @@ def test_a_tile_of_weights_stored_by_inputs_takes_a_product_made_for_them(monkey
         torch_tiles.product(x, stored[:1100], out)
         torch.testing.assert_close(out, x @ W[:1100].T)
     assert taken == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("own_product", [False, True], ids=["torch.mm", "oneDNN"])
+def test_a_tile_has_the_bias_of_its_own_latents(dtype, own_product, monkeypatch):
+    monkeypatch.setattr(torch_tiles, "has_onednn_linear", lambda device: own_product and device.type == "cpu")
+    monkeypatch.setattr(torch_tiles, "onednn_linear", lambda x, W: x @ W.T)
+    monkeypatch.setattr(torch_tiles, "_PRODUCT_ELEMENTS", 1 << 12)  # several blocks of latents
+    x, W, bias = normal(16, 6).to(dtype), normal(2600, 6, seed=1).to(dtype), normal(2600, seed=2).to(dtype)
+    exact = x.double() @ W.double().T + bias.double()
+    for stored in (W, W.T.contiguous().T):
+        out = torch.empty(16, 2600, dtype=dtype)
+        torch_tiles.product(x, stored, out, bias)
+        tolerance = {"rtol": 2**-6, "atol": 2**-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(out.double(), exact, **tolerance)
