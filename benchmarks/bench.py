@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.memory_of = name
             rows[name].peak_bytes = json.loads(child(args, name)) if args.device == "cpu" else peak_memory(args)
         args.memory_of = None
-    report = {"setting": setting, "arguments": vars(args) | {"output": str(args.output)}, "torch": torch.__version__}
+    arguments = {name: value for name, value in vars(args).items() if name != "output"}
+    report = {"setting": setting, "arguments": arguments, "torch": torch.__version__}
     report["results"] = {name: row.summary(rows.get(rival_of(name))) for name, row in rows.items()}
     if not args.no_loop:
         report["loop"] = loop(args, names)

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.dtype}, {torch.get_num_threads()} threads, {args.device}"
     )
     print(f"{setting}\n{'':12}{'SAELens':>12}{'sparse':>12}{'ratio':>8}{'SAELens':>12}{'sparse':>12}{'ratio':>8}")
-    report = {"setting": setting, "arguments": vars(args) | {"output": str(args.output)}, "torch": torch.__version__}
+    arguments = {name: value for name, value in vars(args).items() if name != "output"}
+    report = {"setting": setting, "arguments": arguments, "torch": torch.__version__}
     report["results"] = {name: measure(args, name) for name in args.architectures}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")

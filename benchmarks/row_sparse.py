@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"B {args.batch:,}, D {args.d_in}, k {args.k}, experts of {args.expert_width:,} latents, "
         f"{torch.get_num_threads()} threads, {args.device}"
     )
-    report: dict[str, Any] = {"arguments": vars(args) | {"output": str(args.output)}, "results": {}}
+    arguments = {name: value for name, value in vars(args).items() if name != "output"}
+    report: dict[str, Any] = {"arguments": arguments, "results": {}}
     for optimizer in ("adam", "row_sparse_adam"):
         report["results"][optimizer] = measure(args, optimizer)
     print(f"{'latents':>12}{'experts':>9}{'adam':>20}{'row_sparse_adam':>20}{'rows touched':>14}")

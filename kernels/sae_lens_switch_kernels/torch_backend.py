@@ -191,14 +191,15 @@ def topk_encode(
     values_BK = W_FD.new_empty(len(x_BD), k)
     indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
     alone = bias_F is not None or scale_F is not None
-    # Triton's selection adds the bias itself; here that would be one more pass over the tile.
-    within_F, after_F = (bias_F, None) if select is None else (None, bias_F)
     found = []
-    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, within_F):
-        bias, scale = (None if t is None else t[tile.latents] for t in (after_F, scale_F))
-        values, indices = (select or select_topk)(
-            tile.pre_RP, min(k, tile.pre_RP.shape[1]), bias, scale, by_magnitude=by_magnitude
-        )
+    # Triton's selection adds the bias itself; here that would be one more pass over the tile.
+    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, bias_F if select is None else None):
+        n = min(k, tile.pre_RP.shape[1])
+        bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
+        if select is None:
+            values, indices = select_topk(tile.pre_RP, n, scale, by_magnitude)
+        else:
+            values, indices = select(tile.pre_RP, n, bias, scale, by_magnitude=by_magnitude)
         first = tile.expert * M
         found.append((values.to(W_FD.dtype), indices.add_(tile.latents.start - first)))
         if tile.latents.stop == first + M:

@@ -12,24 +12,21 @@ _SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in ca
 def select_topk(
     pre_RF: Tensor,
     k: int,
-    bias_F: Tensor | None = None,
     scale_F: Tensor | None = None,
     by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """pre + bias and indices of the k largest (pre + bias) * scale per row, exact and in no particular order.
+    """pre and indices of the k largest pre * scale per row, exact and in no particular order.
 
-    With ``by_magnitude`` the k farthest from 0. May overwrite pre.
+    With ``by_magnitude`` the k farthest from 0.
     """
     # Of two dtypes torch would make a copy of the whole tile in the wider one first.
-    bias_F, scale_F = (None if t is None else t.to(pre_RF.dtype) for t in (bias_F, scale_F))
+    scale_F = None if scale_F is None else scale_F.to(pre_RF.dtype)
     rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
     needs_scratch = scale_F is not None or by_magnitude
     scratch = pre_RF.new_empty(min(rows, len(pre_RF)) if needs_scratch else 0, pre_RF.shape[1])
     found = []
     for part in pre_RF.split(rows):
-        ranked = part if bias_F is None else part.add_(bias_F)
-        if scale_F is not None:
-            ranked = torch.mul(ranked, scale_F, out=scratch[: len(part)])
+        ranked = part if scale_F is None else torch.mul(part, scale_F, out=scratch[: len(part)])
         if by_magnitude:
             ranked = torch.abs(ranked, out=scratch[: len(part)])
         indices = _top_indices(ranked, k)
