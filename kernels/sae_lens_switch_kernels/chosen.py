@@ -16,6 +16,7 @@ from sae_lens_switch_kernels.autoencode import backward
 from sae_lens_switch_kernels.autoencode_tensors import BackwardInputs
 from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.candidates import EncoderPrecision, select, select_from_candidates
+from sae_lens_switch_kernels.dead_latents import dead_latents
 from sae_lens_switch_kernels.indexing import code_rows, one_group
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.operators import Gradients
@@ -40,7 +41,7 @@ class Candidates(NamedTuple):
     Attributes:
         values_BC: Pre-activations, before ReLU and without the scale.
         indices_BC: The latents.
-        ranked_BC: What they are ranked by: values times the scale, in float32 at least.
+        ranked_BC: What they are ranked by: values times the scale, in float32 at least; -inf where there is no latent.
         offsets_B1: Of a batch, where each token's begin.
     """
 
@@ -91,6 +92,43 @@ def topk_candidates(
     ranked_BC = values_BC if scale_F is None else values_BC * scale_F[indices_BC]
     ranked_BC = ranked_BC.to(torch.promote_types(ranked_BC.dtype, torch.float32))
     return Candidates(values_BC, indices_BC, ranked_BC, found.offsets_B1 if over_batch else None)
+
+
+@torch.no_grad()
+def dead_candidates(
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    dead_N: Tensor,
+    aux_k: int,
+    *,
+    expert_B: Tensor,
+    n_experts: int,
+    pre_bias_D: Tensor | None = None,
+) -> Candidates:
+    """The aux_k best of the dead latents of each token's expert, as places among the N; -inf where it has fewer.
+
+    Args:
+        x_BD: Tokens.
+        W_enc_FD: Encoder weights.
+        dead_N: The dead latents, ascending.
+        aux_k: How many per token.
+        expert_B: The expert of each token.
+        n_experts: E, each with F / E consecutive latents.
+        pre_bias_D: What the encoder subtracts.
+    """
+    dtype = torch.promote_types(W_enc_FD.dtype, torch.float32)
+    if len(x_BD) == 0 or len(dead_N) == 0:
+        none_BC = W_enc_FD.new_zeros(len(x_BD), aux_k)
+        return Candidates(none_BC, none_BC.long(), torch.full_like(none_BC, -torch.inf, dtype=dtype))
+    inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, None, aux_k, n_experts, W_enc_FD.dtype)
+    groups, dead = inputs.groups(), dead_latents(dead_N, inputs.blocks, aux_k)
+    with torch.autocast(x_BD.device.type, enabled=False):
+        found = dead.encode(primitives(x_BD), inputs, inputs.centered(groups), groups, aux_k)
+    values_BC, slots_BC = (groups.unsorted(t) for t in found)
+    ranked_BC = values_BC.to(dtype)
+    if dead.real_Z is not None:
+        ranked_BC = ranked_BC.masked_fill(~dead.real_Z[slots_BC], -torch.inf)
+    return Candidates(values_BC, torch.searchsorted(dead_N, dead.latents_Z[slots_BC]), ranked_BC)
 
 
 class Dead(NamedTuple):

@@ -6,7 +6,7 @@ A test says which one a new version has broken. Two more are overridden where ne
 
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,21 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def consolidate_safetensors(folder: Path, output: Path, names: list[str]) -> None:
-    """One safetensors file with whole tensors, from the parts that torch.distributed.checkpoint has written.
+def consolidate_safetensors(folder: Path, output: Path, number_of: Mapping[str, int]) -> list[Path]:
+    """Safetensors files with whole tensors, from the parts that torch.distributed.checkpoint has written.
 
     torch does this in public only while it writes the parts. Memory: one part of one tensor.
+
+    Args:
+        folder: Of the parts.
+        output: Of the files, created if necessary.
+        number_of: In which file, counted from 1, each tensor goes.
+
+    Returns:
+        The files, by number.
     """
     from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
     output.mkdir(exist_ok=True)
-
-    consolidate_safetensors_files(str(folder), str(output), dict.fromkeys(names, 1))
+    consolidate_safetensors_files(str(folder), str(output), dict(number_of))
+    return sorted(output.glob("*.safetensors"))

@@ -16,12 +16,15 @@ from sae_lens_switch.parallel.checkpoints import WEIGHTS
 from sae_lens_switch.parallel.sharded_files import shapes
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.serialization import FRESH
+from sae_lens_switch.saes.weight_files import INDEX_FILENAME, file_name, split_by_size, write_index
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.checkpoints import SHARED, CheckpointError
 from sae_lens_switch.training.history import FILENAME as HISTORY_FILENAME
 
 
-def consolidate(checkpoint: str | Path, output: str | Path, *, for_training: bool = False) -> Path:
+def consolidate(
+    checkpoint: str | Path, output: str | Path, *, for_training: bool = False, max_file_bytes: float | None = None
+) -> Path:
     """Make the SAE of a parallel run's checkpoint an ordinary one, which loads without this package's ``parallel``.
 
     One process's part is in memory at a time; of a TopK SAE for use all of it, as decoder norms change its weights.
@@ -30,13 +33,20 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, for_training: boo
         checkpoint: A folder that a parallel run has written; its files are verified first.
         output: The folder of the SAE, created if necessary; its files are replaced together.
         for_training: Whether the SAE is to be loaded as a training SAE, to be trained further, rather than for use.
+        max_file_bytes: Of a file of weights; tensors that do not fit into one go into several, a larger tensor into one
+            by itself, to be loaded with ``converter=sharded_safetensors``. None: all go into one file, which SAELens
+            loads by itself.
 
     Returns:
         The folder of the SAE.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or of a run on one process.
+        ValueError: If ``max_file_bytes`` is not positive, or cannot be had for the SAE; or if there are weights in
+            ``output`` that those to be written would not replace.
     """
+    if max_file_bytes is not None and not max_file_bytes > 0:
+        raise ValueError(f"max_file_bytes must be positive; got {max_file_bytes}")
     checkpoint, output = Path(checkpoint), Path(output)
     checkpoints.verify(checkpoint)
     if not (checkpoint / SHARED).exists():
@@ -45,28 +55,54 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, for_training: boo
     trained = get_sae_training_class(whole["architecture"])[1].from_dict(whole)
     # Of any other SAE weights may change with their use, as where decoder norms are folded into the encoder.
     folds = not for_training and not isinstance(trained, SwitchTrainingSAEConfig)
+    if folds and max_file_bytes is not None:
+        raise ValueError(
+            f"max_file_bytes must be None for a {whole['architecture']} SAE for use, whose weights are not those of "
+            f"training; got {max_file_bytes}"
+        )
     keeps_all = for_training or folds
     cfg = whole if keeps_all else trained.get_inference_sae_cfg_dict()
+
+    n_files = max(split_by_size(_sizes(checkpoint / WEIGHTS, keeps_all), max_file_bytes).values())
+    # One file beside the index of several would be loaded in their place, or they in its.
+    other = output / (SAE_WEIGHTS_FILENAME if n_files > 1 else INDEX_FILENAME)
+    if other.exists():
+        raise ValueError(f"output must be a folder without {other.name}, of an SAE in other files; got {output}")
 
     def save(folder: Path) -> tuple[Path, Path]:
         for name in (SPARSITY_FILENAME, HISTORY_FILENAME):
             if (checkpoint / name).exists():
                 shutil.copy2(checkpoint / name, folder / name)
-        written = write_whole(checkpoint / WEIGHTS, folder, cfg, for_training=keeps_all)
+        written = write_whole(checkpoint / WEIGHTS, folder, cfg, for_training=keeps_all, max_file_bytes=max_file_bytes)
         return TrainingSAE.load_from_disk(folder).save_inference_model(folder) if folds else written
 
     replace_files(output, save)
     return output
 
 
-def write_whole(weights: Path, folder: Path, cfg: Json, *, for_training: bool) -> tuple[Path, Path]:
-    """The files of an ordinary SAE, from its weights by many processes, one process's part at a time in memory."""
-    names = [name for name in shapes(weights) if for_training or name != FRESH]
+def write_whole(
+    weights: Path, folder: Path, cfg: Json, *, for_training: bool, max_file_bytes: float | None = None
+) -> tuple[Path, Path]:
+    """The files of an ordinary SAE, from its weights by many processes, one process's part at a time in memory.
+
+    Returns:
+        The weights, or their index if there are several files, and the config.
+    """
+    sizes = _sizes(weights, for_training)
+    number_of = split_by_size(sizes, max_file_bytes)
     aside = folder / "consolidating"
-    aside.mkdir()
-    consolidate_safetensors(weights, aside, names)
-    (written,) = aside.glob("*.safetensors")
-    os.replace(written, folder / SAE_WEIGHTS_FILENAME)
+    files = consolidate_safetensors(weights, aside, number_of)
+    for i, file in enumerate(files, start=1):
+        os.replace(file, folder / file_name(i, len(files)))
     shutil.rmtree(aside)
     (folder / SAE_CFG_FILENAME).write_text(json.dumps(cfg), encoding="utf-8")
+    if len(files) > 1:
+        file_of = {name: file_name(i, len(files)) for name, i in number_of.items()}
+        return write_index(folder, file_of, sum(sizes.values())), folder / SAE_CFG_FILENAME
     return folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
+
+
+def _sizes(weights: Path, for_training: bool) -> dict[str, int]:
+    """Bytes of each tensor of an SAE."""
+    found = {name: entry for name, entry in shapes(weights).items() if for_training or name != FRESH}
+    return {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in found.items()}

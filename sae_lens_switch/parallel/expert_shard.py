@@ -13,6 +13,7 @@ from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.expert_layout import ExpertLayout
+from sae_lens_switch.saes.levels import names_of_losses
 from sae_lens_switch.saes.router import Assignment, RoutingStatistics, router_dtype
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput
@@ -23,7 +24,6 @@ _ONLY = {
     "n_shared_experts": 0,
     "expert_overlap_coefficient": 0,
     "activation": "topk",
-    "matryoshka_widths": None,
 }
 
 
@@ -133,6 +133,7 @@ class ExpertShard(Shard, SwitchTrainingSAE):
         losses = {"mse_loss": nothing, "load_balance_loss": torch.zeros_like(nothing)}
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = torch.zeros_like(nothing)
+        losses |= {name: torch.zeros_like(nothing) for name in names_of_losses(self.cfg.matryoshka_widths or ())}
         codes_0K = x_BD.new_zeros(0, self.cfg.k, dtype=self.dtype)
         return SparseStepOutput(
             codes=SparseCodes(codes_0K, codes_0K.long(), self.cfg.d_sae),

@@ -5,13 +5,14 @@ from dataclasses import replace
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens_switch_kernels import Reconstruction, RowGrads, switch_encode
-from sae_lens_switch_kernels.chosen import Candidates, Codes, decode_chosen
+from sae_lens_switch_kernels.chosen import Candidates, Codes, Dead, dead_candidates, decode_chosen
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.parallel.exchange import with_facts
 from sae_lens_switch.parallel.expert_shard import ExpertShard, check_divisible
-from sae_lens_switch.parallel.pairs import SentPairs, among_best
+from sae_lens_switch.parallel.pairs import SentPairs
+from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.router import Assignment, assign
 from sae_lens_switch.saes.step import DeadLatents, SparseStepOutput
@@ -33,17 +34,23 @@ class PairShard(ExpertShard):
 
     Every token goes to the owners of all its experts. They send home the pre-activations of their best latents; the
     home finds the k best of all, times the gates, and says which. These are decoded by the owners and summed at home,
-    where loss and error are, and with them the gradients of gates and router.
+    where loss and error are, and with them the gradients of gates and router. AuxK's dead latents travel in the same
+    messages.
     """
+
+    def __init__(self, whole: SwitchTrainingSAEConfig, ranks: Ranks) -> None:
+        self._n_dead_E: Tensor | None = None  # of the step, of all experts
+        self._most_dead_of_one = 0
+        super().__init__(whole, ranks)
 
     @classmethod
     @override
     def _part_of(cls, whole: SwitchTrainingSAEConfig, P: int) -> SwitchTrainingSAEConfig:
         check_divisible(whole, P)
-        if whole.aux_loss_coefficient:
+        if whole.matryoshka_widths is not None:
             raise ValueError(
-                "aux_loss_coefficient must be 0 with experts on several processes, if a token has several, "
-                f"load_balancing is 'bias' or there is a router_z_loss_coefficient; got {whole.aux_loss_coefficient}"
+                "matryoshka_widths must be None with experts on several processes, if a token has several, "
+                f"load_balancing is 'bias' or there is a router_z_loss_coefficient; got {whole.matryoshka_widths}"
             )
         local = whole.n_experts // P
         A = min(whole.n_active_experts, local)
@@ -93,18 +100,48 @@ class PairShard(ExpertShard):
         with torch.no_grad():
             x_RD = pairs.tokens_to_owners(inputs_BD, "tokens")
             expert_R = pairs.to_owners(assignment.experts_BA.unsqueeze(2), "experts").flatten() - self.first
-            codes = self._choose(pairs, x_RD, expert_R, gates_BA)
+            codes, dead_codes = self._choose(pairs, x_RD, expert_R, gates_BA, dead)
+        parts = [self.W_dec.new_zeros(0, self.cfg.d_in)] * (1 if dead_codes is None else 2)
         if len(x_RD):
-            parts_RD, _ = decode_chosen(
-                x_RD, self.W_enc.T, self.W_dec, codes, pre_bias_D=self.pre_bias, row_grads=row_grads
+            found = decode_chosen(
+                x_RD,
+                self.W_enc.T,
+                self.W_dec,
+                codes,
+                pre_bias_D=self.pre_bias,
+                dead=dead_codes,
+                row_grads=row_grads,
             )
+            parts = [part_RD for part_RD in found if part_RD is not None]
         else:  # gradients are 0
-            parts_RD = self.W_dec.new_zeros(0, self.cfg.d_in) + self._nothing(row_grads).to(self.W_dec.dtype)
-        out_BD = pairs.sum_at_home(parts_RD, gates_BA)
-        return Reconstruction(out_BD, codes.values_S, codes.indices_S, None, None, codes.offsets_B1), codes.values_S
+            parts = [part_RD + self._nothing(row_grads).to(part_RD.dtype) for part_RD in parts]
+        gates = [gates_BA, None if gates_BA is None else gates_BA.detach()]
+        out_BD, *aux_out_BD = pairs.sums_at_home(parts, gates[: len(parts)])
+        aux = aux_out_BD[0] if aux_out_BD else None
+        return Reconstruction(out_BD, codes.values_S, codes.indices_S, aux, None, codes.offsets_B1), codes.values_S
 
-    def _choose(self, pairs: SentPairs, x_RD: Tensor, expert_R: Tensor, gates_BA: Tensor | None) -> Codes:
-        """Which latents of this process's experts are among the k best of their token."""
+    def _choose(
+        self, pairs: SentPairs, x_RD: Tensor, expert_R: Tensor, gates_BA: Tensor | None, dead: DeadLatents
+    ) -> tuple[Codes, Dead | None]:
+        """Which of this process's latents are among the k best of their token, and which among its best dead ones."""
+        best = self._best(x_RD, expert_R)
+        if dead.indices_N is None:
+            (is_chosen_RC,) = pairs.choose([best.ranked_BC], [self.whole.k], gates_BA)
+            return best.chosen(is_chosen_RC), None
+        best_dead = dead_candidates(
+            x_RD,
+            self.W_enc.detach().T,
+            dead.indices_N,
+            min(dead.aux_k, self._most_dead_of_one),
+            expert_B=expert_R,
+            n_experts=self.cfg.n_experts,
+            pre_bias_D=self.pre_bias,
+        )
+        ranked = [best.ranked_BC, best_dead.ranked_BC.to(best.ranked_BC.dtype)]
+        of_best, of_dead = pairs.choose(ranked, [self.whole.k, dead.aux_k], gates_BA)
+        return best.chosen(of_best), Dead(dead.indices_N, best_dead.chosen(of_dead))
+
+    def _best(self, x_RD: Tensor, expert_R: Tensor) -> Candidates:
         C = min(self.whole.k, self.whole.layout.expert_width)
         if len(x_RD):
             values_RC, indices_RC = switch_encode(
@@ -118,11 +155,26 @@ class PairShard(ExpertShard):
             )
         else:
             values_RC, indices_RC = x_RD.new_empty(0, C, dtype=self.W_enc.dtype), expert_R.new_empty(0, C)
-        ranked_BAC = pairs.to_homes(values_RC, "candidates")
-        if gates_BA is not None:
-            ranked_BAC = ranked_BAC * gates_BA.to(ranked_BAC.dtype).unsqueeze(2)
-        is_chosen_RC = pairs.to_owners(among_best(ranked_BAC, self.whole.k).byte(), "choices").bool()
-        return Candidates(values_RC, indices_RC, values_RC).chosen(is_chosen_RC)
+        return Candidates(values_RC, indices_RC, values_RC)
+
+    # AuxK: of the dead latents of all of a token's experts
+
+    @override
+    def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:
+        """Of a token's experts together; every process takes part, dead latents or not. Waits for the device."""
+        n_dead_E = self.ranks.gather_row(self.cfg.layout.by_expert(dead_F).sum(dim=1), "dead latents").flatten()
+        ranked_E = n_dead_E.sort(descending=True).values
+        most, self._most_dead_of_one = torch.stack(
+            [ranked_E[: self.whole.n_active_experts].sum(), ranked_E[0]]
+        ).tolist()
+        self._n_dead_E = n_dead_E
+        return most
+
+    @override
+    def _n_dead(self, dead_N: Tensor, dead_F: Tensor | None, assignment: Assignment | None) -> Tensor:
+        assert assignment is not None
+        assert self._n_dead_E is not None
+        return self._n_dead_E[assignment.experts_BA].sum(dim=-1)
 
     @override
     def _count(self, load_E: Tensor, n_choices: int) -> None:

@@ -6,6 +6,7 @@ token; what its latents find, and reconstruct, comes home, where gate, loss and 
 Letters beside the package's: n tokens at home here, A active experts of each; R pairs received, C candidates of each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -65,20 +66,44 @@ class SentPairs:
         found[self.order] = here
         return found.unflatten(0, (-1, self.n_active))
 
-    def sum_at_home(self, parts_RD: Tensor, gates_nA: Tensor | None) -> Tensor:
-        """Each token's sum of what its experts reconstruct, times their gates, [n, D]; differentiable in both."""
-        parts_nAD: Tensor = _AtHome.apply(parts_RD, self)
-        if gates_nA is None:
-            return parts_nAD.sum(dim=1)
-        return (parts_nAD * gates_nA.to(parts_nAD.dtype).unsqueeze(2)).sum(dim=1)
+    @torch.no_grad()
+    def choose(self, ranked: Sequence[Tensor], k: Sequence[int], gates_nA: Tensor | None) -> list[Tensor]:
+        """Which of this process's candidates are among the best of all of a token's experts, gates included; bool.
+
+        Args:
+            ranked: One or more kinds of candidates of the pairs here, each [R, C].
+            k: How many of each kind per token.
+            gates_nA: Of the tokens at home here.
+        """
+        widths = [t.shape[1] for t in ranked]
+        at_home = self.to_homes(torch.cat([*ranked], dim=1), "candidates").split(widths, dim=2)
+        # A gate of 0 would make of -inf what is no number.
+        ranked_at_home = [_times(t, gates_nA).masked_fill(t == -torch.inf, -torch.inf) for t in at_home]
+        chosen = [among_best(t, n) for t, n in zip(ranked_at_home, k, strict=True)]
+        return [*self.to_owners(torch.cat(chosen, dim=2).byte(), "choices").bool().split(widths, dim=1)]
+
+    def sums_at_home(self, parts: Sequence[Tensor], gates: Sequence[Tensor | None]) -> list[Tensor]:
+        """Each token's sum of what its experts reconstruct, times their gates; differentiable in both.
+
+        Args:
+            parts: One or more reconstructions of the pairs here, each [R, D].
+            gates: What each is multiplied by, [n, A].
+        """
+        parts_nAX: Tensor = _AtHome.apply(torch.cat([*parts], dim=1), self)
+        at_home = parts_nAX.split([t.shape[1] for t in parts], dim=2)
+        return [_times(t, gates_nA).sum(dim=1) for t, gates_nA in zip(at_home, gates, strict=True)]
+
+
+def _times(t_nAX: Tensor, gates_nA: Tensor | None) -> Tensor:
+    return t_nAX if gates_nA is None else t_nAX * gates_nA.to(t_nAX.dtype).unsqueeze(2)
 
 
 @torch.no_grad()
 def among_best(ranked_nAC: Tensor, k: int) -> Tensor:
-    """Which of a token's candidates, of all its experts, are among its k best: exactly k, bool."""
+    """Which of a token's candidates, of all its experts, are among its k best, bool: exactly k, but none of -inf."""
     flat = ranked_nAC.flatten(1)
     chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(k, dim=1, sorted=False).indices, value=True)
-    return chosen.view(ranked_nAC.shape)
+    return (chosen & (flat != -torch.inf)).view(ranked_nAC.shape)
 
 
 class _AtHome(torch.autograd.Function):

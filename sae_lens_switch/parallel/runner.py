@@ -31,6 +31,7 @@ from sae_lens_switch.parallel.sharded_files import write_parts
 from sae_lens_switch.parallel.share import return_to_place, take_share_of_store
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
+from sae_lens_switch.saes.weight_files import sharded_safetensors
 from sae_lens_switch.training.config import TrainerOptions
 from sae_lens_switch.training.runner_config import LanguageModelRun, LanguageModelSAERunnerConfig
 from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
@@ -97,7 +98,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
     ) -> Shard:
         if given is None and cfg.from_pretrained_path is None:
             return shard_class.fresh(cfg.sae, self.ranks)
-        whole = given or TrainingSAE.load_from_disk(cfg.from_pretrained_path or "", "cpu")
+        whole = given or TrainingSAE.load_from_disk(cfg.from_pretrained_path or "", converter=sharded_safetensors)
         wanted, found = cfg.sae.architecture(), whole.cfg.architecture()
         if found != wanted:
             raise ValueError(f"the SAE to train must be a {wanted} SAE, as the config's; got {found}")

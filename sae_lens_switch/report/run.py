@@ -14,6 +14,7 @@ from sae_lens_switch.saes.config import layout_of
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.serialization import fold_saved_scaler
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
+from sae_lens_switch.saes.weight_files import sharded_safetensors
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.training.history import FILENAME as HISTORY_FILENAME
 from sae_lens_switch.training.history import Row, numbers_of, read_history
@@ -99,7 +100,9 @@ def load_run(run: str | Path, history: str | Path | None = None, device: str = "
     folder = find_sae(run)
     in_training = (folder / TRAINER_STATE_FILENAME).exists() or (folder / TRAINING_FOLDER).is_dir()
     try:
-        sae: SAE = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
+        sae: SAE = (TrainingSAE if in_training else SAE).load_from_disk(
+            folder, device=device, converter=sharded_safetensors
+        )
         fold_saved_scaler(sae, folder)
     except Exception as error:  # a damaged config or weights can fail in any way
         raise ValueError(f"RUN must hold an SAE that can be loaded; {folder}: {error!r}") from error

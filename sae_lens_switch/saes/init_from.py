@@ -24,6 +24,7 @@ from sae_lens_switch.saes.sparse_topk_sae import SparseAbsTopKTrainingSAE, Spars
 from sae_lens_switch.saes.switch_sae import SwitchBase
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
+from sae_lens_switch.saes.weight_files import sharded_safetensors
 
 _TopK: TypeAlias = TopKSAE | TopKTrainingSAE
 _JumpReLU: TypeAlias = JumpReLUSAE | JumpReLUTrainingSAE
@@ -93,7 +94,7 @@ def saved_for(cfg: TrainingSAEConfig, folder: Path) -> AnyTrainingSAE:
 def _load(folder: Path, device: str = "cpu") -> AnySAE:
     kind = TrainingSAE if _was_training(_read_config(folder)) else SAE
     try:
-        sae: AnySAE = kind.load_from_disk(folder, device=device)
+        sae: AnySAE = kind.load_from_disk(folder, device=device, converter=sharded_safetensors)
     except Exception as error:  # damaged weights can fail in any way
         raise ValueError(f"source must be a folder with an SAE; {folder}: {error!r}") from error
     return sae

@@ -22,7 +22,7 @@ def decoded(
     if not is_fused:
         return parts_BLD.sum(1), inner_losses(sae, parts_BLD, widths, x_BD)
     product_BD, losses_N = _Levels.apply(parts_BLD, sae.b_dec, x_BD)
-    return product_BD, dict(zip(_names(widths), losses_N.unbind(), strict=True))
+    return product_BD, dict(zip(names_of_losses(widths), losses_N.unbind(), strict=True))
 
 
 class _Levels(torch.autograd.Function):
@@ -67,10 +67,11 @@ def reconstructions(sae: TrainingSAE, parts_BLD: Tensor) -> Iterator[Tensor]:
 def inner_losses(sae: TrainingSAE, parts_BLD: Tensor, widths: Sequence[int], x_BD: Tensor) -> dict[str, Tensor]:
     """mean_B ||x - x_hat||^2 at each width but the last, which is the whole and has a loss already."""
     errors = (reconstruction_error(sae, out_BD, x_BD) for out_BD in reconstructions(sae, parts_BLD))
-    return dict(zip(_names(widths), errors, strict=False))
+    return dict(zip(names_of_losses(widths), errors, strict=False))
 
 
-def _names(widths: Sequence[int]) -> list[str]:
+def names_of_losses(widths: Sequence[int]) -> list[str]:
+    """Of ``inner_losses``."""
     return [f"inner_mse_loss_{width}" for width in widths[:-1]]
 
 

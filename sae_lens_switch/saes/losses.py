@@ -77,6 +77,11 @@ def reconstruction_error(sae: TrainingSAE, sae_out_BD: Tensor, x_BD: Tensor) -> 
     return sae.mse_loss_fn(sae_out_BD.to(dtype), x_BD.to(dtype)).sum(dim=-1).mean()
 
 
+def of_share(losses: dict[str, Tensor], share: float | None) -> dict[str, Tensor]:
+    """Means over some tokens, as what they add to those of the batch; ``share`` as in ``losses_of_output``."""
+    return losses if share is None else {name: share * loss for name, loss in losses.items()}
+
+
 def losses_of_router(balance: Balance, x_BD: Tensor) -> dict[str, Tensor]:
     """coefficient * scale * value, and the others."""
     return {"load_balance_loss": balance.coefficient * scale_of(balance.scale, x_BD) * balance.value, **balance.others}

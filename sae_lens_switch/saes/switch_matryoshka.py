@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.levels import decoded, dense_parts, inner_losses
+from sae_lens_switch.saes.losses import of_share
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.switch_batchtopk import ThresholdedSwitch
 
@@ -34,7 +35,10 @@ class MatryoshkaSwitch(ThresholdedSwitch):
     @override
     def _decoded(self, result: Reconstruction, target_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         widths = self.cfg.matryoshka_widths
-        return (result.out_BD, {}) if widths is None else decoded(self, result.out_BD, widths, target_BD)
+        if widths is None:
+            return result.out_BD, {}
+        product_BD, inner = decoded(self, result.out_BD, widths, target_BD)
+        return product_BD, of_share(inner, self._batch_share(target_BD))
 
     # With hooks on dense latents
 
@@ -59,6 +63,7 @@ class MatryoshkaSwitch(ThresholdedSwitch):
         if parts_BLD is not None and self.cfg.matryoshka_widths is not None:
             _, target_BD = self._inputs_and_targets(step_input.sae_in)
             inner = inner_losses(self, parts_BLD, self.cfg.matryoshka_widths, target_BD)
+            inner = of_share(inner, self._batch_share(target_BD))
             output.losses |= inner
             output.loss = sum(inner.values(), start=output.loss)
         return output

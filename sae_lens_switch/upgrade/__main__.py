@@ -15,6 +15,7 @@ from sae_lens_switch.common.printable import say
 from sae_lens_switch.saes.registration import register
 from sae_lens_switch.saes.serialization import fold_saved_scaler
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
+from sae_lens_switch.saes.weight_files import sharded_safetensors
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.upgrade.growing import grow
 from sae_lens_switch.upgrade.splitting import split
@@ -57,7 +58,9 @@ def _load(folder: Path, device: str) -> SAE:
     """The SAE in a folder, in training if it was saved so; what a checkpoint scaled is folded into the weights."""
     try:
         is_training = "decoder_init_norm" in json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-        sae: SAE = (TrainingSAE if is_training else SAE).load_from_disk(folder, device=device)
+        sae: SAE = (TrainingSAE if is_training else SAE).load_from_disk(
+            folder, device=device, converter=sharded_safetensors
+        )
         fold_saved_scaler(sae, folder)
     except Exception as error:  # a damaged config or weights can fail in any way
         raise ValueError(f"SAE must be a folder with an SAE; {folder}: {error!r}") from error

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.kernel_cases import compare
 from sae_lens_switch_kernels import RowGrads, sparse_autoencode, topk_encode
-from sae_lens_switch_kernels.chosen import Candidates, Dead, decode_chosen, topk_candidates
+from sae_lens_switch_kernels.chosen import Candidates, Dead, dead_candidates, decode_chosen, topk_candidates
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -60,6 +60,27 @@ def test_candidates_of_low_precision_are_ranked_by_what_they_are_in_full():
     found = topk_candidates(x, W, K, encoder_precision="bfloat16")
     assert_close(found.values_BC, (x @ W.T).gather(1, found.indices_BC))
     assert found.ranked_BC.dtype == torch.float32
+
+
+@pytest.mark.parametrize("aux_k", [1, 3, 9])
+@pytest.mark.parametrize("has_pre_bias", [True, False])
+@pytest.mark.parametrize("dead", [[1, 4, 5, 8, 29], [0], list(range(11, 20)), []], ids=str)
+def test_dead_candidates_are_the_best_dead_latents_of_a_tokens_expert(dead, has_pre_bias, aux_k):
+    n_experts, width = 3, 10
+    x, W = normal(B, D), normal(n_experts * width, D, seed=1)
+    pre_bias = normal(D, seed=3) if has_pre_bias else None
+    expert = torch.randint(n_experts, (B,), generator=torch.Generator().manual_seed(2))
+    dead_N = torch.tensor(dead, dtype=torch.long)
+    found = dead_candidates(x, W, dead_N, aux_k, expert_B=expert, n_experts=n_experts, pre_bias_D=pre_bias)
+    pre = pre_activations(x, W, pre_bias)
+    for row in range(B):
+        own = {place: pre[row, latent].item() for place, latent in enumerate(dead) if latent // width == expert[row]}
+        best = sorted(own, key=own.__getitem__, reverse=True)[:aux_k]
+        is_real = found.ranked_BC[row] > -torch.inf
+        places, values = found.indices_BC[row][is_real].tolist(), found.values_BC[row][is_real]
+        assert sorted(places) == sorted(best)
+        assert_close(values, torch.tensor([own[place] for place in places], dtype=values.dtype))
+        assert_close(found.ranked_BC[row][is_real], values)
 
 
 @options

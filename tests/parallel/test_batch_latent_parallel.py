@@ -112,6 +112,8 @@ def test_a_run_resumes_on_other_processes_and_ends_as_an_ordinary_sae(sae, tmp_p
     for one in found:
         assert_same_run(one, expected, **LOOSE)
     final = tmp_path / "runs" / f"final_{12 * BATCH}"
+    with pytest.raises(ValueError, match="max_file_bytes must be None for a sparse_batchtopk SAE for use"):
+        consolidate(final, tmp_path / "used", max_file_bytes=1e9)
     used = SAE.load_from_disk(consolidate(final, tmp_path / "used"))
     trained = TrainingSAE.load_from_disk(consolidate(final, tmp_path / "trained", for_training=True))
     assert isinstance(used, JumpReLUSAE)

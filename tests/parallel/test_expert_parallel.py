@@ -47,6 +47,7 @@ def test_four_processes_train_what_one_does_with_dead_latents_and_clipping(optim
         {"normalize_activations": "expected_average_only_in", "bias_start": "mean"},
         {"normalize_activations": "layer_norm", "gate": "renormalized"},
         {"normalize_decoder": False, "router_start_std": None, "apply_b_dec_to_input": False},
+        {"matryoshka_widths": [2, 5, F // E], "aux_loss_coefficient": 0.1},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -57,9 +58,9 @@ def test_every_option_of_the_sae_trains_as_on_one_process(sae, tmp_path):
         assert_same_run(found, expected)
 
 
-def idle_experts(first: int) -> SwitchTrainingSAE:
+def idle_experts(first: int, **fields) -> SwitchTrainingSAE:
     """Of the experts, those from ``first`` on get no token: all tokens lie on the other side of the router."""
-    sae = make_sae()
+    sae = make_sae(**fields)
     with torch.no_grad():
         sae.W_router[:, first:] = -10 * tokens().mean(dim=0).unsqueeze(1)
     assert not sae.is_fresh
@@ -67,11 +68,12 @@ def idle_experts(first: int) -> SwitchTrainingSAE:
 
 
 @OPTIMIZERS
-@pytest.mark.parametrize("first", [1, 2, 3])
-def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(first, optimizer, tmp_path):
+@pytest.mark.parametrize(("first", "widths"), [(1, None), (2, None), (3, None), (2, [4, F // E])])
+def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(first, widths, optimizer, tmp_path):
     fields = {"optimizer": optimizer}
-    expected = alone(12, make=lambda: idle_experts(first), **fields)
-    for found in together(2, tmp_path, 12, make=lambda: idle_experts(first), **fields):
+    make = lambda: idle_experts(first, matryoshka_widths=widths)  # noqa: E731
+    expected = alone(12, make=make, **fields)
+    for found in together(2, tmp_path, 12, make=make, **fields):
         assert_same_run(found, expected)
     assert (expected["density"].view(E, -1)[first:] == 0).all()
 

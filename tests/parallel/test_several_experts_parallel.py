@@ -59,6 +59,27 @@ def test_every_option_of_the_sae_trains_as_on_one_process(sae, tmp_path):
         assert_same_run(found, expected)
 
 
+@OPTIMIZERS
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(
+    "sae",
+    [
+        {**TWO, "aux_k": 4},
+        {**TWO, "aux_k": 7, "gate": "renormalized"},
+        {"n_active_experts": 3, "aux_k": F, "gate": "one"},
+        {"load_balancing": "bias"},
+        {"router_z_loss_coefficient": 0.3, "aux_k": 2, "normalize_decoder": False},
+    ],
+    ids=str,
+)
+def test_dead_latents_of_all_experts_of_a_token_reconstruct_its_residual(sae, n, optimizer, tmp_path):
+    sae = {"aux_loss_coefficient": 0.3, **sae}
+    expected = alone(20, sae, optimizer=optimizer)
+    for found in together(n, tmp_path, 20, sae, optimizer=optimizer):
+        assert_same_run(found, expected)
+    assert sum(row["losses/auxiliary_reconstruction_loss"] > 0 for row in expected["rows"]) > 1
+
+
 def test_rows_of_processes_divide_the_data(tmp_path):
     expected = alone(12, TWO)
     for found in together(4, tmp_path, 12, TWO, expert_parallel=2):
@@ -92,6 +113,43 @@ def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(n, f
         assert_same_run(found, expected)
     idle = [e for e in range(E) if e not in (first, first + 1)]
     assert (expected["density"].view(E, -1)[idle] == 0).all()
+
+
+def only_some_are_dead(expert: int, n: int):
+    """The first ``n`` latents of one expert never fire; every token has all experts, and most of the other latents."""
+    sae = make_sae(n_active_experts=E, k=F, aux_loss_coefficient=0.3, aux_k=5)
+    first = expert * F // E
+    mean = tokens().mean(dim=0)
+    with torch.no_grad():
+        sae.W_enc *= (mean @ sae.W_enc).sign()
+        sae.W_enc[:, first : first + n] = -10 * mean.unsqueeze(1)
+    return sae
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("expert", [1, 3])
+def test_dead_latents_of_one_process_alone(expert, optimizer, tmp_path):
+    """Fewer than aux_k, and none at all on the other process."""
+    fields = {"optimizer": optimizer, "lr": 1e-5}
+    make = lambda: only_some_are_dead(expert, 3)  # noqa: E731
+    expected = alone(6, make=make, **fields)
+    for found in together(2, tmp_path, 6, make=make, **fields):
+        assert_same_run(found, expected)
+    assert (expected["density"] == 0).nonzero().flatten().tolist() == [expert * F // E + i for i in range(3)]
+    assert expected["rows"][-1]["losses/auxiliary_reconstruction_loss"] > 0
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_dead_latents_where_a_process_has_no_tokens(first, tmp_path):
+    def make():
+        sae = only_two_experts(first)
+        sae.cfg.aux_loss_coefficient = 0.3
+        return sae
+
+    expected = alone(12, make=make)
+    for found in together(2, tmp_path, 12, make=make):
+        assert_same_run(found, expected)
+    assert expected["rows"][-1]["losses/auxiliary_reconstruction_loss"] > 0
 
 
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path):
@@ -180,9 +238,12 @@ def test_the_command_leaves_an_ordinary_sae(tmp_path, model, dataset):
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
-def one_step(d_sae: int) -> dict:
-    trainer = ParallelSparseSAETrainer(config(1000, expert_parallel=2), make_sae(d_sae=d_sae, **TWO), tokens())
-    trainer.step(next(trainer.data_provider))
+def one_step(d_sae: int, **fields) -> dict:
+    trainer = ParallelSparseSAETrainer(
+        config(1000, expert_parallel=2), make_sae(d_sae=d_sae, **TWO, **fields), tokens()
+    )
+    for _ in range(4 if fields else 1):  # until latents are dead
+        trainer.step(next(trainer.data_provider))
     before = trainer.ranks.bytes_sent.copy()
     trainer.step(next(trainer.data_provider))
     sent = trainer.ranks.bytes_sent
@@ -209,6 +270,18 @@ def test_what_a_step_sends_is_what_the_formula_says_at_any_width(tmp_path):
                 assert sent[name] == pytest.approx(n_bytes, rel=0.35), name  # even loads
 
 
+def test_what_dead_latents_add_to_it(tmp_path):
+    k, aux_k = make_sae().cfg.k, 4
+    for rank in on_processes(2, lambda: one_step(5 * F, aux_loss_coefficient=0.3, aux_k=aux_k), tmp_path):
+        sent = rank["sent"]
+        assert sent["tokens"] == 4 * D * rank["out"]
+        assert sent["the gradient of the reconstruction"] == 2 * 4 * D * rank["out"]
+        assert sent["parts of the reconstruction"] == 2 * 4 * D * rank["back"]
+        assert sent["candidates"] == 4 * (k + aux_k) * rank["back"]
+        assert sent["choices"] == (k + aux_k) * rank["out"]
+        assert sent["dead latents"] == 8 * E // 2
+
+
 def test_the_cheaper_way_is_taken_wherever_it_can_be():
     assert shard_class_of(make_sae().cfg) is ExpertShard
     for fields in (TWO, {"load_balancing": "bias"}, {"router_z_loss_coefficient": 0.1}):
@@ -218,7 +291,7 @@ def test_the_cheaper_way_is_taken_wherever_it_can_be():
 @pytest.mark.parametrize(
     ("sae", "message"),
     [
-        ({**TWO, "aux_loss_coefficient": 0.1}, "aux_loss_coefficient must be 0 with experts on several processes"),
+        ({**TWO, "matryoshka_widths": [3, F // E]}, "matryoshka_widths must be None with experts on several"),
         ({**TWO, "n_shared_experts": 1, "shared_width": 8}, "n_shared_experts must be 0 with experts on several"),
         ({**TWO, "activation": "batchtopk"}, "activation must be 'topk' with experts on several processes"),
     ],

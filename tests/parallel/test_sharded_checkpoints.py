@@ -10,8 +10,10 @@ from helpers.parallel_runs import BATCH, alone, assert_same_run, config, go_on_t
 from helpers.processes import ended_processes, on_processes
 from helpers.resumed import make_sae
 from sae_lens import SAE, TrainingSAE
+from safetensors.torch import load_file
 
-from sae_lens_switch import CheckpointError
+from sae_lens_switch import CheckpointError, init_from
+from sae_lens_switch.converters import sharded_safetensors
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
 from sae_lens_switch.parallel.__main__ import main
 from sae_lens_switch.parallel.sharded_files import shapes
@@ -79,6 +81,39 @@ def test_one_command_makes_an_ordinary_folder_of_a_checkpoint(sae, tmp_path, cap
         assert torch.equal(trained.get_parameter(name), weight)
     assert not trained.is_fresh
     assert used.cfg.normalize_activations == "none"
+
+
+def test_weights_in_several_files_are_those_in_one(tmp_path, capsys):
+    run_on(2, tmp_path / "runs", 3, sae={"n_active_experts": 2})
+    (checkpoint,) = (tmp_path / "runs").iterdir()
+    limit = 4 * 40 * 12  # bytes of W_enc, as many as of W_dec
+    for flags in ([], ["--for-training"]):
+        one, several = (tmp_path / f"{name}{len(flags)}" for name in ("one", "several"))
+        assert main([str(checkpoint), str(one), *flags]) == 0
+        assert main([str(checkpoint), str(several), *flags, "--max-file-gb", str(limit / 1e9)]) == 0
+        index = json.loads((several / "sae_weights.safetensors.index.json").read_text())
+        names = sorted(set(index["weight_map"].values()))
+        assert names == [f"sae_weights-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
+        assert len(names) >= 3
+        parts = {name: load_file(several / name) for name in names}
+        assert {tensor: name for name, part in parts.items() for tensor in part} == index["weight_map"]
+        sizes = [sum(t.nbytes for t in part.values()) for part in parts.values()]
+        assert max(sizes) <= limit
+        assert sum(sizes) == index["metadata"]["total_size"]
+        kind = TrainingSAE if flags else SAE
+        whole, found = kind.load_from_disk(one), kind.load_from_disk(several, converter=sharded_safetensors)
+        assert found.cfg.to_dict() == whole.cfg.to_dict()
+        for name, weight in whole.state_dict().items():
+            assert torch.equal(found.state_dict()[name], weight)
+    started = init_from(make_sae(n_active_experts=2).cfg, several)
+    assert torch.equal(started.W_dec, found.W_dec)
+
+    assert main([str(checkpoint), str(several), "--for-training"]) == 1
+    assert "without sae_weights.safetensors.index.json" in capsys.readouterr().err
+    assert main([str(checkpoint), str(one), "--max-file-gb", "1e-6"]) == 1
+    assert "output must be a folder without sae_weights.safetensors, of" in capsys.readouterr().err
+    assert main([str(checkpoint), str(tmp_path / "new"), "--max-file-gb", "0"]) == 1
+    assert "max_file_bytes must be positive; got 0.0" in capsys.readouterr().err
 
 
 def test_a_checkpoint_says_who_wrote_it_and_every_byte_is_checked(tmp_path):
