@@ -32,7 +32,8 @@ class Plan:
     middle: tuple[int, ...]  # experts at the middle layer, at matched FLOPs
     middle_tokens: int
     batch: int = 512
-    ablated_experts: int = 0  # 0: no ablations
+    ablations: tuple[str, ...] = ()  # keys of ABLATIONS
+    ablated_experts: int = 8
     ablation_tokens: int = 0
     study_tokens: tuple[int, int] = (0, 0)  # of the early and the middle layer; see studied.py
     l1_coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -46,6 +47,18 @@ class Plan:
         of_middle = max(self.middle_tokens if self.middle else 0, self.study_tokens[1])
         return {early: self.tokens} | ({middle: of_middle} if of_middle else {})
 
+
+# What may be better than the defaults, one at a time.
+ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "load-balance coefficient": tuple({"load_balance_coefficient": c} for c in (0.0, 0.03, 0.1, 1.0)),
+    "load-balance warm-up": ({"load_balance_warm_up": 0.1},),
+    "router's learning rate": tuple({"router_lr": m} for m in (0.25, 4.0)),
+    "router's start": tuple({"router_start_std": s} for s in (0.1, 3.0)),
+    "warm-up": ({"lr_warm_up": 0.05},),
+    "AuxK": tuple({"aux_loss_coefficient": c} for c in (1 / 32, 1 / 4)),
+    "experts start as copies": ({"start": "copies"}, {"start": "shared"}),
+    "batch size": tuple({"batch": b} for b in (256, 1024)),
+}
 
 _BUDGETS = (250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)
 PLANS = {
@@ -76,7 +89,7 @@ PLANS = {
         seeds=(0, 1, 2),
         middle=(2, 4, 8),
         middle_tokens=2_000_000,
-        ablated_experts=8,
+        ablations=tuple(ABLATIONS),
         ablation_tokens=1_000_000,
         l1_coefficients={"standard": (2.0, 4.0, 8.0), "gated": (3.0, 6.0, 12.0)},
     ),
@@ -91,9 +104,18 @@ PLANS = {
         fixed=(),
         fixed_tokens=0,
         seeds=(0, 1, 2),
-        middle=(),
-        middle_tokens=0,
+        middle=(8,),
+        middle_tokens=400_000,
         study_tokens=(750_000, 400_000),
+        ablations=(
+            "router's learning rate",
+            "router's start",
+            "warm-up",
+            "AuxK",
+            "experts start as copies",
+            "batch size",
+        ),
+        ablation_tokens=500_000,
     ),
     "tiny": Plan(
         tokens=4096,
@@ -115,18 +137,6 @@ PLANS = {
     ),
 }
 
-# What may be better than the defaults, one at a time.
-ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "load-balance coefficient": tuple({"load_balance_coefficient": c} for c in (0.0, 0.03, 0.1, 1.0)),
-    "load-balance warm-up": ({"load_balance_warm_up": 0.1},),
-    "router's learning rate": tuple({"router_lr": m} for m in (0.25, 4.0)),
-    "router's start": tuple({"router_start_std": s} for s in (0.1, 3.0)),
-    "warm-up": ({"lr_warm_up": 0.05},),
-    "AuxK": tuple({"aux_loss_coefficient": c} for c in (1 / 32, 1 / 4)),
-    "experts start as copies": ({"start": "copies"}, {"start": "shared"}),
-    "batch size": tuple({"batch": b} for b in (256, 1024)),
-}
-
 
 def cells(plan: Plan, rows: Sequence[Row]) -> list[Cell]:
     """Every cell, most important first. ``rows`` are the results so far, which choose what is still None."""
@@ -136,7 +146,7 @@ def cells(plan: Plan, rows: Sequence[Row]) -> list[Cell]:
         of_seed = studied(replace(base, seed=seed), plan.layers, plan.study_tokens)
         compared += [replace(c, lr=best_lr(plan, rows, baseline(c))) for c in of_seed]
     compared = [_with_l1(plan, rows, c) for c in compared]
-    if plan.ablated_experts:
+    if plan.ablations:
         compared += _ablations(plan, base, rows)
     found: list[Cell] = []
     for cell in compared:  # a sweep comes right before the first cell that needs it
@@ -179,8 +189,8 @@ def _ablations(plan: Plan, base: Cell, rows: Sequence[Row]) -> list[Cell]:
     return [
         replace(plain, experiment=f"ablation: {name}", seed=seed, **change)
         for seed in plan.seeds
-        for name, changes in ABLATIONS.items()
-        for change in ({}, *changes)
+        for name in plan.ablations
+        for change in ({}, *ABLATIONS[name])
     ]
 
 

@@ -1,7 +1,8 @@
 """The study beyond one active expert: what each of its cells changes of a Switch SAE with one expert per token.
 
 All but the split cells have 8 W latents in all, W the width of the TopK SAE. Those of "same FLOPs" encode a token with
-W of them: two of 16 experts half as wide, four of 32 a quarter as wide, one of 15 half as wide beside a shared one.
+W of them: two of 16 experts half as wide, four of 32 a quarter as wide, one of 15 half as wide beside a shared one,
+three of 31 a quarter as wide beside a shared one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ _SAME_FLOPS: tuple[dict[str, Any], ...] = (
     {"n_experts": 32, "n_active_experts": 4, "gate": "renormalized"},
     {"n_experts": 15, "n_shared_experts": 1},
 )
+# A shared expert has a gate of 1, beside which those of experts that sum to 1 are smaller if there are several.
+_SHARED_BESIDE_SEVERAL = {"n_experts": 31, "n_active_experts": 3, "n_shared_experts": 1, "gate": "renormalized"}
 _CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
-    "several experts, same FLOPs": _SAME_FLOPS,
+    "several experts, same FLOPs": (*_SAME_FLOPS, _SHARED_BESIDE_SEVERAL),
     "several experts, as wide": tuple({"n_active_experts": A, "gate": "renormalized"} for A in (2, 4)),
     "load balance": (
         {"load_balance_coefficient": 0.0},

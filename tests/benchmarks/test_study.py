@@ -35,8 +35,8 @@ def test_the_study_compares_saes_of_the_same_width_and_most_at_the_same_flops():
     rows = swept("switch", 8, {5e-4: 0.3, 1e-3: 0.2, 2e-3: 0.25}, 16384)
     ready = [c for c in plans.cells(plan, rows) if c.is_ready and c.experiment.startswith(studied.STUDY)]
     assert {c.lr for c in ready} == {1e-3}
-    assert {c.n_experts for c in ready} == {8, 15, 16, 32}  # at the rate of the eight
-    assert sum(costs.minutes(plan).values()) / 2 < 110
+    assert {c.n_experts for c in ready} == {8, 15, 16, 31, 32}  # at the rate of the eight
+    assert sum(costs.minutes(plan).values()) / 2 < 140
 
 
 def test_the_study_stands_beside_one_expert_per_token():
