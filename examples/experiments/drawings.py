@@ -12,6 +12,8 @@ from axes import GREY, colour, decorated, errorbars, plain_ticks
 from csv_rows import Row, grouped, label, mean, values
 from gains import AUTHORS, by_one, line, matched, paired
 from plans import SWEEP
+from studied import STUDY
+from tables import ABLATION, changes, said
 
 
 def gain(rows: list[Row], _curves: list[Row]) -> Any:
@@ -139,6 +141,36 @@ def learning_rates(rows: list[Row], _curves: list[Row]) -> Any:
     return figure
 
 
+def settings(rows: list[Row], _curves: list[Row]) -> Any:
+    """One setting changed at a time: the change of the error by seed, dead latents and CE loss; grey: unchanged."""
+    found = [row for prefix in (STUDY, ABLATION) for row in changes(rows, prefix) if row[1]]
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, 3, figsize=(13, 1.5 + 0.26 * len(found)), sharey=True)
+    for y, (_, _, same, plain) in enumerate(found):
+        shade = "C0" if same[0]["layer"] == found[0][2][0]["layer"] else "C1"
+        _across(axes[0], y, paired(same, plain), shade)
+        for mine, of_one in ((plain, "#aaaaaa"), (same, shade)):
+            _across(axes[1], y, [r["dead_latents"] / r["d_sae"] for r in mine], of_one)
+            _across(axes[2], y, values(mine, "ce_recovered"), of_one)
+    names = [f"{experiment.partition(': ')[2]}: {said(changed)}" for experiment, changed, _, _ in found]
+    axes[0].set_yticks(range(len(found)), names, fontsize=7)
+    axes[0].invert_yaxis()
+    axes[0].axvline(0, color="black", lw=0.8)
+    axes[0].xaxis.set_major_formatter(lambda v, _: f"{v:+.0%}")
+    for axis, x in zip(axes, ("change of the error", "share of dead latents", "CE loss recovered"), strict=True):
+        decorated(axis, xlabel=x)
+    return figure
+
+
+def _across(axis: Any, y: float, xs: list[float], shade: str) -> None:
+    """A mean and a range along x."""
+    if xs:
+        middle = mean(xs)
+        reach = [[middle - min(xs)], [max(xs) - middle]]
+        axis.errorbar([middle], [y], xerr=reach, color=shade, marker="o", markersize=3.5, linewidth=1.2, capsize=2.5)
+
+
 def _first_k(rows: list[Row]) -> float:
     return next((r["k"] for r in rows if r["experiment"] == "matched FLOPs"), math.nan)
 
@@ -148,4 +180,5 @@ FIGURES: list[tuple[str, str, Callable[[list[Row], list[Row]], Any]]] = [
     ("training", "Error while training, at matched FLOPs", training),
     ("experts", "The number of experts", experts),
     ("learning_rates", "Learning rates", learning_rates),
+    ("settings", "One setting changed at a time (blue: the early layer; orange: the middle one)", settings),
 ]

@@ -13,7 +13,7 @@ from gains import against_tokens, efficiency, fits
 from plans import L1_SWEEP, SWEEP
 from studied import EXPERTS, SPLIT_EXPERTS, STUDY
 
-_ABLATION = "ablation: "
+ABLATION = "ablation: "
 
 # What an ablation changes, and the experiments that compare.
 _CHANGED = (
@@ -26,7 +26,7 @@ _CHANGED = (
 
 def everything(rows: list[Row], _curves: list[Row]) -> list[Row]:
     """Every SAE that is compared, over its seeds, at each number of tokens."""
-    compared = [r for r in rows if not r["experiment"].startswith((_ABLATION, STUDY, SWEEP, L1_SWEEP))]
+    compared = [r for r in rows if not r["experiment"].startswith((ABLATION, STUDY, SWEEP, L1_SWEEP))]
     shape = ("experiment", "layer", "k", "architecture", "n_experts", "d_sae", "tokens")
     return [
         {
@@ -76,14 +76,14 @@ def ablations(rows: list[Row], _curves: list[Row]) -> list[Row]:
     """One setting changed at a time, against the defaults with the same seeds."""
     return [
         {
-            "setting": experiment.removeprefix(_ABLATION),
-            "value": _said(changed),
+            "setting": experiment.removeprefix(ABLATION),
+            "value": said(changed),
             **_error(same, plain),
             "dead": span([r["dead_latents"] / r["d_sae"] for r in same], 3),
             "tokens": f"{same[0]['tokens']:.0f}",
             "seeds": f"{len(same)} and {len(plain)}",
         }
-        for experiment, changed, same, plain in _changes(rows, _ABLATION)
+        for experiment, changed, same, plain in changes(rows, ABLATION)
         if changed
     ]
 
@@ -93,7 +93,7 @@ def study(rows: list[Row], _curves: list[Row]) -> list[Row]:
     return [
         {
             "experiment": experiment.removeprefix(STUDY),
-            "changed": _said(changed) or "nothing",
+            "changed": said(changed) or "nothing",
             "FVU": span(values(same, "fvu"), 4),
             **(_error(same, plain) if changed else {"change of the error": "", "smaller error": ""}),
             "CE recovered": span(values(same, "ce_recovered"), 4),
@@ -105,12 +105,17 @@ def study(rows: list[Row], _curves: list[Row]) -> list[Row]:
             "tokens": f"{same[0]['tokens']:.0f}",
             "seeds": f"{len(same)} and {len(plain)}",
         }
-        for experiment, changed, same, plain in _changes(rows, STUDY)
+        for experiment, changed, same, plain in changes(rows, STUDY)
     ]
 
 
-def _changes(rows: list[Row], prefix: str) -> Iterator[tuple[str, Row, list[Row], list[Row]]]:
-    """By experiment: what is changed of its baseline, those rows, and the baseline's; that itself first."""
+def changes(rows: list[Row], prefix: str) -> Iterator[tuple[str, Row, list[Row], list[Row]]]:
+    """By experiment: what is changed of its baseline, those rows, and the baseline's; that itself first.
+
+    Args:
+        rows: All.
+        prefix: Of the experiments, ``STUDY`` or ``ABLATION``.
+    """
     for (experiment,), mine in grouped([r for r in rows if r["experiment"].startswith(prefix)], "experiment").items():
         by_value = grouped([{n: getattr(Cell, n) for n in _CHANGED} | r for r in mine], *_CHANGED)
         n_experts = SPLIT_EXPERTS if experiment.endswith("split") else EXPERTS
@@ -127,7 +132,8 @@ def _differences(key: tuple[Any, ...], n_experts: int | None) -> Row:
     return {n: v for n, v in found.items() if n != "n_experts" or n_experts is not None}
 
 
-def _said(changed: Row) -> str:
+def said(changed: Row) -> str:
+    """The changed settings in words."""
     return ", ".join(f"{n} {v if isinstance(v, str) else f'{v:g}'}" for n, v in changed.items())
 
 

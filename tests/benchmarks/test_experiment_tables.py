@@ -297,6 +297,25 @@ def test_ablations_are_set_beside_the_defaults_of_the_same_seeds():
     assert (row["setting"], row["value"], row["smaller error"]) == ("AuxK", "aux_loss_coefficient 0.25", "holds")
     assert row["change of the error"].startswith("-20.4%")
     assert tables.ablations(other, []) == []  # nothing to set them beside
+    assert drawings.settings(other, []) is None
+
+
+def test_the_figure_of_settings_shows_each_change_by_seed():
+    plain = [measured(experiment="ablation: AuxK", seed=s, mse=1.0, dead_latents=8.0 + s) for s in (0, 1)]
+    changed = [
+        measured(experiment="ablation: AuxK", seed=s, mse=mse, dead_latents=2.0, aux_loss_coefficient=0.25)
+        for s, mse in enumerate((0.8, 0.9))
+    ]
+    figure = drawings.settings(plain + changed, [])
+    error, dead, _ = figure.axes
+    assert [t.get_text() for t in error.get_yticklabels()] == ["AuxK: aux_loss_coefficient 0.25"]
+    (mean,) = [line.get_xdata()[0] for line in error.lines if line.get_marker() == "o"]
+    assert mean == pytest.approx(-0.15)
+    (ends,) = error.collections[0].get_segments()
+    assert ends[:, 0].tolist() == pytest.approx([-0.2, -0.1])
+    F = plain[0]["d_sae"]
+    shown = [line.get_xdata()[0] for line in dead.lines if line.get_marker() == "o"]
+    assert shown == pytest.approx([8.5 / F, 2 / F])
 
 
 def test_what_is_drawn_is_the_mean_and_the_range_of_seeds(rows):
