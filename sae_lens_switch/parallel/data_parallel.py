@@ -2,10 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
-from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from sae_lens_switch_kernels import RowGrads
 from torch import Tensor
 from typing_extensions import override
@@ -36,6 +37,7 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
             count.
         data_provider: As in ParallelSparseSAETrainer.
         save_checkpoint_fn: As in ParallelSparseSAETrainer.
+        evaluator: As in ParallelSparseSAETrainer.
 
     Raises:
         ValueError: As SparseSAETrainer; also for settings that differ between the processes, and outside torchrun.
@@ -48,6 +50,7 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         sae: T_TRAINING_SAE,
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
+        evaluator: Evaluator[Any] | None = None,
     ) -> None:
         if isinstance(sae, SwitchTrainingSAE):
             raise ValueError("sae must be of another architecture than switch, which ParallelSparseSAETrainer trains")
@@ -56,7 +59,7 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         cfg = cfg.resolved(sae.cfg.d_sae)
         ranks = join(cfg)
         compare_settings(ranks, cfg, sae.cfg.to_dict())
-        super().__init__(cfg, sae, data_provider, save_checkpoint_fn, ranks)
+        super().__init__(cfg, sae, data_provider, save_checkpoint_fn, ranks, evaluator)
         for t in sae.state_dict().values():
             ranks.broadcast_(t if t.is_contiguous() else t.T, "the weights")
         self._share_of_batch = 1.0

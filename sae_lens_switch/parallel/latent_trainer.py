@@ -1,7 +1,9 @@
 """LatentParallelSAETrainer: a run on several processes, with the dictionary of its SAE divided over them."""
 
+from typing import Any
+
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from sae_lens_switch_kernels import RowGrads
 from torch import Tensor
 from typing_extensions import override
@@ -35,6 +37,7 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         sae: Of architecture ``sparse_topk`` or ``sparse_batchtopk``; each process keeps its own part of it.
         data_provider: As in ParallelSparseSAETrainer.
         save_checkpoint_fn: As in ParallelSparseSAETrainer.
+        evaluator: As in ParallelSparseSAETrainer.
 
     Raises:
         ValueError: As SparseSAETrainer; also for what only one process can do, for settings that differ between the
@@ -48,12 +51,13 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         sae: SparseTopKTrainingSAE,
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
+        evaluator: Evaluator[Any] | None = None,
     ) -> None:
         shard_class = SHARDS.get(sae.cfg.architecture())
         if shard_class is None:
             raise ValueError(f"sae must be of architecture {' or '.join(SHARDS)}; got {sae.cfg.architecture()}")
         cfg, shard = divided(cfg, sae, shard_class, "latents")
-        super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
+        super().__init__(cfg, shard, data_provider, save_checkpoint_fn, evaluator)
 
     @override
     def _forward(self, x_BD: Tensor, dead_mask: Tensor | None, row_grads: RowGrads | None) -> TrainStepOutput:

@@ -2,19 +2,22 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import wandb
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
-from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.atomic import sync
 from sae_lens_switch.common.printable import logger
 from sae_lens_switch.common.progress import Bar, Sentences, Silent
-from sae_lens_switch.common.types import Json, Metrics, StateDict
+from sae_lens_switch.common.types import AnyTrainingSAE, Json, Metrics, StateDict
 from sae_lens_switch.parallel.agreement import AgreedInterruption, first_does, refuse_differences
 from sae_lens_switch.parallel.checkpoints import RANKS, write_together
+from sae_lens_switch.parallel.evaluation import EvaluatedByAll
 from sae_lens_switch.parallel.pace import Pace
 from sae_lens_switch.parallel.ranks import Ranks, start_process_group
 from sae_lens_switch.parallel.share import share_of
@@ -61,6 +64,7 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None,
         ranks: Ranks,
+        evaluator: Evaluator[Any] | None = None,
     ) -> None:
         refuse_transcoders("an SAE trained on several processes", sae.cfg)
         self.ranks = ranks
@@ -68,6 +72,7 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         super().__init__(cfg, sae, share, None, save_checkpoint_fn)
         self._interruption = AgreedInterruption()
         self._pace = Pace(ranks)
+        self._evaluated = None if evaluator is None else EvaluatedByAll(evaluator, ranks)
 
     def _count_others(self, n_tokens: int, mine: int) -> None:
         """The batch of the step has ``n_tokens``, of which this process has counted its own."""
@@ -114,6 +119,25 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _log_step(self, output: TrainStepOutput) -> None:
         if self._is_logging_step():
             self._log(self.build_train_step_log_dict(output, self.n_training_samples))
+        every = self.cfg.logger.wandb_log_frequency * self.cfg.logger.eval_every_n_wandb_logs
+        if self.cfg.logger.log_to_wandb and (self.n_training_steps + 1) % every == 0:
+            self._log(self._evaluation())
+
+    @torch.no_grad()
+    def _evaluation(self) -> Metrics:
+        """SAELens's, and its histograms; every process must take part."""
+        if self._evaluated is None or not self._evaluated.is_possible:
+            return {}
+        sae = self._whole_sae()
+        if sae is None:
+            self._evaluated.give_up()
+            return {}
+        metrics = self._evaluated(sae, self.data_provider, self.activation_scaler)
+        return metrics | {name: wandb.Histogram(values) for name, values in sae.log_histograms().items()}  # type: ignore[arg-type]
+
+    def _whole_sae(self) -> AnyTrainingSAE | None:
+        """The SAE that each process evaluates; None on all if one has too little memory for it."""
+        return self.sae
 
     @override
     def _log(self, metrics: Metrics) -> None:

@@ -4,17 +4,18 @@ import copy
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import TrainingSAEConfig, TrainStepOutput
-from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_switch.common.types import Json, Metrics, StateDict
+from sae_lens_switch.common.machine import free_memory
+from sae_lens_switch.common.types import AnyTrainingSAE, Json, Metrics, StateDict
 from sae_lens_switch.parallel.checkpoints import (
     OPTIMIZER,
     STATISTICS,
@@ -72,8 +73,9 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
         shard: S,
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None,
+        evaluator: Evaluator[Any] | None = None,
     ) -> None:
-        super().__init__(cfg, shard, data_provider, save_checkpoint_fn, shard.ranks)
+        super().__init__(cfg, shard, data_provider, save_checkpoint_fn, shard.ranks, evaluator)
         self.optimizer.total_norm = lambda grads: norm_of_all(grads, shard)
 
     @override
@@ -119,6 +121,14 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
     def config_of_record(self) -> Json:
         sae = {n: v for n, v in self.sae.whole.to_dict().items() if n not in ("metadata", "device")}
         return super().config_of_record() | {"sae": sae}
+
+    @override
+    def _whole_sae(self) -> AnyTrainingSAE | None:
+        """Put together on every process, which takes twice its memory: the weights, and one matrix in parts."""
+        sae = self.sae
+        own = sum(p.nbytes for name, p in sae.named_parameters() if name in LATENT_DIM)
+        fits = 2 * own * self.ranks.row_size < free_memory(self.ranks.device)
+        return sae.gathered() if all(self.ranks.gather_objects(fits)) else None
 
     # Saving
 

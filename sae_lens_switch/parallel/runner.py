@@ -57,8 +57,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
     """As ``LanguageModelSAETrainingRunner``, one for each process that torchrun has started.
 
     Counts in the config are of all processes together; ``n_batches_in_buffer`` is each one's. ``device="cuda"`` is the
-    process's own GPU. Each process reads its own part of the dataset, or of cached activations. There is no evaluation
-    by the language model during training.
+    process's own GPU. Each process reads its own part of the dataset, or of cached activations, and evaluates on it.
 
     Raises:
         ValueError: As the runner of one process; also outside torchrun.
@@ -106,10 +105,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def _trainer(self) -> Callable[..., AnyRankedTrainer]:
-        def make(*, evaluator: object = None, **arguments: Any) -> AnyRankedTrainer:  # noqa: ARG001
-            return self._trainer_class(**arguments)
-
-        return make
+        return self._trainer_class
 
     @override
     def _find_checkpoint(self) -> None:

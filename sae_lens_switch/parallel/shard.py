@@ -102,8 +102,9 @@ class Shard(SparseTrainingSAE, ABC):
 
     @torch.no_grad()
     def gathered(self) -> AnyTrainingSAE:
-        """The whole SAE, in the memory of every process."""
-        sae: AnyTrainingSAE = get_sae_training_class(self.whole.architecture())[0](self.config_of_whole())
+        """The whole SAE, in the memory of every process; random numbers stay as they are."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            sae: AnyTrainingSAE = get_sae_training_class(self.whole.architecture())[0](self.config_of_whole())
         for name, p in self.named_parameters():
             dim = LATENT_DIM.get(name)
             whole = p if dim is None else self.gathered_latents(p.movedim(dim, 0)).movedim(0, dim)

@@ -1,7 +1,9 @@
 """ParallelSparseSAETrainer: a run on several processes, with the experts of its Switch SAE divided over them."""
 
+from typing import Any
+
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from sae_lens_switch_kernels import RowGrads
 from torch import Tensor
 from typing_extensions import override
@@ -34,6 +36,8 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
         data_provider: A tensor or folder that every process has, of which each takes its part of every batch; or an
             iterator of this process's own batches.
         save_checkpoint_fn: As in SparseSAETrainer, called on every process with a folder of its own.
+        evaluator: As in SparseSAETrainer, called on every process, each on its own part of the data; the mean of all is
+            logged. It gets the whole SAE, as long as each process has memory for it.
 
     Raises:
         ValueError: As SparseSAETrainer; also for what only one process can do, for settings that differ between the
@@ -47,6 +51,7 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
         sae: SwitchTrainingSAE,
         data_provider: ActivationSource,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
+        evaluator: Evaluator[Any] | None = None,
     ) -> None:
         if not isinstance(sae, SwitchTrainingSAE):
             raise ValueError(
@@ -60,7 +65,7 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
             )
         whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
         cfg, shard = divided(cfg, sae, shard_class_of(whole), "experts")
-        super().__init__(cfg, shard, data_provider, save_checkpoint_fn)
+        super().__init__(cfg, shard, data_provider, save_checkpoint_fn, evaluator)
 
     # The step
 
