@@ -152,7 +152,9 @@ class ExpertShard(Shard, SwitchTrainingSAE):
         """0, whose gradient is 0 for every parameter that is to have one."""
         rows_only = row_grads is not None and row_grads.active_only
         parameters = self.shared_parameters() if rows_only else list(self.parameters())
-        return torch.stack([(0 * p).sum().float() for p in parameters if p.requires_grad]).sum()
+        unused = self.b_router if self._is_tied else None
+        trained = [p for p in parameters if p.requires_grad and p is not unused]
+        return torch.stack([(0 * p).sum().float() for p in trained]).sum()
 
     @override
     def _route_batch(self, inputs_BD: Tensor) -> Assignment:

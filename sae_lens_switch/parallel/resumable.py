@@ -38,6 +38,7 @@ from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.checkpoints import SHARED, TRAINING_FOLDER, CheckpointError
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.firing import Firings
+from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 
 S = TypeVar("S", bound=Shard)
 
@@ -77,6 +78,8 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
     ) -> None:
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn, shard.ranks, evaluator)
         self.optimizer.total_norm = lambda grads: norm_of_all(grads, shard)
+        if isinstance(self.optimizer, RowSparseAdam):
+            self.optimizer.create_state()  # that of other processes has a counterpart, also where no latent was active
 
     @override
     def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:

@@ -28,6 +28,7 @@ class CollapseResponse:
 
     def __init__(self, on_collapse: OnCollapse) -> None:
         self.on_collapse = on_collapse
+        self.places = Places()
         self.n_interventions = 0
         self.has_reported = False
         self.watched_at = 0
@@ -59,7 +60,8 @@ class CollapseResponse:
             _double(schedulers["load_balance"])
         else:
             assert isinstance(sae, SwitchTrainingSAE)
-            reseed(sae, optimizer, x_BD, collapse.without_tokens or [int(monitor.load_E.argmin())])
+            idle = collapse.without_tokens or [int(monitor.load_E.argmin())]
+            reseed(sae, optimizer, self.places.whole(x_BD), idle, self.places)
         monitor.start_over()
 
 
@@ -69,21 +71,49 @@ def _double(scheduler: CoefficientScheduler) -> None:
     scheduler.current_value = scheduler.final_value
 
 
+class Places:
+    """Where the experts, and the tokens of a batch, are that ``reseed`` reads and writes: all in this process."""
+
+    def whole(self, x_BD: Tensor) -> Tensor:
+        """The batch of all processes."""
+        return x_BD
+
+    def two_of(self, n: int) -> list[int]:
+        """Two different numbers below n, by chance."""
+        return torch.randperm(n)[:2].tolist()
+
+    def copy(self, tensors: list[Tensor], source: slice, target: slice) -> None:
+        """Copy latents, of all, over others, in place; each tensor has a row per latent."""
+        for t in tensors:
+            t[target].copy_(t[source])
+
+
 @torch.no_grad()
-def reseed(sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: Iterable[int]) -> list[tuple[int, int]]:
+def reseed(
+    sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: Iterable[int], places: Places | None = None
+) -> list[tuple[int, int]]:
     """Make each of ``experts`` a twin of the expert with most tokens of the batch, and let the two share its tokens.
 
     The twin gets the other's encoder, decoder and moments, so that the reconstruction stays what it was. The two
     columns of the router are set apart, by as much in opposite directions, along a difference of two of its tokens.
-    Returns the pairs (twin, expert); none where the router, encoder or decoder is frozen, since a twin needs all three.
+
+    Args:
+        sae: The SAE.
+        optimizer: Its optimiser.
+        x_BD: A batch, of all processes.
+        experts: Which, of all.
+        places: Where latents are. None: in this process.
+
+    Returns:
+        The pairs (twin, expert); none where the router, encoder or decoder is frozen, since a twin needs all three.
     """
+    places = Places() if places is None else places
     needed = {"W_router": sae.W_router, "W_enc": sae.W_enc, "W_dec": sae.W_dec}
     frozen = [name for name, p in needed.items() if not p.requires_grad]
     if frozen:
         logger.warning(f"on_collapse='reseed' changes nothing, because {' and '.join(frozen)} have requires_grad=False")
         return []
-    layout, M = sae.cfg.layout, sae.cfg.layout.expert_width
-    bias = sae.effective_router_bias
+    layout, bias = sae.expert_layout, sae.effective_router_bias
     pairs = []
     for expert in experts:
         logits_BE = router_logits(x_BD, sae.W_router, bias)
@@ -92,7 +122,7 @@ def reseed(sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: 
         mine_BD = x_BD[chosen_B == busiest].to(sae.W_router.dtype)
         if expert == busiest or len(mine_BD) < 2:
             continue
-        first, second = torch.randperm(len(mine_BD))[:2].tolist()
+        first, second = places.two_of(len(mine_BD))
         direction_D = mine_BD[first] - mine_BD[second]
         along_B = (mine_BD - mine_BD.mean(dim=0)) @ direction_D
         direction_D *= _TWIN_WIDTH * logits_BE.std() / along_B.std().clamp_min(1e-30)
@@ -106,16 +136,21 @@ def reseed(sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: 
         if sae.topk_threshold is not None:
             threshold_E = layout.of_experts(sae.topk_threshold)
             threshold_E[expert] = threshold_E[busiest]
-        target, source = map(layout.latents_of, (expert, busiest))
-        for p, latent_dim in ((sae.W_enc, 1), (sae.W_dec, 0)):
-            p.detach().narrow(latent_dim, target.start, M).copy_(p.detach().narrow(latent_dim, source.start, M))
-            for t in _state(p, optimizer):
-                where = 0 if isinstance(optimizer, RowSparseAdam) else latent_dim
-                t.narrow(where, target.start, M).copy_(t.narrow(where, source.start, M))
+        places.copy(_latent_rows(sae, optimizer), layout.latents_of(busiest), layout.latents_of(expert))
         for t in _state(sae.W_router, optimizer):
             t.view(-1, *sae.W_router.shape)[..., expert] = 0  # row-sparse Adam keeps both moments in one tensor
         pairs.append((expert, busiest))
     return pairs
+
+
+def _latent_rows(sae: SwitchTrainingSAE, optimizer: Optimizer) -> list[Tensor]:
+    """All that belongs to latents, with a row for each."""
+    rows = []
+    for p, latent_dim in ((sae.W_enc, 1), (sae.W_dec, 0)):
+        rows.append(p.detach().movedim(latent_dim, 0))
+        where = 0 if isinstance(optimizer, RowSparseAdam) else latent_dim
+        rows += [t.movedim(where, 0) for t in _state(p, optimizer)]
+    return rows
 
 
 def _state(p: nn.Parameter, optimizer: Optimizer) -> list[Tensor]:

@@ -15,6 +15,7 @@ from sae_lens_switch import SparseSAETrainer, SwitchTrainingSAE, TrainingDiverge
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
 from sae_lens_switch.planning.hardware import HARDWARE
 from sae_lens_switch.planning.plan import Plan
+from sae_lens_switch.training.collapse_response import Places
 from sae_lens_switch.training.interruption import SignalledError
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
@@ -68,14 +69,33 @@ def idle_experts(first: int, **fields) -> SwitchTrainingSAE:
 
 
 @OPTIMIZERS
-@pytest.mark.parametrize(("first", "widths"), [(1, None), (2, None), (3, None), (2, [4, F // E])])
-def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(first, widths, optimizer, tmp_path):
+@pytest.mark.parametrize(
+    ("first", "sae"),
+    [(1, {}), (2, {}), (3, {}), (2, {"matryoshka_widths": [4, F // E]}), (2, {"tie_router_bias": True})],
+)
+def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(first, sae, optimizer, tmp_path):
     fields = {"optimizer": optimizer}
-    make = lambda: idle_experts(first, matryoshka_widths=widths)  # noqa: E731
+    make = lambda: idle_experts(first, **sae)  # noqa: E731
     expected = alone(12, make=make, **fields)
     for found in together(2, tmp_path, 12, make=make, **fields):
         assert_same_run(found, expected)
     assert (expected["density"].view(E, -1)[first:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "optimizer", "fields"),
+    [(2, "adam", {}), (4, "row_sparse_adam", {}), (4, "adam", {"expert_parallel": 2}), (2, "adam", {"first": 3})],
+)
+def test_an_expert_without_tokens_becomes_a_twin_of_another_processs(n, optimizer, fields, tmp_path, monkeypatch):
+    monkeypatch.setattr(Places, "two_of", lambda *_: [0, 1])  # the same two tokens, alone and together
+    first, fields = fields.get("first", 1), {k: v for k, v in fields.items() if k != "first"}
+    fields |= {"optimizer": optimizer, "on_collapse": "reseed", "collapse_patience": 3}
+    make = lambda: idle_experts(first, tie_router_bias=True)  # noqa: E731
+    expected = alone(12, make=make, **{k: v for k, v in fields.items() if k != "expert_parallel"})
+    for found in together(n, tmp_path, 12, make=make, **fields):
+        assert_same_run(found, expected)
+    assert expected["rows"][-1]["routing/interventions"] > 0
+    assert (expected["density"].view(E, -1)[first:] > 0).any(dim=1).all()
 
 
 def test_weights_in_bfloat16_have_masters_on_each_process(tmp_path):
@@ -252,7 +272,6 @@ def test_the_others_stop_within_the_time_allowed_when_a_process_hangs(place, tmp
         ({}, {"expert_overlap_coefficient": 0.1}, "expert_overlap_coefficient must be 0 with experts on several"),
         ({"latent_parallel": 2}, {}, "latent_parallel must be 1 for a switch SAE, whose experts are divided; got 2"),
         ({"gradient_accumulation_steps": 2}, {}, "gradient_accumulation_steps must be 1 in a parallel run; got 2"),
-        ({"on_collapse": "reseed"}, {}, "on_collapse must be 'report' or 'raise_coefficient' in a parallel run"),
     ],
 )
 def test_what_no_parallel_run_can_do_is_refused_on_every_process(fields, sae, message, tmp_path):

@@ -92,9 +92,9 @@ def test_weights_in_bfloat16_have_masters_on_each_process(tmp_path):
         assert_same_run(found, expected, rtol=3e-2, atol=3e-2)
 
 
-def only_two_experts(first: int):
+def only_two_experts(first: int, **fields):
     """Every token goes to experts ``first`` and the next."""
-    sae = make_sae(**TWO)
+    sae = make_sae(**TWO, **fields)
     with torch.no_grad():
         away = -10 * tokens().mean(dim=0).unsqueeze(1)
         chosen = [first, first + 1]
@@ -104,11 +104,12 @@ def only_two_experts(first: int):
 
 
 @OPTIMIZERS
-@pytest.mark.parametrize(("n", "first"), [(2, 0), (2, 1), (2, 2), (4, 1)])
-def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(n, first, optimizer, tmp_path):
+@pytest.mark.parametrize(("n", "first", "is_tied"), [(2, 0, False), (2, 1, False), (2, 2, True), (4, 1, False)])
+def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(n, first, is_tied, optimizer, tmp_path):
     fields = {"optimizer": optimizer}
-    expected = alone(12, make=lambda: only_two_experts(first), **fields)
-    for found in together(n, tmp_path, 12, make=lambda: only_two_experts(first), **fields):
+    make = lambda: only_two_experts(first, tie_router_bias=is_tied)  # noqa: E731
+    expected = alone(12, make=make, **fields)
+    for found in together(n, tmp_path, 12, make=make, **fields):
         assert_same_run(found, expected)
     idle = [e for e in range(E) if e not in (first, first + 1)]
     assert (expected["density"].view(E, -1)[idle] == 0).all()

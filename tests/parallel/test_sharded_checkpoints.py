@@ -83,6 +83,24 @@ def test_one_command_makes_an_ordinary_folder_of_a_checkpoint(sae, tmp_path, cap
     assert used.cfg.normalize_activations == "none"
 
 
+def test_latents_that_were_never_active_are_saved_and_resumed(tmp_path):
+    """All of one process's: row-sparse Adam has not stepped them."""
+
+    def make():
+        sae = make_sae()
+        with torch.no_grad():
+            sae.W_router[:, 2:] = -10 * tokens().mean(dim=0).unsqueeze(1)
+        return sae
+
+    expected = alone(STEPS, make=make, optimizer="row_sparse_adam")
+    fields = {"expert_parallel": 2, "optimizer": "row_sparse_adam"}
+    for until in (3, STEPS):
+        found = go_on_together(2, tmp_path / "runs", (until, STEPS), make, ParallelSparseSAETrainer, **fields)
+    for one in found:
+        assert_same_run(one, expected)
+    assert (expected["density"][20:] == 0).all()
+
+
 def test_weights_in_several_files_are_those_in_one(tmp_path, capsys):
     run_on(2, tmp_path / "runs", 3, sae={"n_active_experts": 2})
     (checkpoint,) = (tmp_path / "runs").iterdir()

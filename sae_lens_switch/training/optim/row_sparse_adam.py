@@ -97,6 +97,12 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         self.row_grads.clear()
         return is_finite
 
+    def create_state(self) -> None:
+        """The latents' state, before the first of them is active."""
+        for p in trained(list(self._by_row())):
+            data = p.detach().T if p is self.sae.W_enc else p.detach()
+            self._state(p, data.view(len(data), -1))
+
     def _gradients(self) -> list[Tensor]:
         """All that a step uses, the compact ones first."""
         compact = [g for p, g in self._by_row().items() if g is not None and p.requires_grad]
