@@ -113,10 +113,8 @@ def _memory(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated on a device; infinite where that is not known."""
+    """Bytes that can still be allocated on a GPU; all bytes of a CPU, which does not know how many others will free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+    return _memory(device)
