@@ -89,6 +89,11 @@ def span(numbers: Sequence[float], digits: int = 3) -> str:
     return f"{mean(numbers):.{digits}f} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
+def signed(changes: Sequence[float]) -> str:
+    """Relative changes: their mean with their minimum and maximum."""
+    return f"{mean(changes):+.1%} ({min(changes):+.1%} to {max(changes):+.1%})"
+
+
 def change(a: Sequence[float], b: Sequence[float]) -> str:
     """The relative change of the means, with its range over pairs of seeds."""
     low, high = min(a) / max(b) - 1, max(a) / min(b) - 1

@@ -58,6 +58,30 @@ def against_tokens(rows: Sequence[Row], _curves: Sequence[Row] = ()) -> list[Row
     return found
 
 
+def at_equal_seconds(
+    a: Sequence[Row], b: Sequence[Row], a_curves: Sequence[Row], b_curves: Sequence[Row]
+) -> list[float]:
+    """The relative change of the error from b to a, by seed, after the seconds that the faster of the two trained.
+
+    Read off the held-out curves before the rates fall; a step takes its run's median.
+    """
+    found = []
+    for seed in sorted(set(values(a, "seed")) & set(values(b, "seed"))):
+        courses = [_course(rows, curves, seed) for rows, curves in ((a, a_curves), (b, b_curves))]
+        if all(courses):
+            until = min(seconds[-1] for seconds, _ in courses)
+            x, y = (float(np.interp(until, seconds, errors)) for seconds, errors in courses)
+            found.append(x / y - 1)
+    return found
+
+
+def _course(rows: Sequence[Row], curves: Sequence[Row], seed: float) -> tuple[list[float], list[float]] | tuple[()]:
+    """Seconds and errors of one run at a constant rate."""
+    (row,) = [r for r in rows if r["seed"] == seed]
+    points = sorted((p["step"], p["fvu"]) for p in curves if p["seed"] == seed and not p["falling"])
+    return ([step * row["step_ms"] / 1e3 for step, _ in points], [fvu for _, fvu in points]) if points else ()
+
+
 # Fits of log(error of Switch / error of TopK), seed by seed
 
 

@@ -92,6 +92,6 @@ BLOCKS = {
     "experiments-headline": headline,
     "experiments-tokens": lambda: _of_long_runs(against_tokens(read(LONG / "results.csv"))),
     "experiments-fits": lambda: _of_long_runs(fits(read(LONG / "results.csv"))),
-    "experiments-study": lambda: _of_long_runs(study(read(STUDIED / "results.csv"), [])),
+    "experiments-study": lambda: _of_long_runs(study(read(STUDIED / "results.csv"), read(STUDIED / "curves.csv"))),
     "experiments-efficiency": lambda: _of_long_runs(efficiency(read(LONG / "results.csv"), read(LONG / "curves.csv"))),
 }

@@ -8,8 +8,8 @@ from typing import Any
 
 from cells import L1_ARCHITECTURES, Cell
 from claims import claims
-from csv_rows import Row, change, grouped, label, span, values, verdict
-from gains import against_tokens, efficiency, fits
+from csv_rows import Row, change, grouped, label, signed, span, values, verdict
+from gains import against_tokens, at_equal_seconds, efficiency, fits
 from plans import L1_SWEEP, SWEEP
 from studied import EXPERTS, SPLIT_EXPERTS, STUDY
 
@@ -88,14 +88,21 @@ def ablations(rows: list[Row], _curves: list[Row]) -> list[Row]:
     ]
 
 
-def study(rows: list[Row], _curves: list[Row]) -> list[Row]:
+def study(rows: list[Row], curves: list[Row]) -> list[Row]:
     """What is beyond one active expert, against one expert per token with the same seeds, which comes first."""
+    courses = {(experiment, said(changed)): (a, b) for experiment, changed, a, b in changes(curves, STUDY)}
+
+    def timed(experiment: str, changed: Row, same: list[Row], plain: list[Row]) -> str:
+        of_seeds = at_equal_seconds(same, plain, *courses.get((experiment, said(changed)), ([], [])))
+        return signed(of_seeds) if changed and of_seeds else ""
+
     return [
         {
             "experiment": experiment.removeprefix(STUDY),
             "changed": said(changed) or "nothing",
             "FVU": span(values(same, "fvu"), 4),
             **(_error(same, plain) if changed else {"change of the error": "", "smaller error": ""}),
+            "at equal seconds": timed(experiment, changed, same, plain),
             "CE recovered": span(values(same, "ce_recovered"), 4),
             "dead": span([r["dead_latents"] / r["d_sae"] for r in same], 3),
             "duplicates": span(values(same, "duplicates"), 4),

@@ -52,3 +52,24 @@ def test_the_study_stands_beside_one_expert_per_token():
     assert second["smaller error"] == "holds"
     assert second["duplicates"] == "0.0200 (0.0200 to 0.0200)"
     assert tables.study(other, []) == []
+
+
+def test_errors_are_compared_after_equal_seconds_too():
+    """One run's steps take twice as long, and its error falls twice as fast with each."""
+    name = f"{studied.STUDY}load balance"
+    common = {"experiment": name, "architecture": "switch", "d_sae": 16384.0, "duplicates": 0.02, "n_experts": 8.0}
+    kinds = {"loss": (10.0, 0.8), "bias": (20.0, 0.5)}  # milliseconds, and what is left of the error after ten steps
+    rows = [
+        measured(**common, seed=s, load_balancing=kind, step_ms=ms)
+        for kind, (ms, _) in kinds.items()
+        for s in (0.0, 1.0)
+    ]
+    curves = [
+        {**row, "step": 10.0 * i, "fvu": kinds[row["load_balancing"]][1] ** i * (1 + row["seed"]), "falling": i > 4}
+        for row in rows
+        for i in range(1, 6)
+    ]
+    _, other = tables.study(rows, curves)
+    # After 0.4 seconds one has made 40 steps, the other 20.
+    change = f"{0.5**2 / 0.8**4 - 1:+.1%}"
+    assert other["at equal seconds"] == f"{change} ({change} to {change})"
