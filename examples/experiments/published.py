@@ -15,7 +15,7 @@ import short_runs.claims
 from claims import claims
 from csv_rows import Row, read
 from gains import against_tokens, efficiency, fits
-from tables import study
+from tables import ablations, study
 
 SHORT = Path(__file__).parents[2] / "docs" / "experiments"
 LONG, STUDIED = SHORT / "long", SHORT / "study"
@@ -92,6 +92,7 @@ BLOCKS = {
     "experiments-headline": headline,
     "experiments-tokens": lambda: _of_long_runs(against_tokens(read(LONG / "results.csv"))),
     "experiments-fits": lambda: _of_long_runs(fits(read(LONG / "results.csv"))),
+    "experiments-ablations": lambda: _of_long_runs(ablations(read(STUDIED / "results.csv"), [])),
     "experiments-study": lambda: _of_long_runs(study(read(STUDIED / "results.csv"), read(STUDIED / "curves.csv"))),
     "experiments-efficiency": lambda: _of_long_runs(efficiency(read(LONG / "results.csv"), read(LONG / "curves.csv"))),
 }
