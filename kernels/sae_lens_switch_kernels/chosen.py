@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_lens_switch_kernels.arguments import checked
 from sae_lens_switch_kernels.autoencode import backward
@@ -53,9 +54,9 @@ class Candidates(NamedTuple):
     def chosen(self, is_chosen_BC: Tensor) -> Codes:
         """Waits for the device, to learn how many there are."""
         if self.offsets_B1 is None:
-            offsets_B1 = torch.nn.functional.pad(is_chosen_BC.sum(dim=1).cumsum(dim=0), (1, 0))
+            offsets_B1 = pad(is_chosen_BC.sum(dim=1).cumsum(dim=0), (1, 0))
         else:
-            offsets_B1 = torch.nn.functional.pad(is_chosen_BC.cumsum(dim=0), (1, 0))[self.offsets_B1]
+            offsets_B1 = pad(is_chosen_BC.cumsum(dim=0), (1, 0))[self.offsets_B1]
         places_S = is_chosen_BC.flatten().nonzero().flatten()
         return Codes(self.values_BC.flatten()[places_S], self.indices_BC.flatten()[places_S], offsets_B1)
 
@@ -121,14 +122,17 @@ def dead_candidates(
         none_BC = W_enc_FD.new_zeros(len(x_BD), aux_k)
         return Candidates(none_BC, none_BC.long(), torch.full_like(none_BC, -torch.inf, dtype=dtype))
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, None, None, expert_B, None, aux_k, n_experts, W_enc_FD.dtype)
-    groups, dead = inputs.groups(), dead_latents(dead_N, inputs.blocks, aux_k)
+    n = min(aux_k, len(dead_N))
+    groups, dead = inputs.groups(), dead_latents(dead_N, inputs.blocks, n)
     with torch.autocast(x_BD.device.type, enabled=False):
-        found = dead.encode(primitives(x_BD), inputs, inputs.centered(groups), groups, aux_k)
+        found = dead.encode(primitives(x_BD), inputs, inputs.centered(groups), groups, n)
     values_BC, slots_BC = (groups.unsorted(t) for t in found)
     ranked_BC = values_BC.to(dtype)
     if dead.real_Z is not None:
         ranked_BC = ranked_BC.masked_fill(~dead.real_Z[slots_BC], -torch.inf)
-    return Candidates(values_BC, torch.searchsorted(dead_N, dead.latents_Z[slots_BC]), ranked_BC)
+    places_BC = torch.searchsorted(dead_N, dead.latents_Z[slots_BC])
+    lacking = (0, aux_k - n)
+    return Candidates(pad(values_BC, lacking), pad(places_BC, lacking), pad(ranked_BC, lacking, value=-torch.inf))
 
 
 class Dead(NamedTuple):

@@ -65,7 +65,7 @@ def test_every_option_of_the_sae_trains_as_on_one_process(sae, tmp_path):
     [
         {**TWO, "aux_k": 4},
         {**TWO, "aux_k": 7, "gate": "renormalized"},
-        {"n_active_experts": 3, "aux_k": F, "gate": "one"},
+        {"n_active_experts": 3, "k": 1, "aux_k": F, "gate": "one"},
         {"load_balancing": "bias"},
         {"router_z_loss_coefficient": 0.3, "aux_k": 2, "normalize_decoder": False},
     ],

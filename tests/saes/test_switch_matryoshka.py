@@ -18,7 +18,7 @@ from sae_lens_switch import (
     SwitchTrainingTranscoder,
     SwitchTrainingTranscoderConfig,
 )
-from sae_lens_switch.parallel.expert_shard import ExpertShard
+from sae_lens_switch.parallel.pair_shard import shard_class_of
 from sae_lens_switch.saes.config import check_sae
 
 LAYOUTS = {
@@ -184,12 +184,16 @@ def test_a_normalisation_per_token_is_refused():
     ("fields", "message"),
     [
         ({"activation": "batchtopk"}, "activation must be 'topk' with experts on several processes; got 'batchtopk'"),
-        ({"matryoshka_widths": [8]}, "matryoshka_widths must be None with experts on several processes"),
+        (
+            {"matryoshka_widths": [8], "load_balancing": "bias"},
+            "matryoshka_widths must be None with experts on several processes",
+        ),
     ],
 )
 def test_experts_on_several_processes_are_refused(fields, message):
     class OfOne:
         row_size, row_rank = 1, 0
 
+    cfg = SwitchTrainingSAEConfig(**FIELDS, **fields)
     with pytest.raises(ValueError, match=message):
-        ExpertShard(SwitchTrainingSAEConfig(**FIELDS, **fields), OfOne())  # type: ignore[arg-type]
+        shard_class_of(cfg)(cfg, OfOne())  # type: ignore[arg-type]
