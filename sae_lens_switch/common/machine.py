@@ -113,7 +113,7 @@ def _memory(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated on a GPU; all bytes of a CPU, which does not know how many others will free."""
+    """Bytes that can still be allocated on a GPU; on a CPU all of its memory, since pages in use may be mere cache."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

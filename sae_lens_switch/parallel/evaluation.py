@@ -16,7 +16,7 @@ from sae_lens_switch.parallel.ranks import Ranks
 class EvaluatedByAll:
     """An evaluator that returns the mean of what each process's own finds.
 
-    Once a GPU has too little memory for it, a warning says so, and there is none any more.
+    Once a process has too little memory for it, a warning says so, and ``is_possible`` is False from then on.
     """
 
     def __init__(self, evaluator: Evaluator[Any], ranks: Ranks) -> None:
@@ -28,9 +28,8 @@ class EvaluatedByAll:
         return self._evaluator is not None
 
     def __call__(self, sae: AnyTrainingSAE, data_provider: DataProvider, scaler: ActivationScaler) -> Metrics:
-        """Every process must take part."""
-        if self._evaluator is None:
-            return {}
+        """Every process must take part; empty if one ran out of memory."""
+        assert self._evaluator is not None, "asked although is_possible is False"
         found: Metrics | None = None
         sae.eval()
         try:

@@ -4,10 +4,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.parallel.ranks import Ranks
-from sae_lens_switch.training.collapse_response import Places
+from sae_lens_switch.training.collapse_response import ExpertPlacement
 
 
-class DividedPlaces(Places):
+class DividedPlacement(ExpertPlacement):
     """Each process of a row has its own experts, and its own part of the batch; all must take part."""
 
     def __init__(self, ranks: Ranks) -> None:

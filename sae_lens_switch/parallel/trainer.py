@@ -12,7 +12,7 @@ from sae_lens_switch.common.types import Metrics
 from sae_lens_switch.parallel.expert_shard import ExpertShard
 from sae_lens_switch.parallel.pair_shard import shard_class_of
 from sae_lens_switch.parallel.reduction import complete_step_
-from sae_lens_switch.parallel.reseeding import DividedPlaces
+from sae_lens_switch.parallel.reseeding import DividedPlacement
 from sae_lens_switch.parallel.resumable import ShardedTrainer, divided
 from sae_lens_switch.parallel.step_log import routing_log
 from sae_lens_switch.saes.step import SparseStepOutput
@@ -62,7 +62,7 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
         whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
         cfg, shard = divided(cfg, sae, shard_class_of(whole), "experts")
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn, evaluator)
-        self.collapse.places = DividedPlaces(shard.ranks)
+        self.collapse.placement = DividedPlacement(shard.ranks)
 
     # The step
 

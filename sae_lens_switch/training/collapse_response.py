@@ -28,7 +28,7 @@ class CollapseResponse:
 
     def __init__(self, on_collapse: OnCollapse) -> None:
         self.on_collapse = on_collapse
-        self.places = Places()
+        self.placement = ExpertPlacement()
         self.n_interventions = 0
         self.has_reported = False
         self.watched_at = 0
@@ -61,7 +61,7 @@ class CollapseResponse:
         else:
             assert isinstance(sae, SwitchTrainingSAE)
             idle = collapse.without_tokens or [int(monitor.load_E.argmin())]
-            reseed(sae, optimizer, self.places.whole(x_BD), idle, self.places)
+            reseed(sae, optimizer, self.placement.whole(x_BD), idle, self.placement)
         monitor.start_over()
 
 
@@ -71,8 +71,8 @@ def _double(scheduler: CoefficientScheduler) -> None:
     scheduler.current_value = scheduler.final_value
 
 
-class Places:
-    """Where the experts, and the tokens of a batch, are that ``reseed`` reads and writes: all in this process."""
+class ExpertPlacement:
+    """Where the experts that ``reseed`` copies are, and the tokens of a batch: all in this process."""
 
     def whole(self, x_BD: Tensor) -> Tensor:
         """The batch of all processes."""
@@ -83,14 +83,18 @@ class Places:
         return torch.randperm(n)[:2].tolist()
 
     def copy(self, tensors: list[Tensor], source: slice, target: slice) -> None:
-        """Copy latents, of all, over others, in place; each tensor has a row per latent."""
+        """Copy latents over others, in place; the slices count all latents, and each tensor has a row per latent."""
         for t in tensors:
             t[target].copy_(t[source])
 
 
 @torch.no_grad()
 def reseed(
-    sae: SwitchTrainingSAE, optimizer: Optimizer, x_BD: Tensor, experts: Iterable[int], places: Places | None = None
+    sae: SwitchTrainingSAE,
+    optimizer: Optimizer,
+    x_BD: Tensor,
+    experts: Iterable[int],
+    placement: ExpertPlacement | None = None,
 ) -> list[tuple[int, int]]:
     """Make each of ``experts`` a twin of the expert with most tokens of the batch, and let the two share its tokens.
 
@@ -102,12 +106,12 @@ def reseed(
         optimizer: Its optimiser.
         x_BD: A batch, of all processes.
         experts: Which, of all.
-        places: Where latents are. None: in this process.
+        placement: Where the experts are. None: in this process.
 
     Returns:
         The pairs (twin, expert); none where the router, encoder or decoder is frozen, since a twin needs all three.
     """
-    places = Places() if places is None else places
+    placement = ExpertPlacement() if placement is None else placement
     needed = {"W_router": sae.W_router, "W_enc": sae.W_enc, "W_dec": sae.W_dec}
     frozen = [name for name, p in needed.items() if not p.requires_grad]
     if frozen:
@@ -122,7 +126,7 @@ def reseed(
         mine_BD = x_BD[chosen_B == busiest].to(sae.W_router.dtype)
         if expert == busiest or len(mine_BD) < 2:
             continue
-        first, second = places.two_of(len(mine_BD))
+        first, second = placement.two_of(len(mine_BD))
         direction_D = mine_BD[first] - mine_BD[second]
         along_B = (mine_BD - mine_BD.mean(dim=0)) @ direction_D
         direction_D *= _TWIN_WIDTH * logits_BE.std() / along_B.std().clamp_min(1e-30)
@@ -136,7 +140,7 @@ def reseed(
         if sae.topk_threshold is not None:
             threshold_E = layout.of_experts(sae.topk_threshold)
             threshold_E[expert] = threshold_E[busiest]
-        places.copy(_latent_rows(sae, optimizer), layout.latents_of(busiest), layout.latents_of(expert))
+        placement.copy(_latent_rows(sae, optimizer), layout.latents_of(busiest), layout.latents_of(expert))
         for t in _state(sae.W_router, optimizer):
             t.view(-1, *sae.W_router.shape)[..., expert] = 0  # row-sparse Adam keeps both moments in one tensor
         pairs.append((expert, busiest))

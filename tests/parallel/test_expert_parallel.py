@@ -15,7 +15,7 @@ from sae_lens_switch import SparseSAETrainer, SwitchTrainingSAE, TrainingDiverge
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
 from sae_lens_switch.planning.hardware import HARDWARE
 from sae_lens_switch.planning.plan import Plan
-from sae_lens_switch.training.collapse_response import Places
+from sae_lens_switch.training.collapse_response import ExpertPlacement
 from sae_lens_switch.training.interruption import SignalledError
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
@@ -87,7 +87,7 @@ def test_experts_and_processes_without_tokens_are_trained_as_on_one_process(firs
     [(2, "adam", {}), (4, "row_sparse_adam", {}), (4, "adam", {"expert_parallel": 2}), (2, "adam", {"first": 3})],
 )
 def test_an_expert_without_tokens_becomes_a_twin_of_another_processs(n, optimizer, fields, tmp_path, monkeypatch):
-    monkeypatch.setattr(Places, "two_of", lambda *_: [0, 1])  # the same two tokens, alone and together
+    monkeypatch.setattr(ExpertPlacement, "two_of", lambda *_: [0, 1])  # the same two tokens, alone and together
     first, fields = fields.get("first", 1), {k: v for k, v in fields.items() if k != "first"}
     fields |= {"optimizer": optimizer, "on_collapse": "reseed", "collapse_patience": 3}
     make = lambda: idle_experts(first, tie_router_bias=True)  # noqa: E731
