@@ -132,7 +132,7 @@ def steps(ranks: Ranks, args: argparse.Namespace) -> dict[str, float]:
 
     from sae_lens_switch import SparseSAETrainerConfig, SwitchTrainingSAEConfig
     from sae_lens_switch.parallel import ParallelSparseSAETrainer
-    from sae_lens_switch.parallel.pair_shard import shard_class_of
+    from sae_lens_switch.parallel.shard_classes import expert_shard_class
 
     torch.manual_seed(1 + ranks.rank)
     batches = [torch.randn(args.tokens, args.d_in) for _ in range(4)]
@@ -144,7 +144,7 @@ def steps(ranks: Ranks, args: argparse.Namespace) -> dict[str, float]:
     cfg = SparseSAETrainerConfig(
         n_steps * batch, batch, device="cpu", lr=1e-4, expert_parallel=ranks.size, dead_feature_window=1000
     )
-    trainer = ParallelSparseSAETrainer(cfg, shard_class_of(sae).fresh(sae, ranks), iter(batches))
+    trainer = ParallelSparseSAETrainer(cfg, expert_shard_class(sae).fresh(sae, ranks), iter(batches))
     seconds = []
     for i in range(n_steps):
         ranks.gather_objects(None)

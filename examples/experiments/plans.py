@@ -24,8 +24,7 @@ class Plan:
     sweep_tokens: int
     learning_rates: tuple[float, ...]  # the best of two is at an edge: a third, at least, is tried
     width: int  # latents of TopK, of an expert at matched FLOPs, of all at fixed width
-    ks: tuple[int, ...]  # the first is that of sweeps and of all but the matched FLOPs
-    matched: tuple[int, ...]  # experts
+    matched: dict[int, tuple[int, ...]]  # experts by k; the first k is that of sweeps and of all other experiments
     fixed: tuple[int, ...]
     fixed_tokens: int
     seeds: tuple[int, ...]
@@ -40,6 +39,10 @@ class Plan:
     layers: tuple[int, int] = (6, 12)
     held_out_contexts: int = 260
     ce_contexts: int = 32
+
+    @property
+    def k(self) -> int:
+        return next(iter(self.matched))
 
     def layer_tokens(self) -> dict[int, int]:
         """Training activations that each layer needs."""
@@ -58,9 +61,18 @@ ABLATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "AuxK": tuple({"aux_loss_coefficient": c} for c in (1 / 32, 1 / 4)),
     "experts start as copies": ({"start": "copies"}, {"start": "shared"}),
     "batch size": tuple({"batch": b} for b in (256, 1024)),
+    "learning rate": tuple({"lr": lr} for lr in (1e-3, 5e-4)),
 }
 
 _BUDGETS = (250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)
+# What one night adds to the default.
+_ADDED: dict[str, Any] = {
+    "middle": (2, 4, 8),
+    "ablations": ("learning rate",),
+    "ablated_experts": 2,
+    "ablation_tokens": 3_000_000,
+    "l1_coefficients": {"standard": (2.0, 4.0, 8.0), "gated": (3.0, 6.0, 12.0)},
+}
 PLANS = {
     "default": Plan(
         tokens=3_000_000,
@@ -68,30 +80,12 @@ PLANS = {
         sweep_tokens=750_000,
         learning_rates=(1e-3, 2e-3),
         width=2048,
-        ks=(32,),
-        matched=(2, 4, 8),
+        matched={32: (2, 4, 8)},
         fixed=(8, 32),
         fixed_tokens=1_000_000,
         seeds=(0, 1, 2),
         middle=(4,),
         middle_tokens=500_000,
-    ),
-    "full": Plan(
-        tokens=3_000_000,
-        budgets=_BUDGETS,
-        sweep_tokens=2_000_000,
-        learning_rates=(1e-3, 2e-3),
-        width=2048,
-        ks=(32, 64),
-        matched=(2, 4, 8, 16),
-        fixed=(8, 32),
-        fixed_tokens=3_000_000,
-        seeds=(0, 1, 2),
-        middle=(2, 4, 8),
-        middle_tokens=2_000_000,
-        ablations=tuple(ABLATIONS),
-        ablation_tokens=1_000_000,
-        l1_coefficients={"standard": (2.0, 4.0, 8.0), "gated": (3.0, 6.0, 12.0)},
     ),
     "study": Plan(
         tokens=750_000,
@@ -99,8 +93,7 @@ PLANS = {
         sweep_tokens=500_000,
         learning_rates=(1e-3, 2e-3),
         width=2048,
-        ks=(32,),
-        matched=(),
+        matched={32: ()},
         fixed=(),
         fixed_tokens=0,
         seeds=(0, 1, 2),
@@ -123,8 +116,7 @@ PLANS = {
         sweep_tokens=1024,
         learning_rates=(2e-3,),
         width=32,
-        ks=(4,),
-        matched=(2,),
+        matched={4: (2,)},
         fixed=(),
         fixed_tokens=0,
         seeds=(0, 1),
@@ -136,11 +128,13 @@ PLANS = {
         ce_contexts=2,
     ),
 }
+PLANS["full"] = replace(PLANS["default"], matched=dict.fromkeys((32, 64), (2, 4, 8, 16)), **_ADDED)
+PLANS["rest"] = replace(PLANS["default"], matched={32: (16,), 64: (2, 4, 8, 16)}, fixed=(), **_ADDED)
 
 
 def cells(plan: Plan, rows: Sequence[Row]) -> list[Cell]:
     """Every cell, most important first. ``rows`` are the results so far, which choose what is still None."""
-    base = Cell("", "sparse_topk", plan.width, plan.ks[0], layer=plan.layers[0], budgets=plan.budgets, batch=plan.batch)
+    base = Cell("", "sparse_topk", plan.width, plan.k, layer=plan.layers[0], budgets=plan.budgets, batch=plan.batch)
     compared = [replace(c, lr=best_lr(plan, rows, c)) for c in _comparisons(plan, base)]
     for seed in plan.seeds if any(plan.study_tokens) else ():
         of_seed = studied(replace(base, seed=seed), plan.layers, plan.study_tokens)
@@ -159,12 +153,12 @@ def cells(plan: Plan, rows: Sequence[Row]) -> list[Cell]:
 
 def _comparisons(plan: Plan, base: Cell) -> Iterator[Cell]:
     """By seed, so that a run cut short has all architectures with fewer seeds, and not the other way round."""
-    for k in plan.ks:
+    for k, numbers in plan.matched.items():
         for seed in plan.seeds:
             topk = replace(base, experiment="matched FLOPs", k=k, seed=seed)
-            topk = topk if k == plan.ks[0] else replace(topk, budgets=(plan.tokens,))
+            topk = topk if k == plan.k else replace(topk, budgets=(plan.tokens,))
             yield topk
-            yield from (with_experts(topk, n, matched=True) for n in plan.matched)
+            yield from (with_experts(topk, n, matched=True) for n in numbers)
     for seed in plan.seeds:
         topk = replace(base, experiment="fixed width", budgets=(plan.fixed_tokens,), seed=seed)
         yield from (with_experts(topk, n, matched=False) for n in plan.fixed)
@@ -174,12 +168,11 @@ def _comparisons(plan: Plan, base: Cell) -> Iterator[Cell]:
         yield from (with_experts(topk, n, matched=True) for n in plan.middle)
     for seed in plan.seeds:
         for a in plan.l1_coefficients:
-            for k in plan.ks:
-                yield replace(
-                    base,
-                    **{"experiment": "L1 baselines", "architecture": a, "k": k, "seed": seed},
-                    **{"budgets": (plan.fixed_tokens,), "l1_coefficient": None},
-                )
+            yield replace(
+                base,
+                **{"experiment": "L1 baselines", "architecture": a, "seed": seed},
+                **{"budgets": (plan.fixed_tokens,), "l1_coefficient": None},
+            )
 
 
 def _ablations(plan: Plan, base: Cell, rows: Sequence[Row]) -> list[Cell]:
@@ -207,7 +200,7 @@ def _sweep(plan: Plan, cell: Cell, rows: Sequence[Row]) -> list[Cell]:
     errors = {r["lr"]: _judged(r) for r in rows if r["experiment"] == SWEEP and _shape(r) == _shape(cell)}
     l1 = plan.l1_coefficients.get(cell.architecture, (0.0,))
     swept = replace(
-        Cell(SWEEP, cell.architecture, cell.d_sae, plan.ks[0], cell.n_experts, plan.layers[0], batch=plan.batch),
+        Cell(SWEEP, cell.architecture, cell.d_sae, plan.k, cell.n_experts, plan.layers[0], batch=plan.batch),
         **{"budgets": (plan.sweep_tokens,), "seed": TUNING_SEED, "l1_coefficient": l1[len(l1) // 2]},
     )
     return [replace(swept, lr=lr) for lr in extended(plan.learning_rates, errors)]
@@ -215,7 +208,7 @@ def _sweep(plan: Plan, cell: Cell, rows: Sequence[Row]) -> list[Cell]:
 
 def _l1_sweep(plan: Plan, cell: Cell, rows: Sequence[Row]) -> list[Cell]:
     coefficients = plan.l1_coefficients.get(cell.architecture, ())
-    swept = replace(cell, experiment=L1_SWEEP, k=plan.ks[0], budgets=(plan.sweep_tokens,), seed=TUNING_SEED)
+    swept = replace(cell, experiment=L1_SWEEP, k=plan.k, budgets=(plan.sweep_tokens,), seed=TUNING_SEED)
     return [replace(swept, lr=best_lr(plan, rows, cell), l1_coefficient=c) for c in coefficients]
 
 

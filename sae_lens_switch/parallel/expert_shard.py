@@ -44,10 +44,10 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     """
 
     whole: SwitchTrainingSAEConfig
+    batch: RoutedBatch
 
     def __init__(self, whole: SwitchTrainingSAEConfig, ranks: Ranks) -> None:
         self.first = ranks.row_rank * (whole.n_experts // ranks.row_size)
-        self.batch: RoutedBatch | None = None
         super().__init__(whole, ranks)
 
     @classmethod
@@ -63,8 +63,9 @@ class ExpertShard(Shard, SwitchTrainingSAE):
 
     @override
     def _new_block(self) -> SwitchTrainingSAE:
-        of_one = {"d_sae": self._block_width, "n_experts": 1, "n_active_experts": 1, "k": 1}
-        return SwitchTrainingSAE(replace(self.whole, **of_one, device="cpu"))
+        made = self._new_of(d_sae=self._block_width, n_experts=1, n_active_experts=1, k=1)
+        assert isinstance(made, SwitchTrainingSAE)
+        return made
 
     @override
     def _set_fresh(self, value: bool) -> None:
@@ -81,10 +82,16 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         E, D, dtype = self.whole.n_experts, self.whole.d_in, router_dtype(self.dtype)
-        W_router_DE = torch.empty(D, E, dtype=dtype, device=self.device)
-        self.W_router = nn.Parameter(W_router_DE.uniform_(-1, 1) / D**0.5)
+        self.W_router = nn.Parameter(torch.empty(D, E, dtype=dtype, device=self.device))
+        self._draw_shared()
         if self.expert_bias is not None:
-            self.expert_bias = W_router_DE.new_zeros(E)
+            self.expert_bias = self.W_router.new_zeros(E)
+
+    @override
+    @torch.no_grad()
+    def _draw_shared(self) -> None:
+        W_router_DE = torch.empty(self.W_router.shape, dtype=self.W_router.dtype).uniform_(-1, 1)
+        self.W_router.copy_(W_router_DE / self.whole.d_in**0.5)
 
     @property
     @override
@@ -96,7 +103,7 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     @torch.no_grad()
     def start(self, batch_BD: Tensor) -> None:
         """Initialise biases and router from the whole batch, as the SAE would, on every process alike."""
-        super()._before_forward(batch_BD, batch_BD)
+        super()._before_forward(*self._inputs_and_targets(batch_BD))
         self.copy_shared_from_first()
 
     @override
@@ -106,19 +113,10 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     @torch.no_grad()
     def receive(self, x_BD: Tensor) -> Tensor:
         """Send this process's share of the batch to the experts' owners; returns the tokens of its own experts."""
-        logits_BE = self._router_logits(self.normalized_input(x_BD))
-        self.batch = send_to_owners(x_BD, logits_BE.argmax(dim=-1), self.whole.n_experts, self.ranks)
+        inputs_BD, target_BD = self._inputs_and_targets(x_BD)
+        expert_B = self._router_logits(self.normalized_input(inputs_BD)).argmax(dim=-1)
+        self.batch = send_to_owners(x_BD, target_BD, expert_B, self.whole.n_experts, self.ranks)
         return self.batch.x_BD
-
-    @property
-    def received(self) -> RoutedBatch:
-        assert self.batch is not None, "a step begins with receive()"
-        return self.batch
-
-    @property
-    @override
-    def n_tokens(self) -> int:
-        return self.received.n_tokens
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -128,24 +126,24 @@ class ExpertShard(Shard, SwitchTrainingSAE):
 
     def _without_tokens(self, step_input: TrainStepInput) -> SparseStepOutput:
         """A step in which this process's experts have nothing to do: gradients are 0."""
-        x_BD = step_input.sae_in
+        target_0D = step_input.sae_in[:, self.batch_width - self.W_dec.shape[1] :]
         nothing = self._nothing(step_input.row_grads if isinstance(step_input, SparseStepInput) else None)
         losses = {"mse_loss": nothing, "load_balance_loss": torch.zeros_like(nothing)}
         if self._reports_aux_loss:
             losses["auxiliary_reconstruction_loss"] = torch.zeros_like(nothing)
         losses |= {name: torch.zeros_like(nothing) for name in names_of_losses(self.cfg.matryoshka_widths or ())}
-        codes_0K = x_BD.new_zeros(0, self.cfg.k, dtype=self.dtype)
+        codes_0K = target_0D.new_zeros(0, self.cfg.k, dtype=self.dtype)
         return SparseStepOutput(
             codes=SparseCodes(codes_0K, codes_0K.long(), self.cfg.d_sae),
             routing=RoutingStatistics(
-                self.received.load_E, nothing.new_zeros(0), self.cfg.layout, step_input.dead_neuron_mask
+                self.batch.load_E, nothing.new_zeros(0), self.cfg.layout, step_input.dead_neuron_mask
             ),
-            sae_in=x_BD,
-            sae_out=x_BD,
+            sae_in=target_0D,
+            sae_out=target_0D,
             hidden_pre=codes_0K,
             loss=nothing,
             losses=losses,
-            metrics={},
+            metrics={"load_balance": torch.zeros_like(nothing)},
         )
 
     def _nothing(self, row_grads: RowGrads | None) -> Tensor:
@@ -159,7 +157,7 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     @override
     def _route_batch(self, inputs_BD: Tensor) -> Assignment:
         """Among this process's own experts, where the most probable one is: rounding may differ from the sender's."""
-        batch = self.received
+        batch = self.batch
         logits_BE = self._router_logits(inputs_BD)
         probs_BE = logits_BE.softmax(dim=-1)
         own_BE = probs_BE[:, self.first : self.first + self.cfg.n_experts]
@@ -172,4 +170,4 @@ class ExpertShard(Shard, SwitchTrainingSAE):
     @override
     def _load_balance_scale(self) -> float | Tensor | None:
         scale = super()._load_balance_scale
-        return self.received.variance if scale is None else scale
+        return self.batch.variance if scale is None else scale

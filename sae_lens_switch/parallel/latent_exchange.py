@@ -41,6 +41,12 @@ class RowBatch:
         sizes, dead = ([everybodys[rank][i] for rank in ranks.row] for i in (0, 1))
         return cls(ranks, sum(n for n, _ in everybodys), sizes, dead)
 
+    @classmethod
+    def of_parts(cls, parts: Sequence[Self]) -> Self:
+        """The batch whose parts these are."""
+        sizes = [sum(of_place) for of_place in zip(*(part.sizes for part in parts), strict=True)]
+        return cls(parts[0].ranks, sum(part.n_tokens for part in parts), sizes, parts[0].n_dead)
+
     def choose_of_batch(self, ranked_C: Tensor, k: int) -> Tensor:
         """Which of this process's candidates are among the k best of all rows' tokens, as ``choose`` for one token.
 

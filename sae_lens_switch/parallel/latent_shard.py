@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import torch
-from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens_switch_kernels import Reconstruction, RowGrads
 from sae_lens_switch_kernels.chosen import Candidates, Codes, Dead, decode_chosen, topk_candidates
@@ -12,7 +11,6 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from sae_lens_switch.parallel.latent_exchange import RowBatch
-from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig
 from sae_lens_switch.saes.router import Assignment
@@ -31,10 +29,7 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
     """
 
     whole: SparseTopKTrainingSAEConfig
-
-    def __init__(self, whole: SparseTopKTrainingSAEConfig, ranks: Ranks) -> None:
-        self._batch: RowBatch | None = None
-        super().__init__(whole, ranks)
+    batch: RowBatch
 
     @classmethod
     @override
@@ -51,8 +46,7 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
 
     @override
     def _new_block(self) -> SparseTopKTrainingSAE:
-        sae_class = get_sae_training_class(self.whole.architecture())[0]
-        made = sae_class(replace(self.whole, d_sae=self._block_width, k=1, device="cpu"))
+        made = self._new_of(d_sae=self._block_width, k=1)
         assert isinstance(made, SparseTopKTrainingSAE)
         return made
 
@@ -60,17 +54,7 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
 
     def begin(self, n_tokens: int, n_dead: int) -> None:
         """Tell all processes how many tokens a step has here, and how many of these latents are dead."""
-        self._batch = RowBatch.of(n_tokens, n_dead, self.ranks)
-
-    @property
-    def batch(self) -> RowBatch:
-        assert self._batch is not None, "a step begins with begin()"
-        return self._batch
-
-    @property
-    @override
-    def n_tokens(self) -> int:
-        return self.batch.n_tokens
+        self.batch = RowBatch.of(n_tokens, n_dead, self.ranks)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -9,18 +9,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics
-from sae_lens_switch.parallel.batch_latent_shard import BatchLatentShard
 from sae_lens_switch.parallel.latent_shard import LatentShard
 from sae_lens_switch.parallel.reduction import complete_step_
 from sae_lens_switch.parallel.resumable import ShardedTrainer, divided
+from sae_lens_switch.parallel.shard_classes import LATENT_SHARDS
 from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.firing import Firings
-
-# What divides SAEs, by architecture.
-SHARDS = {"sparse_topk": LatentShard, "sparse_batchtopk": BatchLatentShard}
 
 
 class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
@@ -34,7 +31,8 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         cfg: As in SparseSAETrainer, the same on all processes: ``train_batch_size_samples`` and all other counts are of
             all processes together. ``latent_parallel`` processes hold the dictionary once; where there are more, they
             divide the data.
-        sae: Of architecture ``sparse_topk`` or ``sparse_batchtopk``; each process keeps its own part of it.
+        sae: Of architecture ``sparse_topk`` or ``sparse_batchtopk``, or a transcoder like one; each process keeps its
+            own part of it.
         data_provider: As in ParallelSparseSAETrainer.
         save_checkpoint_fn: As in ParallelSparseSAETrainer.
         evaluator: As in ParallelSparseSAETrainer.
@@ -53,9 +51,9 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         save_checkpoint_fn: SaveCheckpointFn | None = None,
         evaluator: Evaluator[Any] | None = None,
     ) -> None:
-        shard_class = SHARDS.get(sae.cfg.architecture())
+        shard_class = LATENT_SHARDS.get(sae.cfg.architecture())
         if shard_class is None:
-            raise ValueError(f"sae must be of architecture {' or '.join(SHARDS)}; got {sae.cfg.architecture()}")
+            raise ValueError(f"sae must be of architecture {', '.join(LATENT_SHARDS)}; got {sae.cfg.architecture()}")
         cfg, shard = divided(cfg, sae, shard_class, "latents")
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn, evaluator)
 

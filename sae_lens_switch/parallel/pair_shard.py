@@ -18,16 +18,6 @@ from sae_lens_switch.saes.router import Assignment, assign
 from sae_lens_switch.saes.step import DeadLatents, SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 
-# What an expert's owner can do a whole step with. Of two active experts the best latents must be found among those of
-# both; a bias and the z-loss are about tokens that it has not received.
-_BY_OWNER = {"n_active_experts": 1, "load_balancing": "loss", "router_z_loss_coefficient": 0}
-
-
-def shard_class_of(whole: SwitchTrainingSAEConfig) -> type[ExpertShard]:
-    """What trains a process's experts: ``ExpertShard``, which sends least, wherever it can."""
-    fields = vars(whole)
-    return ExpertShard if all(fields[name] == value for name, value in _BY_OWNER.items()) else PairShard
-
 
 class PairShard(ExpertShard):
     """Experts of a Switch SAE of any number of active experts, under either way to balance their load.
@@ -62,11 +52,12 @@ class PairShard(ExpertShard):
     @override
     def receive(self, x_BD: Tensor) -> Tensor:
         """Route this process's share of the batch, which stays here; tells all how many tokens each expert has."""
-        logits_BE = self._router_logits(self.normalized_input(x_BD))
+        inputs_BD, target_BD = self._inputs_and_targets(x_BD)
+        logits_BE = self._router_logits(self.normalized_input(inputs_BD))
         probs_BE = logits_BE.softmax(dim=-1)
         found = assign(logits_BE, probs_BE, self.whole.n_active_experts, self.expert_bias)
         with torch.no_grad():
-            self.batch = batch = with_facts(x_BD, found.experts_BA, self.whole.n_experts, self.ranks)
+            self.batch = batch = with_facts(x_BD, target_BD, found.experts_BA, self.whole.n_experts, self.ranks)
         load_E = batch.load_E.to(probs_BE.dtype)
         balance = len(load_E) * torch.dot(load_E, probs_BE.sum(dim=0) / batch.n_tokens)
         self._assignment = replace(found, load_E=load_E, balance=balance)
@@ -96,12 +87,12 @@ class PairShard(ExpertShard):
     ) -> tuple[Reconstruction, Tensor]:
         assert assignment is not None
         gates_BA = self._gates(assignment)
-        pairs = SentPairs.of(self.received, assignment.experts_BA, self.whole.n_experts, self.ranks)
+        pairs = SentPairs.of(self.batch, assignment.experts_BA, self.whole.n_experts, self.ranks)
         with torch.no_grad():
             x_RD = pairs.tokens_to_owners(inputs_BD, "tokens")
             expert_R = pairs.to_owners(assignment.experts_BA.unsqueeze(2), "experts").flatten() - self.first
             codes, dead_codes = self._choose(pairs, x_RD, expert_R, gates_BA, dead)
-        parts = [self.W_dec.new_zeros(0, self.cfg.d_in)] * (1 if dead_codes is None else 2)
+        parts = [self.W_dec.new_zeros(0, self.W_dec.shape[1])] * (1 if dead_codes is None else 2)
         if len(x_RD):
             found = decode_chosen(
                 x_RD,

@@ -21,7 +21,6 @@ from sae_lens_switch.parallel.evaluation import EvaluatedByAll
 from sae_lens_switch.parallel.pace import Pace
 from sae_lens_switch.parallel.ranks import Ranks, start_process_group
 from sae_lens_switch.parallel.share import share_of
-from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
@@ -66,7 +65,6 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         ranks: Ranks,
         evaluator: Evaluator[Any] | None = None,
     ) -> None:
-        refuse_transcoders("an SAE trained on several processes", sae.cfg)
         self.ranks = ranks
         share = share_of(data_provider, cfg.train_batch_size_samples, ranks)
         super().__init__(cfg, sae, share, None, save_checkpoint_fn)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -43,7 +44,7 @@ from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 S = TypeVar("S", bound=Shard)
 
 # What a trainer with divided latents cannot do yet.
-ONLY = {"gradient_accumulation_steps": 1, "cuda_graph": False}
+ONLY = {"cuda_graph": False}
 _COUNTS = ("n_training_samples", "n_training_steps", "n_frac_active_samples", "started_fine_tuning")
 
 
@@ -81,8 +82,27 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
         if isinstance(self.optimizer, RowSparseAdam):
             self.optimizer.create_state()  # that of other processes has a counterpart, also where no latent was active
 
+    # The step
+
+    @override
+    def _parts_of(self, batch: Tensor) -> Sequence[Tensor]:
+        """As many on every process, each with tokens of every process: all take part in each."""
+        self._batches_of_parts = []
+        sizes = [len(batch)]
+        if self.cfg.gradient_accumulation_steps > 1:
+            sizes = self.ranks.gather_objects(len(batch))
+        self._n_tokens = sum(sizes)
+        return batch.tensor_split(min(self.cfg.gradient_accumulation_steps, *sizes))
+
+    @override
+    def _share_of(self, part: Tensor, batch: Tensor) -> float:
+        """By the tokens of all processes."""
+        self._batches_of_parts.append(self.sae.batch)
+        return 1.0 if self.cfg.gradient_accumulation_steps == 1 else self.sae.n_tokens / self._n_tokens
+
     @override
     def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
+        self.sae.batch = type(self.sae.batch).of_parts(self._batches_of_parts)
         own = [p for name, p in self.sae.named_parameters() if name in LATENT_DIM]
         sum_gradients_over_data_(own, self.optimizer.row_grads, self.ranks, self.sae.W_dec)
         return output, firings_over_data(firings, self.sae.cfg.d_sae, self.ranks)

@@ -22,15 +22,14 @@ from sae_lens_switch.parallel.agreement import first_does
 from sae_lens_switch.parallel.checkpoints import weight_parts
 from sae_lens_switch.parallel.consolidate import write_whole
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
-from sae_lens_switch.parallel.latent_trainer import SHARDS, LatentParallelSAETrainer
-from sae_lens_switch.parallel.pair_shard import shard_class_of
+from sae_lens_switch.parallel.latent_trainer import LatentParallelSAETrainer
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer
 from sae_lens_switch.parallel.ranks import Ranks, local_device, start_process_group
 from sae_lens_switch.parallel.shard import Shard
+from sae_lens_switch.parallel.shard_classes import LATENT_SHARDS, expert_shard_class
 from sae_lens_switch.parallel.sharded_files import write_parts
 from sae_lens_switch.parallel.share import return_to_place, take_share_of_store
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
-from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 from sae_lens_switch.saes.weight_files import sharded_safetensors
 from sae_lens_switch.training.config import TrainerOptions
 from sae_lens_switch.training.runner_config import LanguageModelRun, LanguageModelSAERunnerConfig
@@ -47,9 +46,11 @@ class _Division(NamedTuple):
     shard_classes: Mapping[str, Callable[[Any], type[Shard]]]  # by architecture, and by config
 
 
-_EXPERTS = _Division("expert_parallel", ParallelSparseSAETrainer, {"switch": shard_class_of})
+_EXPERTS = _Division(
+    "expert_parallel", ParallelSparseSAETrainer, dict.fromkeys(("switch", "switch_transcoder"), expert_shard_class)
+)
 _LATENTS = _Division(
-    "latent_parallel", LatentParallelSAETrainer, {name: lambda _, c=c: c for name, c in SHARDS.items()}
+    "latent_parallel", LatentParallelSAETrainer, {name: lambda _, c=c: c for name, c in LATENT_SHARDS.items()}
 )
 
 
@@ -73,7 +74,6 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: AnyTrainingSAE | None = None,
     ) -> None:
-        refuse_transcoders("an SAE trained on several processes", cfg.sae)
         division = _division_of(cfg)
         cfg.device = cfg.sae.device = local_device(cfg.device)
         cfg.llm_device = local_device(cfg.llm_device or cfg.device)

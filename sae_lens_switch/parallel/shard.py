@@ -31,7 +31,12 @@ class Shard(SparseTrainingSAE, ABC):
     Args:
         whole: The config of the SAE.
         ranks: Who owns which latents.
+
+    Attributes:
+        batch: What all know of the step's batch, or of the part of it that is computed: a RoutedBatch or a RowBatch.
     """
+
+    batch: Any
 
     def __init__(self, whole: Any, ranks: Ranks) -> None:
         self.whole, self.ranks = whole, ranks
@@ -51,13 +56,20 @@ class Shard(SparseTrainingSAE, ABC):
     def _new_block(self) -> SparseTrainingSAE:
         """A new SAE of so many latents, on the CPU."""
 
+    def _new_of(self, **fields: Any) -> AnyTrainingSAE:
+        """A new SAE like the whole, but for these fields of its config, on the CPU."""
+        return get_sae_training_class(self.whole.architecture())[0](replace(self.whole, **fields, device="cpu"))
+
+    def _draw_shared(self) -> None:
+        """Initialise what the processes share and is random."""
+
     def _set_fresh(self, value: bool) -> None:
         """Whether the first step is to initialise parameters."""
 
     @property
-    @abstractmethod
     def n_tokens(self) -> int:
-        """Tokens of the step, of all processes."""
+        """Tokens of the batch, of all processes."""
+        return self.batch.n_tokens
 
     @classmethod
     def of(cls, sae: AnyTrainingSAE, ranks: Ranks) -> Self:
@@ -91,6 +103,9 @@ class Shard(SparseTrainingSAE, ABC):
                 if dim is not None:
                     source = new.get_parameter(name).narrow(dim, start - block * M, stop - start)
                     p.narrow(dim, start - first, stop - start).copy_(source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(seed, shard.whole.d_sae))  # which is no block's number
+            shard._draw_shared()
         shard.copy_shared_from_first()
         shard._set_fresh(True)
         return shard

@@ -47,7 +47,7 @@ def step_log(output: SparseStepOutput, shard: Shard, mean_D: Tensor, dead_F: Ten
 
 def routing_log(output: SparseStepOutput, shard: ExpertShard) -> Metrics:
     """Metrics of all experts; every process must take part."""
-    batch, routing, balance = shard.received, output.routing, output.metrics["load_balance"]
+    batch, routing, balance = shard.batch, output.routing, output.metrics["load_balance"]
     assert routing is not None
     assert isinstance(balance, Tensor)
     gates = shard.ranks.sum_(routing.gates_B.double().sum(), "metrics")

@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics
 from sae_lens_switch.parallel.expert_shard import ExpertShard
-from sae_lens_switch.parallel.pair_shard import shard_class_of
 from sae_lens_switch.parallel.reduction import complete_step_
 from sae_lens_switch.parallel.reseeding import DividedPlacement
 from sae_lens_switch.parallel.resumable import ShardedTrainer, divided
+from sae_lens_switch.parallel.shard_classes import expert_shard_class
 from sae_lens_switch.parallel.step_log import routing_log
 from sae_lens_switch.saes.step import SparseStepOutput
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
@@ -33,7 +33,7 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
         cfg: As in SparseSAETrainer, the same on all processes: ``train_batch_size_samples`` and all other counts are of
             all processes together. ``expert_parallel`` processes hold the experts once; where there are more, they
             divide the data.
-        sae: A Switch SAE; each process keeps its own part of it.
+        sae: A Switch SAE or transcoder; each process keeps its own part of it.
         data_provider: A tensor or folder that every process has, of which each takes its part of every batch; or an
             iterator of this process's own batches.
         save_checkpoint_fn: As in SparseSAETrainer, called on every process with a folder of its own.
@@ -60,7 +60,7 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
                 f"got {sae.cfg.architecture()}"
             )
         whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
-        cfg, shard = divided(cfg, sae, shard_class_of(whole), "experts")
+        cfg, shard = divided(cfg, sae, expert_shard_class(whole), "experts")
         super().__init__(cfg, shard, data_provider, save_checkpoint_fn, evaluator)
         self.collapse.placement = DividedPlacement(shard.ranks)
 
@@ -72,14 +72,14 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
         if shard.is_fresh:
             shard.start(self.ranks.gather_rows(x_BD, "the first batch"))
         mine_BD = shard.receive(x_BD)
-        self._count_others(shard.received.n_tokens, len(x_BD))
+        self._count_others(shard.n_tokens, len(x_BD))
         return super()._forward(mine_BD, dead_mask, row_grads)
 
     @override
     def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
         assert isinstance(output, SparseStepOutput)
-        balance = output.metrics.get("load_balance")
-        balance = balance if isinstance(balance, Tensor) else output.loss.new_zeros(())  # without tokens there is none
+        balance = output.metrics["load_balance"]
+        assert isinstance(balance, Tensor)
         complete_step_(output, self.sae, "gradients of the router and losses", load_balance=balance.detach())
         return super()._over_ranks(output, firings)
 
@@ -88,6 +88,6 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
         """As SparseSAETrainer's, of all processes; each must take part."""
         assert isinstance(output, SparseStepOutput)
         assert self.routing is not None
-        log = self._log_of(output, self.sae.received.mean_D, n_training_samples)
+        log = self._log_of(output, self.sae.batch.mean_D, n_training_samples)
         log |= routing_log(output, self.sae) | {"routing/interventions": self.n_interventions}
         return log | self.routing.metrics()

@@ -26,17 +26,19 @@ def without_graph(output: TrainStepOutput) -> TrainStepOutput:
     return output
 
 
-def merged(outputs: Sequence[TrainStepOutput]) -> TrainStepOutput:
+def merged(outputs: Sequence[TrainStepOutput], shares: Sequence[float]) -> TrainStepOutput:
     """The output of the whole batch, from those of its parts.
 
     Losses are the batch's means. Of an SAE with dense latents the rest is the last part's: together they would be as
     large as if nothing had been split.
+
+    Args:
+        outputs: Of the parts.
+        shares: What each part's means count for.
     """
     if len(outputs) == 1:
         return outputs[0]
     last = outputs[-1]
-    sizes = torch.tensor([float(len(output.sae_in)) for output in outputs])
-    shares = (sizes / sizes.sum()).tolist()
 
     def mean(values: Sequence[Any]) -> Tensor:
         return sum(

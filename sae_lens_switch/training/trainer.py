@@ -1,5 +1,6 @@
 """SparseSAETrainer: what a training step does around forward and backward, and the loop that keeps a long run safe."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -207,20 +208,22 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _on_device(self, sae_in: Tensor, dead_mask: Tensor | None) -> TrainStepOutput:
         """Forward, backward, step and statistics: all that the device does, and nothing that the host keeps."""
-        parts = sae_in.chunk(self.cfg.gradient_accumulation_steps)
+        parts = self._parts_of(sae_in)
         row_grads = self.optimizer.row_grads
         row_grads_sum = RowGradsSum(row_grads if len(parts) > 1 else None)
         outputs: list[TrainStepOutput] = []
         firings: list[Firings] = []
+        shares: list[float] = []
         for part in parts:
             output = self._forward(part, dead_mask, row_grads)
-            output.loss.backward(self._shares.of(output.loss, len(part) / len(sae_in)))
+            shares.append(self._share_of(part, sae_in))
+            output.loss.backward(self._shares.of(output.loss, shares[-1]))
             row_grads_sum.take()
             firings.append(firings_of(output))
             if outputs:
                 release(outputs[-1])
             outputs.append(output if self._graph is None else without_graph(output))
-        output = merged(outputs)
+        output = merged(outputs, shares)
         row_grads_sum.put_back()
         with torch.no_grad():
             output, firings = self._over_ranks(output, firings)
@@ -233,6 +236,14 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 self.routing.update(output.routing.load_E)
         self.optimizer.zero_grad()
         return output
+
+    def _parts_of(self, batch: Tensor) -> Sequence[Tensor]:
+        """What of a batch is computed at a time."""
+        return batch.chunk(self.cfg.gradient_accumulation_steps)
+
+    def _share_of(self, part: Tensor, batch: Tensor) -> float:
+        """What the means over a part, whose forward pass is over, count for in those over the batch."""
+        return len(part) / len(batch)
 
     def _forward(self, x_BD: Tensor, dead_mask: Tensor | None, row_grads: RowGrads | None) -> TrainStepOutput:
         step_input = SparseStepInput(

@@ -43,7 +43,7 @@ def alone(
     sae: dict[str, Any] | None = None,
     *,
     make: Callable[[], Any] | None = None,
-    source: Tensor | None = None,
+    source: Any = None,
     **fields: Any,
 ) -> dict[str, Any]:
     made = make() if make is not None else make_sae(**(sae or {}))
@@ -81,6 +81,7 @@ def go_on_together(
     until: tuple[int, int],
     make: Callable[[], Any],
     trainer_class: Any,
+    source: Tensor | None = None,
     **fields: Any,
 ) -> list[dict[str, Any]]:
     """On ``n`` processes, from the newest checkpoint in ``folder`` if there is one, to a step of so many; saved there.
@@ -91,7 +92,7 @@ def go_on_together(
 
     def run() -> dict[str, Any]:
         cfg = config(steps, **{"resume": "latest", "checkpoint_path": str(folder), **fields})
-        trainer = trainer_class(cfg, make(), tokens())
+        trainer = trainer_class(cfg, make(), tokens() if source is None else source)
         if stop == steps:
             return result(trainer, trainer.fit().gathered())
         trainer.resume()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers import D, F
+from helpers import HOOK, D, F
 from helpers.command_line import SWITCH, arguments
 from helpers.parallel_runs import config, shared_bits, tokens
 from helpers.processes import on_processes
@@ -106,11 +106,18 @@ def test_an_sae_that_one_process_cannot_hold_is_not_put_together(tmp_path, monke
     assert on_processes(2, lambda: run(2.0 * whole + 1), tmp_path / "b") == [2, 2]
 
 
-@pytest.mark.parametrize("division", [["--expert-parallel", "2"], []], ids=["experts", "data"])
-def test_the_command_logs_the_language_models_losses(division, tmp_path, model, dataset):
+@pytest.mark.parametrize(
+    "sae",
+    [
+        [*SWITCH, "--expert-parallel", "2"],
+        ["--architecture", "topk", "--d-in", str(D), "--d-sae", str(F), "--k", "3"],
+        [*("--architecture", "switch_transcoder"), *SWITCH[2:], "--hook-name-out", HOOK, "--expert-parallel", "2"],
+    ],
+    ids=["experts", "data", "experts of a transcoder"],
+)
+def test_the_command_logs_the_language_models_losses(sae, tmp_path, model, dataset):
     logging = ["--log-to-wandb", "true", "--wandb-log-frequency", "2", "--eval-every-n-wandb-logs", "2"]
-    sae = SWITCH if division else ["--architecture", "topk", "--d-in", str(D), "--d-sae", str(F), "--k", "3"]
-    argv = [*sae, *arguments(tmp_path)[:-2], *logging, *division]
+    argv = [*sae, *arguments(tmp_path)[:-2], *logging]
 
     def command() -> int:
         os.environ["RANK"] = str(torch.distributed.get_rank())

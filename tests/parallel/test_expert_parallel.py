@@ -13,6 +13,8 @@ from helpers.resumed import make_sae
 
 from sae_lens_switch import SparseSAETrainer, SwitchTrainingSAE, TrainingDivergedError
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
+from sae_lens_switch.parallel.expert_shard import ExpertShard
+from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.planning.hardware import HARDWARE
 from sae_lens_switch.planning.plan import Plan
 from sae_lens_switch.training.collapse_response import ExpertPlacement
@@ -98,6 +100,21 @@ def test_an_expert_without_tokens_becomes_a_twin_of_another_processs(n, optimize
     assert (expected["density"].view(E, -1)[first:] > 0).any(dim=1).all()
 
 
+def test_a_new_sae_is_the_same_for_any_number_of_processes(tmp_path):
+    def fresh() -> dict:
+        torch.manual_seed(5)
+        cfg = make_sae().cfg
+        n = torch.distributed.get_world_size()
+        return ExpertShard.fresh(cfg, Ranks(n, "cpu", 60.0)).gathered().state_dict()
+
+    (one,), (two, _), (four, *_) = (on_processes(n, fresh, tmp_path / str(n)) for n in (1, 2, 4))
+    for name, t in one.items():
+        assert torch.equal(t, two[name]), name
+        assert torch.equal(t, four[name]), name
+    assert one["W_router"].abs().max() <= D**-0.5
+    assert len(one["W_router"].unique()) == D * E
+
+
 def test_weights_in_bfloat16_have_masters_on_each_process(tmp_path):
     expected = alone(10, {"dtype": "bfloat16"})
     for found in together(2, tmp_path, 10, {"dtype": "bfloat16"}):
@@ -112,7 +129,7 @@ def test_latents_of_one_batch_are_those_of_one_process(tmp_path):
         trainer.optimizer.clipped_step = lambda *_: torch.tensor(True)
         trainer.optimizer.zero_grad = lambda: None
         trainer.step(next(trainer.data_provider))
-        rows = trainer.sae.received.x_BD
+        rows = trainer.sae.batch.x_BD
         return {"W_dec": trainer.sae.W_dec.grad, "W_enc": trainer.sae.W_enc.grad.T, "tokens": rows}
 
     found = on_processes(2, gradients, tmp_path)
@@ -271,7 +288,6 @@ def test_the_others_stop_within_the_time_allowed_when_a_process_hangs(place, tmp
         ({}, {"n_shared_experts": 2, "shared_width": 12}, "n_shared_experts must be 0 with experts on several"),
         ({}, {"expert_overlap_coefficient": 0.1}, "expert_overlap_coefficient must be 0 with experts on several"),
         ({"latent_parallel": 2}, {}, "latent_parallel must be 1 for a switch SAE, whose experts are divided; got 2"),
-        ({"gradient_accumulation_steps": 2}, {}, "gradient_accumulation_steps must be 1 in a parallel run; got 2"),
     ],
 )
 def test_what_no_parallel_run_can_do_is_refused_on_every_process(fields, sae, message, tmp_path):

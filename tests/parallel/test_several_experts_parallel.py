@@ -14,8 +14,9 @@ from sae_lens import SAE
 from sae_lens_switch import SparseSAETrainer
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
 from sae_lens_switch.parallel.expert_shard import ExpertShard
-from sae_lens_switch.parallel.pair_shard import PairShard, shard_class_of
+from sae_lens_switch.parallel.pair_shard import PairShard
 from sae_lens_switch.parallel.pairs import among_best
+from sae_lens_switch.parallel.shard_classes import expert_shard_class
 from sae_lens_switch.planning.hardware import HARDWARE
 from sae_lens_switch.planning.plan import Plan
 from sae_lens_switch.train import main
@@ -246,7 +247,7 @@ def one_step(d_sae: int, **fields) -> dict:
     before = trainer.ranks.bytes_sent.copy()
     trainer.step(next(trainer.data_provider))
     sent = trainer.ranks.bytes_sent
-    batch, other = trainer.sae.received, 1 - trainer.ranks.rank
+    batch, other = trainer.sae.batch, 1 - trainer.ranks.rank
     out, back = batch.sent[other], batch.received[other]
     of_step = {what: sent[what] - before[what] for what in sent if sent[what] > before[what]}
     return {"sent": of_step, "out": out, "back": back}
@@ -282,9 +283,9 @@ def test_what_dead_latents_add_to_it(tmp_path):
 
 
 def test_the_cheaper_way_is_taken_wherever_it_can_be():
-    assert shard_class_of(make_sae().cfg) is ExpertShard
+    assert expert_shard_class(make_sae().cfg) is ExpertShard
     for fields in (TWO, {"load_balancing": "bias"}, {"router_z_loss_coefficient": 0.1}):
-        assert shard_class_of(make_sae(**fields).cfg) is PairShard
+        assert expert_shard_class(make_sae(**fields).cfg) is PairShard
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from sae_lens_switch import (
     SwitchTrainingTranscoder,
     SwitchTrainingTranscoderConfig,
 )
-from sae_lens_switch.parallel.pair_shard import shard_class_of
+from sae_lens_switch.parallel.shard_classes import expert_shard_class
 from sae_lens_switch.saes.config import check_sae
 
 LAYOUTS = {
@@ -196,4 +196,4 @@ def test_experts_on_several_processes_are_refused(fields, message):
 
     cfg = SwitchTrainingSAEConfig(**FIELDS, **fields)
     with pytest.raises(ValueError, match=message):
-        shard_class_of(cfg)(cfg, OfOne())  # type: ignore[arg-type]
+        expert_shard_class(cfg)(cfg, OfOne())  # type: ignore[arg-type]

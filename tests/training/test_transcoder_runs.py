@@ -22,7 +22,6 @@ from sae_lens_switch import (
     SwitchTrainingTranscoder,
     run_transcoder_evals,
 )
-from sae_lens_switch.parallel.runner import ParallelLanguageModelSAETrainingRunner
 from sae_lens_switch.training.history import FILENAME, read_history
 
 pytestmark = small_run_warnings
@@ -209,10 +208,8 @@ def test_a_typo_is_found_before_the_model_is_loaded(tmp_path):
         LanguageModelSAETrainingRunner(config(tmp_path, hook_name_out="blocks.1.hook_mlp_uot"), tiny_dataset())
 
 
-def test_several_processes_and_several_saes_are_refused_by_name(tmp_path, model):
+def test_a_run_of_several_saes_refuses_it_by_name(tmp_path, model):
     cfg = config(tmp_path)
-    with pytest.raises(ValueError, match="on several processes must not be a transcoder; got switch_transcoder"):
-        ParallelLanguageModelSAETrainingRunner(cfg, tiny_dataset(), model)
     several = {"a": cfg.sae, "b": training_config(dtype="float32")}
     known = MultiSAETrainingRunnerConfig.__dataclass_fields__
     fields = {name: value for name, value in run_fields(tmp_path).items() if name in known}
