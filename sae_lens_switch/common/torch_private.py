@@ -6,6 +6,7 @@ A test says which one a new version has broken. Two more are overridden where ne
 
 # pyright: reportPrivateUsage=false
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,37 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or module._forward_pre_hooks
     )
+
+
+def part_offsets(metadata: Mapping[str, str]) -> dict[str, list[int]]:
+    """Where the tensors of a safetensors file by torch.distributed.checkpoint begin in the whole ones, by name.
+
+    Args:
+        metadata: The file's.
+    """
+    from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+
+    of_tensors = json.loads(metadata[CUSTOM_METADATA_KEY])
+    return {name: entry[SAVED_OFFSETS_KEY] for name, entry in of_tensors.items()}
+
+
+def part_metadata(offsets: Mapping[str, list[int]]) -> dict[str, str]:
+    """The metadata of which ``part_offsets`` makes these."""
+    from torch.distributed.checkpoint._hf_utils import (
+        CUSTOM_METADATA_KEY,
+        DCP_VERSION_KEY,
+        FORMAT_KEY,
+        FORMAT_VALUE,
+        HF_DCP_VERSION,
+        SAVED_OFFSETS_KEY,
+    )
+
+    of_tensors = {name: {SAVED_OFFSETS_KEY: offset} for name, offset in offsets.items()}
+    return {
+        CUSTOM_METADATA_KEY: json.dumps(of_tensors),
+        DCP_VERSION_KEY: str(HF_DCP_VERSION),
+        FORMAT_KEY: FORMAT_VALUE,
+    }
 
 
 def consolidate_safetensors(folder: Path, output: Path, number_of: Mapping[str, int]) -> list[Path]:

@@ -5,13 +5,15 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAE
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sae_lens_switch.common.atomic import replace_files
-from sae_lens_switch.common.torch_private import consolidate_safetensors
-from sae_lens_switch.common.types import Json
+from sae_lens_switch.common.torch_private import consolidate_safetensors, part_metadata, part_offsets
+from sae_lens_switch.common.types import Json, StateDict
 from sae_lens_switch.parallel.checkpoints import WEIGHTS
 from sae_lens_switch.parallel.sharded_files import shapes
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
@@ -27,7 +29,7 @@ def consolidate(
 ) -> Path:
     """Make the SAE of a parallel run's checkpoint an ordinary one, which loads without this package's ``parallel``.
 
-    One process's part is in memory at a time; of a TopK SAE for use all of it, as decoder norms change its weights.
+    One process's part is in memory at a time.
 
     Args:
         checkpoint: A folder that a parallel run has written; its files are verified first.
@@ -42,8 +44,8 @@ def consolidate(
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or of a run on one process.
-        ValueError: If ``max_file_bytes`` is not positive, or cannot be had for the SAE; or if there are weights in
-            ``output`` that those to be written would not replace.
+        ValueError: If ``max_file_bytes`` is not positive, or if there are weights in ``output`` that those to be
+            written would not replace.
     """
     if max_file_bytes is not None and not max_file_bytes > 0:
         raise ValueError(f"max_file_bytes must be positive; got {max_file_bytes}")
@@ -53,31 +55,65 @@ def consolidate(
         raise CheckpointError(f"checkpoint {checkpoint} is of a run on one process: it has nothing to consolidate")
     whole = json.loads((checkpoint / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
     trained = get_sae_training_class(whole["architecture"])[1].from_dict(whole)
-    # Of any other SAE weights may change with their use, as where decoder norms are folded into the encoder.
-    folds = not for_training and not isinstance(trained, SwitchTrainingSAEConfig)
-    if folds and max_file_bytes is not None:
-        raise ValueError(
-            f"max_file_bytes must be None for a {whole['architecture']} SAE for use, whose weights are not those of "
-            f"training; got {max_file_bytes}"
-        )
-    keeps_all = for_training or folds
-    cfg = whole if keeps_all else trained.get_inference_sae_cfg_dict()
-
-    n_files = max(split_by_size(_sizes(checkpoint / WEIGHTS, keeps_all), max_file_bytes).values())
-    # One file beside the index of several would be loaded in their place, or they in its.
-    other = output / (SAE_WEIGHTS_FILENAME if n_files > 1 else INDEX_FILENAME)
-    if other.exists():
-        raise ValueError(f"output must be a folder without {other.name}, of an SAE in other files; got {output}")
+    cfg = whole if for_training else trained.get_inference_sae_cfg_dict()
 
     def save(folder: Path) -> tuple[Path, Path]:
         for name in (SPARSITY_FILENAME, HISTORY_FILENAME):
             if (checkpoint / name).exists():
                 shutil.copy2(checkpoint / name, folder / name)
-        written = write_whole(checkpoint / WEIGHTS, folder, cfg, for_training=keeps_all, max_file_bytes=max_file_bytes)
-        return TrainingSAE.load_from_disk(folder).save_inference_model(folder) if folds else written
+        weights = checkpoint / WEIGHTS
+        if not for_training and not isinstance(trained, SwitchTrainingSAEConfig):
+            weights = folder / "for use"
+            write_for_use(checkpoint / WEIGHTS, weights, vars(trained)["rescale_acts_by_decoder_norm"])
+        n_files = max(split_by_size(_sizes(weights, for_training), max_file_bytes).values())
+        # One file beside the index of several would be loaded in their place, or they in its.
+        other = output / (SAE_WEIGHTS_FILENAME if n_files > 1 else INDEX_FILENAME)
+        if other.exists():
+            raise ValueError(f"output must be a folder without {other.name}, of an SAE in other files; got {output}")
+        written = write_whole(weights, folder, cfg, for_training=for_training, max_file_bytes=max_file_bytes)
+        if weights != checkpoint / WEIGHTS:
+            shutil.rmtree(weights)
+        return written
 
     replace_files(output, save)
     return output
+
+
+def write_for_use(weights: Path, folder: Path, fold_norms: bool) -> None:
+    """The parts of a TopK or BatchTopK SAE's weights as inference has them, one process's at a time.
+
+    As SAELens's ``process_state_dict_for_saving_inference``, which has the whole SAE in memory.
+
+    Args:
+        weights: The parts as training has them.
+        folder: Of the parts to be written.
+        fold_norms: Whether the norms of the decoder's rows go into the encoder.
+    """
+    folder.mkdir()
+    files, ((F, _), dtype) = sorted(weights.glob("*.safetensors")), shapes(weights)["W_dec"]
+    norms_F = torch.ones(F, dtype=dtype)
+    for file in files if fold_norms else ():
+        tensors, offsets = _part(file)
+        if "W_dec" in tensors:
+            first, W_dec_FD = offsets["W_dec"][0], tensors["W_dec"]
+            norms_F[first : first + len(W_dec_FD)] = W_dec_FD.norm(dim=-1).clamp(min=1e-8)
+    for file in files:
+        tensors, offsets = _part(file)
+        for name, dim in {"W_enc": 1, "b_enc": 0, "W_dec": 0}.items():
+            if name in tensors and fold_norms:
+                t, first = tensors[name], offsets[name][dim]
+                norms = norms_F[first : first + t.shape[dim]]
+                tensors[name] = t / norms.unsqueeze(1) if name == "W_dec" else t * norms
+        if "topk_threshold" in tensors:
+            tensors["threshold"] = tensors.pop("topk_threshold").to(dtype).repeat(F)
+            offsets["threshold"] = [0]
+        save_file(tensors, folder / file.name, part_metadata({name: offsets[name] for name in tensors}))
+
+
+def _part(file: Path) -> tuple[StateDict, dict[str, list[int]]]:
+    """What one process has written, and where its tensors begin in the whole ones."""
+    with safe_open(file, "pt") as opened:
+        return load_file(file), part_offsets(opened.metadata())
 
 
 def write_whole(

@@ -100,6 +100,8 @@ def test_parts_of_a_tensor_are_put_together_in_one_file(tmp_path):
     offsets = {"0": ([0, 0], whole[:, :1]), "1": ([0, 1], whole[:, 1:])}
     for name, (offset, part) in offsets.items():
         facts = {"DCP_SHARDING_INFO": json.dumps({"W": {"saved_offsets": offset}})}
+        assert torch_private.part_offsets(facts) == {"W": offset}
+        assert facts.items() <= torch_private.part_metadata({"W": offset}).items()
         save_file({"W": part.contiguous()}, tmp_path / f"{name}.safetensors", metadata=facts)
     (file,) = torch_private.consolidate_safetensors(tmp_path, tmp_path / "out", {"W": 1})
     assert torch.equal(load_file(file)["W"], whole)

@@ -112,8 +112,6 @@ def test_a_run_resumes_on_other_processes_and_ends_as_an_ordinary_sae(sae, tmp_p
     for one in found:
         assert_same_run(one, expected, **LOOSE)
     final = tmp_path / "runs" / f"final_{12 * BATCH}"
-    with pytest.raises(ValueError, match="max_file_bytes must be None for a sparse_batchtopk SAE for use"):
-        consolidate(final, tmp_path / "used", max_file_bytes=1e9)
     used = SAE.load_from_disk(consolidate(final, tmp_path / "used"))
     trained = TrainingSAE.load_from_disk(consolidate(final, tmp_path / "trained", for_training=True))
     assert isinstance(used, JumpReLUSAE)
@@ -122,3 +120,8 @@ def test_a_run_resumes_on_other_processes_and_ends_as_an_ordinary_sae(sae, tmp_p
     torch.testing.assert_close(used.threshold, torch.full_like(used.threshold, found[0]["threshold"]))
     for name, weight in found[0]["weights"].items():
         assert torch.equal(trained.get_parameter(name), weight)
+    trained.save_inference_model(tmp_path / "by SAELens")
+    expected_use = SAE.load_from_disk(tmp_path / "by SAELens")
+    assert used.cfg.to_dict() == expected_use.cfg.to_dict()
+    for name, weight in expected_use.state_dict().items():
+        assert torch.equal(used.get_parameter(name), weight), name

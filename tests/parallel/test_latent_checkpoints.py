@@ -14,8 +14,10 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_switch import CheckpointError, SparseTopKTrainingSAE
+from sae_lens_switch.converters import sharded_safetensors
 from sae_lens_switch.parallel import DataParallelSAETrainer, LatentParallelSAETrainer
 from sae_lens_switch.parallel.__main__ import main
+from sae_lens_switch.parallel.consolidate import consolidate
 from sae_lens_switch.train import main as train
 
 STEPS = 12
@@ -76,6 +78,39 @@ def test_one_command_makes_a_plain_topk_sae_of_a_checkpoint(sae, tmp_path, capsy
     x = tokens()[:50]
     torch.testing.assert_close(used.encode(x), trained.encode(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(used(x), trained(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "latent_parallel", "sae"),
+    [(4, 2, {}), (4, 4, {"dtype": "bfloat16"}), (2, 2, {"rescale_acts_by_decoder_norm": False})],
+    ids=str,
+)
+def test_weights_for_use_are_those_saelens_makes_of_the_whole_sae(n, latent_parallel, sae, tmp_path):
+    """Of rows of processes, which all have the same latents, each writes a part of them."""
+
+    def make():
+        made = make_sae("sparse_topk", **sae)
+        with torch.no_grad():
+            made.W_dec.mul_(torch.linspace(0.1, 3, F).unsqueeze(1))
+            made.W_dec[5] = 0  # which SAELens divides by 1e-8
+        return made
+
+    fields = {"latent_parallel": latent_parallel}
+    go_on_together(n, tmp_path / "runs", (2, STEPS), make, LatentParallelSAETrainer, **fields)
+    (checkpoint,) = (tmp_path / "runs").iterdir()
+    trained = TrainingSAE.load_from_disk(consolidate(checkpoint, tmp_path / "trained", for_training=True))
+    trained.save_inference_model(tmp_path / "by SAELens")
+    expected = SAE.load_from_disk(tmp_path / "by SAELens")
+    one = SAE.load_from_disk(consolidate(checkpoint, tmp_path / "one"))
+    consolidate(checkpoint, tmp_path / "several", max_file_bytes=4 * D * F)
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) >= 2
+    several = SAE.load_from_disk(tmp_path / "several", converter=sharded_safetensors)
+    for found in (one, several):
+        assert found.cfg.to_dict() == expected.cfg.to_dict()
+        for name, weight in expected.state_dict().items():
+            assert torch.equal(found.get_parameter(name), weight), name
+    assert {f.name for f in (tmp_path / "one").iterdir()} >= {"cfg.json", "sae_weights.safetensors"}
+    assert not [f for f in (tmp_path / "one").iterdir() if f.is_dir()]
 
 
 def test_checkpoints_of_undivided_latents_and_of_divided_ones_are_not_confused(tmp_path):
