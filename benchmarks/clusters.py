@@ -23,6 +23,10 @@ TARGETS = [
     (4096, 1_000_000_000, 64),
     (4096, 10_000_000_000, 64),
 ]
+TOPK_TARGETS = [
+    *[(768, 1_000_000, 32), (2304, 1_000_000, 64), (4096, 1_000_000, 64)],
+    (2304, 10_000_000, 64),
+]
 _PARTS = {
     "router": ("router",),
     "encoder, top-k": ("encoder", "top-k"),
@@ -34,8 +38,9 @@ _PRECISIONS: dict[str, Precision] = {"fp32": "float32", "tf32": "tf32", "bf16": 
 
 
 def plan_for(d_in: int, d_sae: int, k: int) -> Plan:
+    from sae_lens_switch.planning.cluster_step import smallest
     from sae_lens_switch.planning.hardware import HARDWARE
-    from sae_lens_switch.planning.plan import Plan, smallest
+    from sae_lens_switch.planning.plan import Plan
 
     return smallest(Plan(HARDWARE["h100"], d_in, d_sae, k, n_experts=1, load_spread=0.3))
 
@@ -51,6 +56,25 @@ def plans() -> str:
         rows.append([*row, f"{sum(plan.traffic.values()) / 1e6:,.0f} MB", f"{plan.gpu_hours(1e9):,.1f}"])
     head = ["latents", "d_in", "H100s", "experts", "a step", *(f"{name}, ms" for name in _PARTS)]
     return table([*head, "sent per GPU", "GPU-hours per 10^9 tokens"], rows)
+
+
+def topk_plans() -> str:
+    """A TopK SAE with divided latents beside a Switch SAE of the same shape, on as many GPUs."""
+    from sae_lens_switch.planning.cluster_step import smallest
+    from sae_lens_switch.planning.hardware import HARDWARE
+    from sae_lens_switch.planning.latent_plan import LatentPlan
+
+    rows = []
+    for d_in, d_sae, k in TOPK_TARGETS:
+        plan = smallest(LatentPlan(HARDWARE["h100"], d_in, d_sae, k))
+        switch = plan_for(d_in, d_sae, k).on(plan.n_ranks)
+        assert switch is not None
+        row = [f"{d_sae:,}", f"{d_in:,}", f"{plan.n_ranks:,}", f"{1e3 * plan.step_seconds:,.0f} ms"]
+        row += [f"{1e3 * switch.step_seconds:,.0f} ms"]
+        row += [f"{sum(p.traffic.values()) / 1e6:,.0f} MB" for p in (plan, switch)]
+        rows.append([*row, f"{plan.gpu_hours(1e9):,.1f}", f"{switch.gpu_hours(1e9):,.1f}"])
+    head = ["latents", "d_in", "H100s", "TopK, a step", "Switch, a step", "TopK sends", "Switch sends"]
+    return table([*head, "TopK, GPU-hours per 10^9 tokens", "Switch"], rows)
 
 
 def against_measured() -> str:
@@ -79,17 +103,24 @@ def against_measured() -> str:
 
 def against_processes() -> str:
     """Predicted steps of several processes of one machine beside measured ones, by `processes.py`."""
-    head = ["processes", "predicted", "measured", "difference", "memory of each", "sent by each"]
+    head = ["SAE", "processes", "predicted", "measured", "difference", "memory of each", "sent by each"]
     rows = []
     for row in json.loads(PROCESSES.read_text())["results"]:
         predicted, ms = row["predicted_ms"], row["measured_ms"]
-        cells = [str(row["processes"]), f"{predicted:,.0f} ms", f"{ms:,.0f} ms", f"{predicted / ms - 1:+.0%}"]
+        cells = [
+            f"`{row['architecture']}`",
+            str(row["processes"]),
+            f"{predicted:,.0f} ms",
+            f"{ms:,.0f} ms",
+            f"{predicted / ms - 1:+.0%}",
+        ]
         rows.append([*cells, f"{row['memory_GB']:.2f} GB", f"{row['sent_MB']:,.1f} MB"])
     return table(head, rows)
 
 
 BLOCKS = {
     "plans": plans,
+    "plans-topk": topk_plans,
     "plan-against-measured": against_measured,
     "plan-against-processes": against_processes,
 }

@@ -2,7 +2,8 @@
 
     python benchmarks/processes.py        # some minutes on two CPU cores
 
-Each process computes with one thread and owns an equal part of the experts. The plan is given the speeds that a process
+Each process computes with one thread and owns an equal part of the experts of a Switch SAE, or of the latents of a TopK
+SAE. The plan is given the speeds that a process
 measures while all others measure too, of its processor and of messages between them, and how uneven the load was. Where
 processes outnumber cores, these speeds say so.
 """
@@ -15,7 +16,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sae_lens_switch.parallel.ranks import Ranks
 
 _WARM_UP = 3
+_ARCHITECTURES = ["switch", "sparse_topk"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     import sae_lens_switch.parallel  # noqa: F401, once for all processes
 
     rows = []
-    print(f"{'processes':>10}{'predicted':>13}{'measured':>12}{'difference':>12}{'memory of each':>16}")
-    for n in args.processes:
+    print(f"{'SAE':12}{'processes':>10}{'predicted':>13}{'measured':>12}{'difference':>12}{'memory of each':>16}")
+    for architecture, n in ((a, n) for a in args.architectures for n in args.processes):
+        args.architecture = architecture
         with tempfile.TemporaryDirectory() as folder:
             mp.start_processes(run, args=(n, folder, args), nprocs=n, start_method="fork")
             found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(n)]
@@ -41,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = rows[-1]
         difference = row["predicted_ms"] / row["measured_ms"] - 1
         times = f"{row['predicted_ms']:10.0f} ms{row['measured_ms']:9.0f} ms"
-        print(f"{n:10}{times}{difference:+12.0%}{row['memory_GB']:13.2f} GB", flush=True)
-    arguments = {name: value for name, value in vars(args).items() if name != "output"}
+        print(f"{architecture:12}{n:10}{times}{difference:+12.0%}{row['memory_GB']:13.2f} GB", flush=True)
+    arguments = {name: value for name, value in vars(args).items() if name not in ("output", "architecture")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"arguments": arguments, "results": rows}, indent=2) + "\n")
     print(f"written to {args.output}")
@@ -52,6 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--architectures", nargs="+", choices=_ARCHITECTURES, default=_ARCHITECTURES)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--tokens", type=int, default=2048, help="per process and step")
     parser.add_argument("--d-in", type=int, default=768)
@@ -68,6 +72,7 @@ def compared(args: argparse.Namespace, n: int, found: list[dict[str, Any]]) -> d
     """Predicted and measured milliseconds of a step of ``n`` processes, by what each of them has measured."""
     from sae_lens_switch.common.speed import Machine
     from sae_lens_switch.planning.hardware import Hardware
+    from sae_lens_switch.planning.latent_plan import LatentPlan
     from sae_lens_switch.planning.plan import Plan
 
     speeds = {name: statistics.median(f["machine"][name] for f in found) for name in found[0]["machine"]}
@@ -76,11 +81,13 @@ def compared(args: argparse.Namespace, n: int, found: list[dict[str, Any]]) -> d
     hardware = Hardware(
         "this machine", 1e12, {"float32": machine.flops}, machine, gpus_per_node=n, link=link, latency=latency
     )
-    plan = Plan(
-        *(hardware, args.d_in, args.d_sae, args.k, args.n_experts, n, args.tokens, args.n_active_experts),
-        *("adam", "float32", 0.0, spread),
-    )
+    shape = hardware, args.d_in, args.d_sae, args.k
+    if args.architecture == "switch":
+        plan = Plan(*shape, args.n_experts, n, args.tokens, args.n_active_experts, "adam", "float32", 0.0, spread)
+    else:
+        plan = LatentPlan(*shape, n, args.tokens, "adam", "float32", 0.0)
     return {
+        "architecture": args.architecture,
         "processes": n,
         "predicted_ms": 1e3 * plan.step_seconds,
         "measured_ms": 1e3 * statistics.median(f["seconds"] for f in found),
@@ -106,7 +113,8 @@ def run(rank: int, n: int, folder: str, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
     ranks = Ranks(n, "cpu", 600)
     ranks.gather_objects(None)
-    machine = Machine.this_one(args.d_in, args.k, args.d_sae // args.n_experts)
+    width = args.d_sae // (args.n_experts if args.architecture == "switch" else n)
+    machine = Machine.this_one(args.d_in, args.k, width)
     found: dict[str, Any] = {"machine": vars(machine)} | messages(ranks) | steps(ranks, args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -130,21 +138,17 @@ def steps(ranks: Ranks, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a training step, the spread of the logarithm of the experts' loads, and the memory it all took."""
     import torch
 
-    from sae_lens_switch import SparseSAETrainerConfig, SwitchTrainingSAEConfig
-    from sae_lens_switch.parallel import ParallelSparseSAETrainer
-    from sae_lens_switch.parallel.shard_classes import expert_shard_class
+    from sae_lens_switch import SparseSAETrainerConfig
 
     torch.manual_seed(1 + ranks.rank)
     batches = [torch.randn(args.tokens, args.d_in) for _ in range(4)]
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is now that of now
     before = memory("VmRSS")
-    shape = {"d_in": args.d_in, "d_sae": args.d_sae, "k": args.k}
-    sae = SwitchTrainingSAEConfig(n_experts=args.n_experts, n_active_experts=args.n_active_experts, **shape)
     n_steps, batch = args.rounds + _WARM_UP, args.tokens * ranks.size
     cfg = SparseSAETrainerConfig(
-        n_steps * batch, batch, device="cpu", lr=1e-4, expert_parallel=ranks.size, dead_feature_window=1000
+        n_steps * batch, batch, device="cpu", lr=1e-4, dead_feature_window=1000, **divided(args, ranks.size)
     )
-    trainer = ParallelSparseSAETrainer(cfg, expert_shard_class(sae).fresh(sae, ranks), iter(batches))
+    trainer = trainer_of(args, ranks, cfg, iter(batches))
     seconds = []
     for i in range(n_steps):
         ranks.gather_objects(None)
@@ -152,10 +156,28 @@ def steps(ranks: Ranks, args: argparse.Namespace) -> dict[str, float]:
         trainer.step(batches[i % len(batches)])
         seconds.append(time.perf_counter() - started)
         trainer.n_training_steps += 1
-    load_E = trainer.sae.received.load_E
-    spread = float(load_E.clamp_min(1e-6).log().std()) if len(load_E) > 1 else 0.0
+    spread = 0.0
+    if args.architecture == "switch" and args.n_experts > 1:
+        spread = float(trainer.sae.batch.load_E.clamp_min(1e-6).log().std())
     taken = memory("VmHWM") - before
     return {"seconds": statistics.median(seconds[_WARM_UP:]), "load_spread": spread, "memory": taken}
+
+
+def divided(args: argparse.Namespace, n: int) -> dict[str, int]:
+    return {"expert_parallel" if args.architecture == "switch" else "latent_parallel": n}
+
+
+def trainer_of(args: argparse.Namespace, ranks: Ranks, cfg: Any, batches: Iterator[Any]) -> Any:
+    from sae_lens_switch import SparseTopKTrainingSAEConfig, SwitchTrainingSAEConfig
+    from sae_lens_switch.parallel import LatentParallelSAETrainer, ParallelSparseSAETrainer
+    from sae_lens_switch.parallel.shard_classes import LATENT_SHARDS, expert_shard_class
+
+    shape = {"d_in": args.d_in, "d_sae": args.d_sae, "k": args.k}
+    if args.architecture == "switch":
+        sae = SwitchTrainingSAEConfig(n_experts=args.n_experts, n_active_experts=args.n_active_experts, **shape)
+        return ParallelSparseSAETrainer(cfg, expert_shard_class(sae).fresh(sae, ranks), batches)
+    sae = SparseTopKTrainingSAEConfig(aux_loss_coefficient=0.0, **shape)
+    return LatentParallelSAETrainer(cfg, LATENT_SHARDS["sparse_topk"].fresh(sae, ranks), batches)
 
 
 def memory(what: str) -> int:

@@ -7,7 +7,8 @@ A multiply-add counts as two FLOPs. ``paper_flops`` is the count of arXiv 2410.0
 and the router, 2ED. The table has all of it: backward pass, clipping and optimiser too.
 
 ``--plan`` is about a cluster: how many GPUs a Switch SAE of this width needs, how many experts are fastest, and what a
-step takes. ``--n-experts`` and ``--n-ranks`` fix what it would choose.
+step takes. ``--n-experts`` and ``--n-ranks`` fix what it would choose. With ``--architecture sparse_topk``, a TopK SAE
+whose latents are divided.
 """
 
 import argparse
@@ -17,11 +18,13 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from sae_lens_switch.common.speed import Machine
+from sae_lens_switch.planning.cluster_step import ClusterStep, smallest
 from sae_lens_switch.planning.hardware import HARDWARE
-from sae_lens_switch.planning.plan import Plan, fastest, smallest
+from sae_lens_switch.planning.latent_plan import LatentPlan
+from sae_lens_switch.planning.plan import Plan
 from sae_lens_switch.planning.step_cost import Cost
 
-__all__ = ["Cost", "Machine", "Plan", "describe", "describe_plan", "main"]
+__all__ = ["Cost", "LatentPlan", "Machine", "Plan", "describe", "describe_plan", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,21 +49,30 @@ def _costs(args: dict[str, Any]) -> str:
 
 
 def _planned(args: dict[str, Any]) -> str:
-    if args["architecture"] != "switch":
-        raise ValueError(f"architecture must be 'switch' with --plan; got {args['architecture']!r}")
+    if args["architecture"] == "topk":
+        raise ValueError("architecture must be 'switch' or 'sparse_topk' with --plan; got 'topk'")
     if args["n_shared_experts"]:
         raise ValueError(f"n_shared_experts must be 0 with --plan; got {args['n_shared_experts']}")
     given = {"network": args["network"], "gpus_per_node": args["gpus_per_node"]}
     hardware = replace(HARDWARE[args["hardware"]], **{n: v for n, v in given.items() if v is not None})
     E, N, A = args["n_experts"], args["n_ranks"], args["n_active_experts"]
-    plan = Plan(
-        hardware,
-        *(args["d_in"], args["d_sae"], args["k"], E or A * (N or 1), N or 1, args["tokens_per_rank"]),
-        *(A, args["optimizer"] or "row_sparse_adam", args["precision"]),
-        *(1e9 * args["reserved_gb"], args["load_spread"], args["bytes_per_moment"]),
-    )
+    shape = hardware, args["d_in"], args["d_sae"], args["k"]
+    options = {
+        "n_ranks": N or 1,
+        "optimizer": args["optimizer"] or "row_sparse_adam",
+        "reserved": 1e9 * args["reserved_gb"],
+        **{name: args[name] for name in ("tokens_per_rank", "precision", "bytes_per_moment")},
+    }
+    if args["architecture"] == "switch":
+        of_experts = {"n_experts": E or A * (N or 1), "n_active_experts": A, "load_spread": args["load_spread"]}
+        plan = Plan(*shape, **of_experts, **options)
+    else:
+        for name, only, given in (("n_experts", (None, 1), E), ("n_active_experts", (1,), A)):
+            if given not in only:
+                raise ValueError(f"{name} must be 1 unless architecture is 'switch'; got {given}")
+        plan = LatentPlan(*shape, **options)
     experts = None if E is None else [E]
-    found = smallest(plan, experts) if N is None else fastest(plan, experts)
+    found = smallest(plan, experts) if N is None else plan.on(N, experts)
     if found is None:
         raise ValueError(f"n_ranks must be larger: {N} of {hardware.name} do not have the memory")
     return describe_plan(found, args["training_tokens"])
@@ -97,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         ("fresh", "bytes per second, memory written for the first time"),
     ):
         machine.add_argument(f"--{name}", type=float, help=unit)
-    cluster = parser.add_argument_group("a cluster", "experts divided among GPUs, float32 weights")
+    cluster = parser.add_argument_group("a cluster", "experts or latents divided among GPUs, float32 weights")
     cluster.add_argument("--plan", action="store_true", help="how many GPUs, and what a step takes")
     cluster.add_argument("--hardware", default="h100", choices=list(HARDWARE))
     cluster.add_argument("--n-ranks", type=int, help="GPUs; by default as few as have the memory")
@@ -127,15 +139,10 @@ def describe(cost: Cost, machine: Machine | None = None) -> str:
     return "\n".join(lines)
 
 
-def describe_plan(plan: Plan, tokens: float = 1e9) -> str:
+def describe_plan(plan: ClusterStep, tokens: float = 1e9) -> str:
     """The table that the command prints with ``--plan``; GPU-hours for so many training tokens."""
-    D, E, N = plan.d_in, plan.n_experts, plan.n_ranks
     lines = [
-        f"{E * plan.expert_width:,} latents of {D:,} numbers in {E:,} experts of {plan.expert_width:,},"
-        f" {plan.n_active_experts} active, k {plan.k}",
-        f"{N:,} x {plan.hardware.name}, {E // N:,} experts and {plan.tokens_per_rank:,} tokens per step on each;"
-        f" {plan.precision}, {plan.optimizer}",
-        f"the busiest GPU receives {plan.skew:.2f} times the mean number of tokens",
+        *plan.heading,
         "",
         f"memory per GPU: {sum(plan.memory.values()) / 1e9:.1f} of {plan.hardware.memory / 1e9:.0f} GB",
         *_gb(plan.memory),

@@ -12,6 +12,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from typing_extensions import override
+
+from sae_lens_switch.planning.cluster_step import ClusterStep
 from sae_lens_switch.planning.hardware import Hardware, Precision
 from sae_lens_switch.planning.step_cost import Cost, OptimizerName
 from sae_lens_switch.planning.traffic import skew
@@ -23,7 +26,7 @@ _OF_ALL = ("statistics of the batch", "gradients of the router and losses", "the
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ClusterStep):
     """A Switch SAE on ``n_ranks`` GPUs.
 
     Args:
@@ -95,6 +98,7 @@ class Plan:
         )
 
     @property
+    @override
     def memory(self) -> dict[str, float]:
         """Peak bytes per GPU, by part."""
         E, D, b = self.n_experts, self.d_in, self.tokens_per_rank
@@ -108,10 +112,7 @@ class Plan:
         }
 
     @property
-    def fits(self) -> bool:
-        return sum(self.memory.values()) <= self.hardware.memory
-
-    @property
+    @override
     def traffic(self) -> dict[str, float]:
         """Bytes that a rank sends in a step, by message of ``parallel``; activations are float32."""
         N, D, E, A = self.n_ranks, self.d_in, self.n_experts, self.n_active_experts
@@ -128,6 +129,7 @@ class Plan:
             "the norm of the gradients": 4.0 * (N - 1),
         }
 
+    @override
     def seconds(self) -> dict[str, float]:
         """Predicted seconds of a step, by part: the busiest rank's. Nothing overlaps."""
         machine, router_flops = self.hardware.at(self.precision), self.hardware.flops["float32"]
@@ -145,27 +147,21 @@ class Plan:
             "latency": collectives * self.hardware.latency if self.n_ranks > 1 else 0.0,
         }
 
-    def _is_wide(self) -> bool:
-        return self.n_ranks > self.hardware.gpus_per_node
-
-    def _share_beyond_node(self) -> float:
-        return max(0.0, (self.n_ranks - self.hardware.gpus_per_node) / max(1, self.n_ranks - 1))
-
-    def _wire_seconds(self, sent: float, beyond: float) -> float:
-        return max((1 - beyond) * sent / self.hardware.link, beyond * sent / self.hardware.network)
+    @override
+    def on(self, n_ranks: int, experts: Iterable[int] | None = None) -> "Plan | None":
+        return fastest(replace(self, n_experts=n_ranks * self.n_active_experts, n_ranks=n_ranks), experts)
 
     @property
-    def step_seconds(self) -> float:
-        return sum(self.seconds().values())
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens that all ranks together train on; without the language model's time."""
-        return self.n_ranks * self.tokens_per_rank / self.step_seconds
-
-    def gpu_hours(self, tokens: float) -> float:
-        """GPU-hours to train on so many tokens; without the language model's."""
-        return tokens / self.tokens_per_second * self.n_ranks / 3600
+    @override
+    def heading(self) -> list[str]:
+        E, N = self.n_experts, self.n_ranks
+        return [
+            f"{E * self.expert_width:,} latents of {self.d_in:,} numbers in {E:,} experts of {self.expert_width:,},"
+            f" {self.n_active_experts} active, k {self.k}",
+            f"{N:,} x {self.hardware.name}, {E // N:,} experts and {self.tokens_per_rank:,} tokens per step on each;"
+            f" {self.precision}, {self.optimizer}",
+            f"the busiest GPU receives {self.skew:.2f} times the mean number of tokens",
+        ]
 
 
 def fastest(plan: Plan, experts: Iterable[int] | None = None) -> Plan | None:
@@ -188,26 +184,3 @@ def _with_experts(plan: Plan, experts: Iterable[int] | None) -> Iterator[Plan]:
         has_experts, has_latents = n >= plan.n_active_experts, -(-plan.d_sae // n) * plan.n_active_experts >= plan.k
         if n % plan.n_ranks == 0 and has_experts and has_latents:
             yield replace(plan, n_experts=n)
-
-
-def smallest(plan: Plan, experts: Iterable[int] | None = None, most_ranks: int = 1 << 17) -> Plan:
-    """The plan with the fewest GPUs whose memory suffices, and with the fastest number of experts on those.
-
-    Up to a node, powers of two; beyond it, whole nodes.
-
-    Raises:
-        ValueError: If not even ``most_ranks`` suffice.
-    """
-    experts = None if experts is None else list(experts)
-    node = plan.hardware.gpus_per_node
-    alone = [2**i for i in range(node.bit_length()) if 2**i < node]
-    room = plan.hardware.memory - plan.reserved
-    # weights and moments alone
-    at_least = math.inf if room <= 0 else (4 + 2 * plan.bytes_per_moment) * 2 * plan.d_in * plan.d_sae / room
-    for n in [*alone, *range(node, most_ranks + 1, node)]:
-        if n >= at_least and (found := fastest(replace(plan, n_experts=n, n_ranks=n), experts)):
-            return found
-    raise ValueError(
-        f"d_sae must be smaller, or the GPUs larger: d_in={plan.d_in}, d_sae={plan.d_sae} needs more than"
-        f" {most_ranks:,} of {plan.hardware.name}"
-    )

@@ -18,7 +18,7 @@ from sae_lens_switch import (
     SwitchTrainingSAE,
     SwitchTrainingSAEConfig,
 )
-from sae_lens_switch.cost import Cost, Machine, Plan, describe, describe_plan
+from sae_lens_switch.cost import Cost, LatentPlan, Machine, Plan, describe, describe_plan
 from sae_lens_switch.planning.hardware import HARDWARE
 from sae_lens_switch.planning.step_cost import _MATRIX_PRODUCTS
 
@@ -190,9 +190,14 @@ def test_the_command_plans_a_cluster_and_refuses_what_does_not_fit():
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == describe_plan(Plan(HARDWARE["h100"], 768, 4194304, 32, 256, 16))
     assert "4,194,304 latents of 768 numbers in 256 experts of 16,384, 1 active, k 32" in done.stdout
+    done = run_command(*wide, "--n-ranks", "16", "--architecture", "sparse_topk")
+    assert done.stdout.strip() == describe_plan(LatentPlan(HARDWARE["h100"], 768, 4194304, 32, 16))
+    assert "4,194,304 latents of 768 numbers, k 32" in done.stdout
     for arguments, message in (
         ((*wide, "--n-ranks", "1", "--reserved-gb", "60"), "n_ranks must be larger: 1 of h100 do not have the memory"),
-        ((*wide, "--architecture", "topk"), "architecture must be 'switch' with --plan; got 'topk'"),
+        ((*wide, "--architecture", "topk"), "architecture must be 'switch' or 'sparse_topk' with --plan; got 'topk'"),
+        ((*wide, "--architecture", "sparse_topk", "--n-experts", "8"), "n_experts must be 1 unless architecture is"),
+        ((*wide, "--architecture", "sparse_topk", "--n-active-experts", "2"), "n_active_experts must be 1 unless"),
         ((*wide, "--n-ranks", "16", "--n-experts", "24"), "n_ranks must divide n_experts=24; got 16"),
     ):
         refused = run_command(*arguments)

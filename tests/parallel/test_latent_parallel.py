@@ -9,6 +9,8 @@ from helpers.resumed import make_sae
 
 from sae_lens_switch import SparseSAETrainer, SparseTopKTrainingSAE
 from sae_lens_switch.parallel import LatentParallelSAETrainer
+from sae_lens_switch.planning.hardware import HARDWARE
+from sae_lens_switch.planning.latent_plan import LatentPlan
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
 # TopK chooses among nearly equal latents, so that rounding grows.
@@ -201,6 +203,9 @@ def test_what_a_step_sends_is_what_the_formula_says_at_any_width(n, aux, tmp_pat
                 "gradients of b_dec and losses": 2 * (n - 1) * 4 * (D + 2) // n,
                 "the norm of the gradients": 4 * (n - 1),
             }
+            if not aux:
+                plan = LatentPlan(HARDWARE["h100"], D, width, K, n, b)
+                assert rank["sent"] == {what: int(n_bytes) for what, n_bytes in plan.traffic.items()}
             assert rank["latents"] == 3 * (2 * D + 1) * width // n
 
 

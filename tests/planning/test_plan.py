@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
+from sae_lens_switch.planning.cluster_step import smallest
 from sae_lens_switch.planning.hardware import HARDWARE
-from sae_lens_switch.planning.plan import Plan, fastest, smallest
+from sae_lens_switch.planning.latent_plan import LatentPlan
+from sae_lens_switch.planning.plan import Plan, fastest
 from sae_lens_switch.planning.step_cost import Cost
 from sae_lens_switch.planning.traffic import received, skew, uneven_loads
 
@@ -120,6 +122,50 @@ def test_a_dictionary_too_large_for_every_cluster_is_refused():
         smallest(replace(PLAN, d_sae=10**11), most_ranks=64)
     with pytest.raises(ValueError, match="needs more than 8 of h100"):
         smallest(replace(PLAN, reserved=1e12), most_ranks=8)
+
+
+# Divided latents
+
+
+TOPK = LatentPlan(H100, d_in=768, d_sae=1 << 22, k=32, n_ranks=16)
+
+
+def test_divided_latents_of_one_gpu_are_the_cost_of_the_sae():
+    options = {"optimizer": "adam", "precision": "float32", "reserved": 0}
+    alone = LatentPlan(H100, 768, 24576, 32, tokens_per_rank=8192, **options)
+    cost = Cost("sparse_topk", 768, 24576, 32, batch=8192)
+    assert sum(alone.traffic.values()) == 0
+    assert alone.step_seconds == pytest.approx(cost.step_seconds(H100.at("float32")))
+    assert sum(alone.memory.values()) == sum(cost.memory.values())
+
+
+def test_all_gpus_encode_all_tokens_but_each_decodes_as_many_codes_as_its_own_have():
+    twice = replace(TOPK, n_ranks=32).seconds()
+    assert twice["encoder"] == pytest.approx(TOPK.seconds()["encoder"], rel=0.05)
+    assert twice["top-k"] == pytest.approx(TOPK.seconds()["top-k"])
+    assert twice["decoder"] == pytest.approx(TOPK.seconds()["decoder"])
+    wider = replace(TOPK, d_sae=1 << 24)
+    assert wider.traffic == TOPK.traffic
+    assert wider.seconds()["top-k"] == pytest.approx(4 * TOPK.seconds()["top-k"])
+    switch = fastest(Plan(H100, 768, 1 << 22, 32, n_experts=16, n_ranks=16))
+    assert switch is not None
+    assert switch.step_seconds < TOPK.step_seconds / 3
+
+
+def test_the_smallest_plan_of_divided_latents_fits_and_no_smaller_one_does():
+    found = smallest(replace(TOPK, d_sae=10_000_000))
+    assert found.fits
+    assert found.on(found.n_ranks // 2) is None
+    assert found.width * found.n_ranks >= 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"n_ranks": 0}, "n_ranks must be at least 1; got 0"), ({"k": 0}, "k must be a whole number, at least 1; got 0")],
+)
+def test_plans_of_divided_latents_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TOPK, **change)
 
 
 def test_uneven_routing():
