@@ -6,6 +6,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from sae_lens_switch.common.types import AnyTrainingSAE
+from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
+from sae_lens_switch.training.field_rules import OptimizerName
+
 T = TypeVar("T")
 # Kernels are compiled, and moments made, by the first steps; none of that can be captured.
 _STEPS_BEFORE = 3
@@ -57,3 +61,15 @@ class StepGraph(Generic[T]):
             output = self.step(x_BD)
         torch.cuda.current_stream().wait_stream(stream)
         return output
+
+
+def check_capturable(sae: AnyTrainingSAE, optimizer: OptimizerName) -> None:
+    """Raises ValueError for an SAE or an optimiser whose step waits for the device."""
+    sparse = sae if isinstance(sae, SparseTrainingSAE) else None
+    for name, fits in {
+        f"an SAE with sparse codes, not {sae.cfg.architecture()!r}": sparse is not None,
+        "optimizer='adam'": optimizer == "adam",
+        "aux_loss_coefficient=0": sparse is None or not sparse.needs_dead_mask,
+    }.items():
+        if not fits:
+            raise ValueError(f"cuda_graph must be False without {name}; got True")

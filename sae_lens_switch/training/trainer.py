@@ -32,7 +32,7 @@ from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 from sae_lens_switch.training.optim.selection import optimizer_for
 from sae_lens_switch.training.routing_monitor import RoutingMonitor
 from sae_lens_switch.training.skipped_steps import SkippedSteps, TrainingDivergedError
-from sae_lens_switch.training.step_graph import StepGraph
+from sae_lens_switch.training.step_graph import StepGraph, check_capturable
 
 # The host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
 _LOOK_EVERY = {"cpu": 1}
@@ -107,14 +107,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """What captures a step, and the numbers on the device that it reads. Raises ValueError if none can be."""
         if not self.cfg.cuda_graph:
             return None, {}
-        sparse = self._sparse_sae
-        for name, fits in {
-            f"an SAE with sparse codes, not {self.sae.cfg.architecture()!r}": sparse is not None,
-            "optimizer='adam'": self.cfg.optimizer == "adam",
-            "aux_loss_coefficient=0": sparse is None or not sparse.needs_dead_mask,
-        }.items():
-            if not fits:
-                raise ValueError(f"cuda_graph must be False without {name}; got True")
+        check_capturable(self.sae, self.cfg.optimizer)
         scalars = {name: torch.zeros((), device=self.cfg.device) for name in self._numbers()}
         return StepGraph(lambda x_BD: self._on_device(x_BD, None)), scalars
 
