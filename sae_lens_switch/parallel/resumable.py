@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -85,7 +84,7 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
     # The step
 
     @override
-    def _parts_of(self, batch: Tensor) -> Sequence[Tensor]:
+    def _parts_of(self, batch: Tensor) -> tuple[Tensor, ...]:
         """As many on every process, each with tokens of every process: all take part in each."""
         self._batches_of_parts = []
         sizes = [len(batch)]

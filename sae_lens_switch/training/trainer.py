@@ -1,6 +1,5 @@
 """SparseSAETrainer: what a training step does around forward and backward, and the loop that keeps a long run safe."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -230,7 +229,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.optimizer.zero_grad()
         return output
 
-    def _parts_of(self, batch: Tensor) -> Sequence[Tensor]:
+    def _parts_of(self, batch: Tensor) -> tuple[Tensor, ...]:
         """What of a batch is computed at a time."""
         return batch.chunk(self.cfg.gradient_accumulation_steps)
 
@@ -288,8 +287,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         facts: Metrics = {"step": self.n_training_steps}
         facts |= {name: torch.as_tensor(value).item() for name, value in output.losses.items()}
         if self.routing is not None:
-            E = len(self.routing.load_E)
-            facts["busiest expert"] = f"{E * float(self.routing.load_E.max()):.1f}x"
+            facts["busiest expert"] = f"{len(self.routing.load_E) * float(self.routing.load_E.max()):.1f}x"
             facts["dead experts"] = int(self.routing.dead_experts.sum())
         counts = {"dead latents": int(self.dead_neurons.sum()), "skipped": self.n_skipped_steps}
         return facts | {name: n for name, n in counts.items() if n}
