@@ -1,14 +1,14 @@
 """The parts of README.md and docs/experiments that are made from CSVs: see benchmarks/publish.py.
 
-The long runs, once their CSVs are in docs/experiments/long, stand for what they measured; what they have not measured
-comes from the short runs, whose CSVs are in docs/experiments. Every row says with how many tokens.
+The long runs, whose CSVs are in docs/experiments/long and /rest, stand for what they measured; what they
+have not measured comes from the short runs, whose CSVs are in docs/experiments. Every row says with how many tokens.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import short_runs.claims
@@ -18,8 +18,12 @@ from gains import against_tokens, efficiency, fits
 from tables import ablations, study
 
 SHORT = Path(__file__).parents[2] / "docs" / "experiments"
-LONG, STUDIED = SHORT / "long", SHORT / "study"
-_COMMANDS = {"default": "make experiments", "full": "python examples/experiments/run.py --full"}
+LONG, REST, STUDIED = SHORT / "long", SHORT / "rest", SHORT / "study"
+_COMMANDS = {
+    "default": "make experiments",
+    "full": "python examples/experiments/run.py --full",
+    "rest": "python examples/experiments/run.py --plan rest",
+}
 _SHORT_COMMAND = "[short runs](#the-short-runs)"
 # Topics of the long runs' claims, in the order of the table, with the claims of the short runs on the same.
 _TOPICS = {
@@ -44,9 +48,13 @@ _COLUMNS = {
 }
 
 
-def all_claims(long: Path = LONG, short: Path = SHORT) -> list[Row]:
+def all_claims(long: Path = LONG, short: Path = SHORT, rest: Path = REST) -> list[Row]:
     """By topic: of the long runs, or where they have nothing on it, of the short ones."""
     measured, earlier = _long_claims(long), _short_claims(short)
+    later = _finished(_long_claims(rest), rest)
+    # The first long runs had massive activations after the middle layer.
+    again = {row["topic"] for row in later} & {"middle layer"}
+    measured = [row for row in measured if row["topic"] not in again] + later
     known = {row["topic"] for row in measured}
     found = measured + [row for row in earlier if row["topic"] not in known]
     order = list(_TOPICS)
@@ -83,16 +91,29 @@ def headline() -> str:
     return table([row for row in all_claims() if row["topic"] in _HEADLINE], columns)
 
 
+def _finished(rows: list[Row], folder: Path) -> list[Row]:
+    """Those with all seeds: a run is published when only a part of it is over, too."""
+    if not rows:
+        return []
+    n = len(json.loads((folder / "run.json").read_text())["settings"]["seeds"])
+    return [row for row in rows if set(re.findall(r"\d+", str(row["seeds"]))) == {str(n)}]
+
+
 def _of_long_runs(rows: list[Row]) -> str:
     return table(rows) if rows else "Not measured yet."
+
+
+def _of_both(made: Callable[[list[Row], list[Row]], list[Row]]) -> str:
+    rows = [made(read(folder / "results.csv"), read(folder / "curves.csv")) for folder in (LONG, REST)]
+    return _of_long_runs(rows[0] + _finished(rows[1], REST))
 
 
 BLOCKS = {
     "experiments-claims": lambda: table(all_claims(), _COLUMNS),
     "experiments-headline": headline,
-    "experiments-tokens": lambda: _of_long_runs(against_tokens(read(LONG / "results.csv"))),
-    "experiments-fits": lambda: _of_long_runs(fits(read(LONG / "results.csv"))),
+    "experiments-tokens": lambda: _of_both(against_tokens),
+    "experiments-fits": lambda: _of_both(fits),
     "experiments-ablations": lambda: _of_long_runs(ablations(read(STUDIED / "results.csv"), [])),
     "experiments-study": lambda: _of_long_runs(study(read(STUDIED / "results.csv"), read(STUDIED / "curves.csv"))),
-    "experiments-efficiency": lambda: _of_long_runs(efficiency(read(LONG / "results.csv"), read(LONG / "curves.csv"))),
+    "experiments-efficiency": lambda: _of_both(efficiency),
 }

@@ -18,7 +18,7 @@ ABLATION = "ablation: "
 # What an ablation changes, and the experiments that compare.
 _CHANGED = (
     *("load_balance_coefficient", "load_balance_warm_up", "router_lr", "router_start_std", "lr_warm_up"),
-    *("aux_loss_coefficient", "start", "batch"),
+    *("aux_loss_coefficient", "start", "batch", "lr"),
     *("n_experts", "n_active_experts", "n_shared_experts", "gate", "load_balancing"),
     *("router_z_loss_coefficient", "expert_overlap_coefficient"),
 )
@@ -126,17 +126,25 @@ def changes(rows: list[Row], prefix: str) -> Iterator[tuple[str, Row, list[Row],
     for (experiment,), mine in grouped([r for r in rows if r["experiment"].startswith(prefix)], "experiment").items():
         by_value = grouped([{n: getattr(Cell, n) for n in _CHANGED} | r for r in mine], *_CHANGED)
         n_experts = SPLIT_EXPERTS if experiment.endswith("split") else EXPERTS
-        changed = {key: _differences(key, n_experts if prefix == STUDY else None) for key in by_value}
+        usual = {"lr": _swept_lr(rows, mine[0])} | ({"n_experts": n_experts} if prefix == STUDY else {})
+        changed = {key: _differences(key, usual) for key in by_value}
         plain = next((same for key, same in by_value.items() if not changed[key]), None)
         for key in sorted(by_value, key=lambda key: bool(changed[key])) if plain else ():
             yield experiment, changed[key], by_value[key], plain or []
 
 
-def _differences(key: tuple[Any, ...], n_experts: int | None) -> Row:
-    """From a cell's defaults and this number of experts; None: any."""
-    defaults = {n: getattr(Cell, n) for n in _CHANGED} | {"n_experts": n_experts}
+def _swept_lr(rows: list[Row], one: Row) -> float:
+    """The best learning rate of this SAE's sweep."""
+    shape = "architecture", "n_experts", "d_sae"
+    swept = [r for r in rows if r["experiment"] == SWEEP and all(r[n] == one[n] for n in shape)]
+    return min(swept, key=lambda r: r["fvu"])["lr"] if swept else one["lr"]
+
+
+def _differences(key: tuple[Any, ...], usual: Row) -> Row:
+    """From a cell's defaults, but for what is usual here; without any, the number of experts is not a change."""
+    defaults = {n: getattr(Cell, n) for n in _CHANGED} | usual
     found = {n: v for n, v in zip(_CHANGED, key, strict=True) if v != defaults[n]}
-    return {n: v for n, v in found.items() if n != "n_experts" or n_experts is not None}
+    return {n: v for n, v in found.items() if n != "n_experts" or n in usual}
 
 
 def said(changed: Row) -> str:

@@ -275,11 +275,12 @@ def test_claims_stand_beside_the_authors_with_their_tokens(rows):
 
 
 def test_what_the_long_runs_have_measured_takes_the_place_of_the_short_runs(rows, tmp_path):
-    before = published.all_claims(tmp_path / "none")
+    none = tmp_path / "none"
+    before = published.all_claims(none, rest=none)
     assert {r["tokens"] for r in before} == {"100,000", "4 x 100,000"}
     csv_rows.write_csv(tmp_path / "results.csv", rows)
     (tmp_path / "run.json").write_text('{"plan": "default"}')
-    after = published.all_claims(tmp_path)
+    after = published.all_claims(tmp_path, rest=none)
     by_topic = {
         t: {r["command"] for r in after if r["topic"] == t} for t in ("error", "CE loss", "gate", "fixed width")
     }
@@ -290,6 +291,15 @@ def test_what_the_long_runs_have_measured_takes_the_place_of_the_short_runs(rows
     ]
 
 
+def test_of_runs_that_are_not_over_what_has_all_seeds_is_published(rows, tmp_path):
+    some = [r for r in rows if r["n_experts"] != 4 or r["seed"] < 2]
+    csv_rows.write_csv(tmp_path / "results.csv", some)
+    (tmp_path / "run.json").write_text('{"plan": "rest", "settings": {"seeds": [0, 1, 2]}}')
+    found = [r for r in published.all_claims(tmp_path / "none", rest=tmp_path) if "--plan rest" in r["command"]]
+    assert {r["claim"].split(" experts")[0] for r in found} == {"matched FLOPs, k 32: 2"}
+    assert {r["topic"] for r in found} >= {"error", "CE loss", "dead latents"}
+
+
 def test_ablations_are_set_beside_the_defaults_of_the_same_seeds():
     plain = [measured(experiment="ablation: AuxK", seed=s, mse=1.0 + s / 100) for s in (0, 1)]
     other = [measured(experiment="ablation: AuxK", seed=s, mse=0.8, aux_loss_coefficient=0.25) for s in (0, 1)]
@@ -298,6 +308,16 @@ def test_ablations_are_set_beside_the_defaults_of_the_same_seeds():
     assert row["change of the error"].startswith("-20.4%")
     assert tables.ablations(other, []) == []  # nothing to set them beside
     assert drawings.settings(other, []) is None
+
+
+def test_learning_rates_are_set_beside_the_one_that_the_sweep_found():
+    plain = [measured(experiment="ablation: learning rate", seed=s, mse=1.0, lr=2e-3) for s in (0, 1)]
+    other = [measured(experiment="ablation: learning rate", seed=s, mse=0.9, lr=1e-3) for s in (0, 1)]
+    one = plain[0]
+    found_by = swept(one["architecture"], one["n_experts"], {1e-3: 0.3, 2e-3: 0.2}, one["d_sae"])
+    (row,) = tables.ablations(other + plain + found_by, [])
+    assert (row["value"], row["smaller error"]) == ("lr 0.001", "holds")
+    assert row["change of the error"].startswith("-10.0%")
 
 
 def test_the_figure_of_settings_shows_each_change_by_seed():
