@@ -71,6 +71,24 @@ def test_rows_of_processes_divide_each_part(n_active, tmp_path):
     compare(4, tmp_path, 8, {"n_active_experts": n_active}, expert_parallel=2)
 
 
+@pytest.mark.parametrize("n_active", [1, 2])
+def test_each_part_counts_by_the_tokens_of_all_processes(n_active, tmp_path):
+    """Of processes with different numbers of tokens; without a load balance nothing depends on the parts."""
+    start = {"bias_start": "zeros", "router_start_std": None}  # not from the first part
+    sae = {"n_active_experts": n_active, "load_balance_coefficient": 0.0, **start}
+
+    def uneven() -> Iterator[torch.Tensor]:
+        rank = torch.distributed.get_rank()
+        return (batch[21:] if rank else batch[:21] for batch in cycle(tokens().split(BATCH)))
+
+    expected = alone(12, sae, source=cycle(tokens().split(BATCH)))
+    for found in together(2, tmp_path, 12, sae, source=uneven, gradient_accumulation_steps=PARTS):
+        for rows in (found["rows"], expected["rows"]):
+            for row in rows:
+                row.pop("routing/load_balance", None)
+        assert_same_run(found, expected)
+
+
 def idle(n_idle: int):
     """Experts without tokens, so that a process has parts without any."""
     sae = make_sae()
