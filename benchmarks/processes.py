@@ -3,9 +3,8 @@
     python benchmarks/processes.py        # some minutes on two CPU cores
 
 Each process computes with one thread and owns an equal part of the experts of a Switch SAE, or of the latents of a TopK
-SAE. The plan is given the speeds that a process
-measures while all others measure too, of its processor and of messages between them, and how uneven the load was. Where
-processes outnumber cores, these speeds say so.
+SAE. The plan is given the speeds that a process measures while all others measure too, of its processor and of messages
+between them, and how uneven the load was. Where processes outnumber cores, these speeds say so.
 """
 
 from __future__ import annotations

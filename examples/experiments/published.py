@@ -1,7 +1,7 @@
 """The parts of README.md and docs/experiments that are made from CSVs: see benchmarks/publish.py.
 
-The long runs, whose CSVs are in docs/experiments/long and /rest, stand for what they measured; what they
-have not measured comes from the short runs, whose CSVs are in docs/experiments. Every row says with how many tokens.
+The long runs, whose CSVs are in docs/experiments/long and /rest, stand for what they measured; what they have not
+measured comes from the short runs, whose CSVs are in docs/experiments. Every row says with how many tokens.
 """
 
 from __future__ import annotations

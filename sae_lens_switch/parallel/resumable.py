@@ -91,7 +91,7 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
         if self.cfg.gradient_accumulation_steps > 1:
             sizes = self.ranks.gather_objects(len(batch))
         self._n_tokens = sum(sizes)
-        return batch.tensor_split(min(self.cfg.gradient_accumulation_steps, *sizes))
+        return batch.tensor_split(max(1, min(self.cfg.gradient_accumulation_steps, *sizes)))
 
     @override
     def _share_of(self, part: Tensor, batch: Tensor) -> float:
