@@ -54,6 +54,10 @@ _LATENTS = _Division(
 )
 
 
+# Their choice is over the batch of all processes, also where each has all latents.
+_OVER_BATCH = ("sparse_batchtopk", "sparse_batchtopk_transcoder")
+
+
 class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
     """As ``LanguageModelSAETrainingRunner``, one for each process that torchrun has started.
 
@@ -186,4 +190,4 @@ def _division_of(cfg: LanguageModelSAERunnerConfig[Any]) -> _Division | None:
             )
     if architecture in _EXPERTS.shard_classes:
         return _EXPERTS
-    return _LATENTS if cfg.latent_parallel > 1 else None
+    return _LATENTS if cfg.latent_parallel > 1 or architecture in _OVER_BATCH else None

@@ -42,8 +42,9 @@ def test_two_processes_train_what_one_does_with_dead_latents_and_a_threshold(opt
 
 
 @OPTIMIZERS
-def test_rows_of_processes_that_divide_the_data_choose_from_one_batch(optimizer, tmp_path):
-    compare(4, tmp_path, 15, optimizer=optimizer, latent_parallel=2, max_grad_norm=0.2)
+@pytest.mark.parametrize(("n", "latent_parallel"), [(4, 2), (2, 1)])
+def test_processes_that_divide_the_data_choose_from_one_batch(n, latent_parallel, optimizer, tmp_path):
+    compare(n, tmp_path, 15, optimizer=optimizer, latent_parallel=latent_parallel, max_grad_norm=0.2)
 
 
 @pytest.mark.parametrize(("first", "end"), [(0, F // 2), (F // 2, F)], ids=["the first's", "the second's"])

@@ -13,10 +13,12 @@ from helpers import E, K, activations
 from helpers.command_line import SWITCH, arguments
 from helpers.processes import PATIENCE, on_processes
 from sae_lens import SAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file
 
 from sae_lens_switch import SwitchSAE
+from sae_lens_switch.parallel import LatentParallelSAETrainer
 from sae_lens_switch.parallel import runner as runner_module
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
 from sae_lens_switch.train import main
@@ -55,6 +57,30 @@ def test_any_other_sae_is_trained_by_several_that_divide_the_data(tmp_path, mode
     argv = ["--architecture", "topk", "--d-in", "12", "--d-sae", "40", "-k", "3", *arguments(tmp_path)]
     assert run(argv, model, dataset, 2, tmp_path) == [0, 0]
     assert isinstance(SAE.load_from_disk(tmp_path / "output"), TopKSAE)
+
+
+def test_a_batchtopk_sae_is_trained_on_the_batch_of_all_processes(tmp_path, model, dataset):
+    argv = ["--architecture", "batchtopk", "--d-in", "12", "--d-sae", "40", "-k", "3", *arguments(tmp_path)]
+    sent = []
+
+    def command() -> set[str]:
+        os.environ["RANK"] = str(torch.distributed.get_rank())
+        os.environ["WORLD_SIZE"] = "2"
+        fit = LatentParallelSAETrainer.fit
+
+        def watched(trainer):
+            trained = fit(trainer)
+            sent.extend(what for what, n_bytes in trainer.ranks.bytes_sent.items() if n_bytes)
+            return trained
+
+        LatentParallelSAETrainer.fit = watched
+        assert main(argv, override_model=model, override_dataset=dataset) == 0
+        return set(sent)
+
+    for found in on_processes(2, command, tmp_path):
+        assert found >= {"candidates", "the least active latent"}
+        assert "tokens" not in found  # which stay where they are
+    assert isinstance(SAE.load_from_disk(tmp_path / "output"), JumpReLUSAE)
 
 
 def test_each_process_reads_its_own_part_of_the_dataset(tmp_path, model, dataset, monkeypatch):
