@@ -88,7 +88,7 @@ def part_metadata(offsets: Mapping[str, list[int]]) -> dict[str, str]:
 def consolidate_safetensors(folder: Path, output: Path, number_of: Mapping[str, int]) -> list[Path]:
     """Safetensors files with whole tensors, from the parts that torch.distributed.checkpoint has written.
 
-    torch does this in public only while it writes the parts. Memory: one part of one tensor.
+    torch does this in public only while it writes the parts. Memory: one whole tensor, and one part of it.
 
     Args:
         folder: Of the parts.

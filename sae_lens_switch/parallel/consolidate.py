@@ -29,7 +29,7 @@ def consolidate(
 ) -> Path:
     """Make the SAE of a parallel run's checkpoint an ordinary one, which loads without this package's ``parallel``.
 
-    One process's part is in memory at a time.
+    One weight matrix, half of the SAE, is in memory at a time, and one process's part.
 
     Args:
         checkpoint: A folder that a parallel run has written; its files are verified first.
@@ -119,7 +119,7 @@ def _part(file: Path) -> tuple[StateDict, dict[str, list[int]]]:
 def write_whole(
     weights: Path, folder: Path, cfg: Json, *, for_training: bool, max_file_bytes: float | None = None
 ) -> tuple[Path, Path]:
-    """The files of an ordinary SAE, from its weights by many processes, one process's part at a time in memory.
+    """The files of an ordinary SAE, from its weights by many processes, one whole tensor at a time in memory.
 
     Returns:
         The weights, or their index if there are several files, and the config.

@@ -129,7 +129,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def save_final_sae(self, sae: AnyTrainingSAE, output_path: str, log_feature_sparsity: Tensor | None = None) -> None:
-        """The whole SAE in the ordinary format, one process's part at a time in memory."""
+        """The whole SAE in the ordinary format; the first process has one weight matrix of it in memory at a time."""
         if not isinstance(sae, Shard):
             if self.ranks.is_first:
                 super().save_final_sae(sae, output_path, log_feature_sparsity)
