@@ -1,5 +1,6 @@
 """Small runs on one process and on several, to be held against each other."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from helpers.processes import on_processes
 from helpers.resumed import make_sae
 from sae_lens_switch import SparseSAETrainer, SparseSAETrainerConfig
 from sae_lens_switch.parallel import LatentParallelSAETrainer, ParallelSparseSAETrainer
+from sae_lens_switch.train import main
 
 BATCH = 64
 
@@ -104,6 +106,22 @@ def go_on_together(
         return result(trainer, trainer.sae.gathered())
 
     return on_processes(n, run, folder.parent)
+
+
+def command_together(n: int, folder: Path, argv: list[str], model: Any, dataset: Any) -> list[int]:
+    """Exit codes of the train command on ``n`` processes that torchrun has started."""
+
+    def command() -> int:
+        as_by_torchrun()
+        return main(argv, override_model=model, override_dataset=dataset)
+
+    return on_processes(n, command, folder)
+
+
+def as_by_torchrun() -> None:
+    """Give this process the environment that torchrun gives."""
+    os.environ["RANK"] = str(torch.distributed.get_rank())
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
 
 
 latents_together = partial(together, trainer_class=LatentParallelSAETrainer, divided_by="latent_parallel")

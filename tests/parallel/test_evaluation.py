@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import HOOK, D, F
 from helpers.command_line import SWITCH, arguments
-from helpers.parallel_runs import config, shared_bits, tokens
+from helpers.parallel_runs import as_by_torchrun, config, shared_bits, tokens
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
 from helpers.wandb_runs import history, offline, written
@@ -120,8 +120,7 @@ def test_the_command_logs_the_language_models_losses(sae, tmp_path, model, datas
     argv = [*sae, *arguments(tmp_path)[:-2], *logging]
 
     def command() -> int:
-        os.environ["RANK"] = str(torch.distributed.get_rank())
-        os.environ["WORLD_SIZE"] = "2"
+        as_by_torchrun()
         folder = tmp_path / f"wandb-{os.environ['RANK']}"
         folder.mkdir()
         with offline(folder):

@@ -1,13 +1,12 @@
 """Checkpoints of divided latents: any number of processes resumes, and one command makes a plain topk SAE."""
 
 import json
-import os
 
 import pytest
 import torch
 from helpers import D, F, K
 from helpers.command_line import arguments, refusal
-from helpers.parallel_runs import BATCH, alone, assert_same_run, config, go_on_together, tokens
+from helpers.parallel_runs import BATCH, alone, assert_same_run, command_together, config, go_on_together, tokens
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
 from sae_lens import SAE, TrainingSAE
@@ -132,18 +131,9 @@ def test_checkpoints_of_undivided_latents_and_of_divided_ones_are_not_confused(t
 # The command
 
 
-def run_command(argv: list[str], model, dataset, n: int, tmp_path) -> list[int]:
-    def command() -> int:
-        os.environ["RANK"] = str(torch.distributed.get_rank())
-        os.environ["WORLD_SIZE"] = str(n)
-        return train(argv, override_model=model, override_dataset=dataset)
-
-    return on_processes(n, command, tmp_path)
-
-
 def test_a_topk_sae_is_trained_by_several_resumed_by_others_and_saved_as_an_ordinary_one(tmp_path, model, dataset):
     argv = [*TOPK, *arguments(tmp_path, n_checkpoints=1)]
-    assert run_command([*argv, "--latent-parallel", "2"], model, dataset, 2, tmp_path) == [0, 0]
+    assert command_together(2, tmp_path, [*argv, "--latent-parallel", "2"], model, dataset) == [0, 0]
     sae = SAE.load_from_disk(tmp_path / "output")
     assert isinstance(sae, TopKSAE)
     assert (sae.cfg.d_sae, sae.cfg.k, sae.cfg.metadata.model_name) == (F, K, "tiny")
@@ -152,7 +142,7 @@ def test_a_topk_sae_is_trained_by_several_resumed_by_others_and_saved_as_an_ordi
     assert [row["details/n_training_samples"] for row in rows] == [64 * (i + 1) for i in range(6)]
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*/checkpoint.json")
     argv += ["--latent-parallel", "4", "--resume", str(checkpoint.parent)]
-    assert run_command(argv, model, dataset, 4, tmp_path) == [0] * 4
+    assert command_together(4, tmp_path, argv, model, dataset) == [0] * 4
     rows = [json.loads(line) for line in (tmp_path / "output" / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import E, K, activations
 from helpers.command_line import SWITCH, arguments
+from helpers.parallel_runs import as_by_torchrun, command_together
 from helpers.processes import PATIENCE, on_processes
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
@@ -26,19 +27,10 @@ from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.trainer import SparseSAETrainer
 
 
-def run(argv: list[str], model, dataset, n: int, tmp_path) -> list[int]:
-    def command() -> int:
-        os.environ["RANK"] = str(torch.distributed.get_rank())
-        os.environ["WORLD_SIZE"] = str(n)
-        return main(argv, override_model=model, override_dataset=dataset)
-
-    return on_processes(n, command, tmp_path)
-
-
 @pytest.mark.parametrize(("n", "expert_parallel"), [(2, 2), (4, 2)])
 def test_a_switch_sae_is_trained_by_several_and_saved_as_an_ordinary_one(n, expert_parallel, tmp_path, model, dataset):
     argv = [*SWITCH, *arguments(tmp_path, n_checkpoints=1), "--expert-parallel", str(expert_parallel)]
-    assert run(argv, model, dataset, n, tmp_path) == [0] * n
+    assert command_together(n, tmp_path, argv, model, dataset) == [0] * n
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*/checkpoint.json")
     checkpoints.verify(checkpoint.parent)
     sae = SAE.load_from_disk(tmp_path / "output")
@@ -55,7 +47,7 @@ def test_a_switch_sae_is_trained_by_several_and_saved_as_an_ordinary_one(n, expe
 
 def test_any_other_sae_is_trained_by_several_that_divide_the_data(tmp_path, model, dataset):
     argv = ["--architecture", "topk", "--d-in", "12", "--d-sae", "40", "-k", "3", *arguments(tmp_path)]
-    assert run(argv, model, dataset, 2, tmp_path) == [0, 0]
+    assert command_together(2, tmp_path, argv, model, dataset) == [0, 0]
     assert isinstance(SAE.load_from_disk(tmp_path / "output"), TopKSAE)
 
 
@@ -64,8 +56,7 @@ def test_a_batchtopk_sae_is_trained_on_the_batch_of_all_processes(tmp_path, mode
     sent = []
 
     def command() -> set[str]:
-        os.environ["RANK"] = str(torch.distributed.get_rank())
-        os.environ["WORLD_SIZE"] = "2"
+        as_by_torchrun()
         fit = LatentParallelSAETrainer.fit
 
         def watched(trainer):
@@ -93,7 +84,7 @@ def test_each_process_reads_its_own_part_of_the_dataset(tmp_path, model, dataset
         return forward(self, x_BD, *rest)
 
     monkeypatch.setattr(ParallelSparseSAETrainer, "_forward", noting)
-    run([*SWITCH, *arguments(tmp_path), "--expert-parallel", "2"], model, dataset, 2, tmp_path)
+    command_together(2, tmp_path, [*SWITCH, *arguments(tmp_path), "--expert-parallel", "2"], model, dataset)
     first, second = (torch.load(tmp_path / f"seen-{rank}.pt") for rank in range(2))
     assert len(first) == len(second) == 6 * 32
     assert (torch.cdist(first, second) < 1e-4).any(dim=1).float().mean() < 0.5
@@ -110,17 +101,17 @@ def test_a_run_that_is_interrupted_on_one_process_resumes_on_both(tmp_path, mode
     argv = [*SWITCH, *arguments(tmp_path), "--expert-parallel", "2"]
     with monkeypatch.context() as patched:
         patched.setattr(SparseSAETrainer, "_train_step", interrupting)
-        assert run(argv, model, dataset, 2, tmp_path) == [130, 130]
+        assert command_together(2, tmp_path, argv, model, dataset) == [130, 130]
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*/checkpoint.json")
     assert json.loads(checkpoint.read_text())["n_training_samples"] == 4 * 64
-    assert run([*argv, "--resume", "latest"], model, dataset, 2, tmp_path) == [0, 0]
+    assert command_together(2, tmp_path, [*argv, "--resume", "latest"], model, dataset) == [0, 0]
     rows = [json.loads(line) for line in (tmp_path / "output" / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7))
 
 
 def test_a_run_resumes_on_another_number_of_processes_beyond_what_was_read(tmp_path, model, dataset, monkeypatch):
     argv = [*SWITCH, *arguments(tmp_path, n_checkpoints=1)]
-    assert run([*argv, "--expert-parallel", "4"], model, dataset, 4, tmp_path) == [0] * 4
+    assert command_together(4, tmp_path, [*argv, "--expert-parallel", "4"], model, dataset) == [0] * 4
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*/checkpoint.json")
     read = [
         int(load_file(file)["n_dataset_processed"])
@@ -134,7 +125,7 @@ def test_a_run_resumes_on_another_number_of_processes_beyond_what_was_read(tmp_p
 
     monkeypatch.setattr(runner_module, "return_to_place", noting)
     argv += ["--expert-parallel", "2", "--resume", str(checkpoint.parent)]
-    assert run(argv, model, dataset, 2, tmp_path) == [0, 0]
+    assert command_together(2, tmp_path, argv, model, dataset) == [0, 0]
     assert len(read) == 4
     assert [torch.load(tmp_path / f"place-{rank}.pt") for rank in range(2)] == [sum(read) // 2] * 2
 

@@ -1,6 +1,5 @@
 """Transcoders with their data, experts or latents divided over processes: as on one."""
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +7,17 @@ import pytest
 import torch
 from helpers import activations
 from helpers.command_line import arguments
-from helpers.parallel_runs import BATCH, alone, assert_same_run, config, go_on_together, result, shared_bits, together
+from helpers.parallel_runs import (
+    BATCH,
+    alone,
+    assert_same_run,
+    command_together,
+    config,
+    go_on_together,
+    result,
+    shared_bits,
+    together,
+)
 from helpers.processes import on_processes
 from helpers.transcoders import E, F, K, fresh_transcoder
 from sae_lens import SAE, TrainingSAE
@@ -18,7 +27,6 @@ from sae_lens_switch.parallel import DataParallelSAETrainer, LatentParallelSAETr
 from sae_lens_switch.parallel.__main__ import main
 from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.parallel.shard_classes import expert_shard_class
-from sae_lens_switch.train import main as train
 
 D, D_OUT = 12, 7
 EXPERTS = "switch_transcoder"
@@ -155,12 +163,7 @@ def test_the_command_trains_one_on_two_hooks(flag, tmp_path, model, dataset):
     argv += ["--n-experts", str(E)] if kind == EXPERTS else []
     argv += [flag, "2"] if flag else []
 
-    def command() -> int:
-        os.environ["RANK"] = str(torch.distributed.get_rank())
-        os.environ["WORLD_SIZE"] = "2"
-        return train(argv, override_model=model, override_dataset=dataset)
-
-    assert on_processes(2, command, tmp_path) == [0, 0]
+    assert command_together(2, tmp_path, argv, model, dataset) == [0, 0]
     sae = SAE.load_from_disk(tmp_path / "output")
     assert sae.cfg.metadata.hook_name_out == "blocks.1.mlp.hook_post"
     assert sae.W_dec.shape == (F, 24)

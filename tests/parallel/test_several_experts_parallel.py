@@ -1,12 +1,20 @@
 """Several active experts, and either way to balance them, with the experts divided over processes: as on one."""
 
-import os
-
 import pytest
 import torch
 from helpers import D, E, F, K
 from helpers.command_line import SWITCH, arguments
-from helpers.parallel_runs import BATCH, alone, assert_same_run, config, go_on_together, shared_bits, together, tokens
+from helpers.parallel_runs import (
+    BATCH,
+    alone,
+    assert_same_run,
+    command_together,
+    config,
+    go_on_together,
+    shared_bits,
+    together,
+    tokens,
+)
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
 from sae_lens import SAE
@@ -19,7 +27,6 @@ from sae_lens_switch.parallel.pairs import among_best
 from sae_lens_switch.parallel.shard_classes import expert_shard_class
 from sae_lens_switch.planning.hardware import HARDWARE
 from sae_lens_switch.planning.plan import Plan
-from sae_lens_switch.train import main
 
 TWO = {"n_active_experts": 2}
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
@@ -225,12 +232,7 @@ def test_a_run_resumed_on_one_two_and_four_processes_ends_like_one_without_a_sto
 def test_the_command_leaves_an_ordinary_sae(tmp_path, model, dataset):
     argv = [*SWITCH, *arguments(tmp_path), "--n-active-experts", "2", "--expert-parallel", "2"]
 
-    def command() -> int:
-        os.environ["RANK"] = str(torch.distributed.get_rank())
-        os.environ["WORLD_SIZE"] = "2"
-        return main(argv, override_model=model, override_dataset=dataset)
-
-    assert on_processes(2, command, tmp_path) == [0, 0]
+    assert command_together(2, tmp_path, argv, model, dataset) == [0, 0]
     sae = SAE.load_from_disk(tmp_path / "output")
     assert (sae.cfg.n_active_experts, sae.cfg.n_experts, sae.cfg.k) == (2, E, K)
     assert len(sae.W_dec) == sae.cfg.d_sae
