@@ -81,10 +81,18 @@ def compared(args: argparse.Namespace, n: int, found: list[dict[str, Any]]) -> d
         "this machine", 1e12, {"float32": machine.flops}, machine, gpus_per_node=n, link=link, latency=latency
     )
     shape = hardware, args.d_in, args.d_sae, args.k
+    options = {
+        "n_ranks": n,
+        "tokens_per_rank": args.tokens,
+        "optimizer": "adam",
+        "precision": "float32",
+        "reserved": 0.0,
+    }
     if args.architecture == "switch":
-        plan = Plan(*shape, args.n_experts, n, args.tokens, args.n_active_experts, "adam", "float32", 0.0, spread)
+        of_experts = {"n_active_experts": args.n_active_experts, "load_spread": spread}
+        plan = Plan(*shape, args.n_experts, **of_experts, **options)
     else:
-        plan = LatentPlan(*shape, n, args.tokens, "adam", "float32", 0.0)
+        plan = LatentPlan(*shape, **options)
     return {
         "architecture": args.architecture,
         "processes": n,

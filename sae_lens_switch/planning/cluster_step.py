@@ -6,25 +6,41 @@ Letters beside the package's: N ranks.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
 from typing import Self, TypeVar
 
 from sae_lens_switch.planning.hardware import Hardware, Precision
 from sae_lens_switch.planning.step_cost import OptimizerName
 
 
+@dataclass(frozen=True)
 class ClusterStep(ABC):
-    """Memory, traffic and time of a step, predicted by formula."""
+    """Memory, traffic and time of a step, predicted by formula.
+
+    Args:
+        hardware: The cluster.
+        d_in: Width of the activations.
+        d_sae: Number of latents; rounded up to what can be divided.
+        k: Active latents per token.
+        n_ranks: GPUs.
+        tokens_per_rank: Tokens per step and rank.
+        optimizer: "adam" or "row_sparse_adam".
+        precision: Of the matrix products. Weights are float32.
+        reserved: Bytes per GPU that the language model and the activations take.
+        bytes_per_moment: 4 for moments in float32, 2 for bfloat16.
+    """
 
     hardware: Hardware
     d_in: int
     d_sae: int
     k: int
-    n_ranks: int
-    tokens_per_rank: int
-    optimizer: OptimizerName
-    precision: Precision
-    reserved: float
-    bytes_per_moment: int
+    _: KW_ONLY
+    n_ranks: int = 1
+    tokens_per_rank: int = 4096
+    optimizer: OptimizerName = "row_sparse_adam"
+    precision: Precision = "bfloat16"
+    reserved: float = 16e9
+    bytes_per_moment: int = 4
 
     @property
     @abstractmethod

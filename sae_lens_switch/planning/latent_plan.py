@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from typing_extensions import override
 
 from sae_lens_switch.planning.cluster_step import ClusterStep
-from sae_lens_switch.planning.hardware import Hardware, Precision
-from sae_lens_switch.planning.step_cost import Cost, OptimizerName
+from sae_lens_switch.planning.step_cost import Cost
 
 _COLLECTIVES = 7  # per step: sizes, tokens, candidates, borders, parts, their gradient, sums and the norm
 # Passes over the [N b, D] tensors that are exchanged: gathered, decoded into, summed, and their gradient.
@@ -25,32 +24,9 @@ _EXCHANGE_PASSES = 10
 class LatentPlan(ClusterStep):
     """A TopK SAE, ``sparse_topk``, on ``n_ranks`` GPUs.
 
-    Args:
-        hardware: The cluster.
-        d_in: Width of the activations.
-        d_sae: Number of latents; rounded up to a multiple of the number of GPUs.
-        k: Active latents per token.
-        n_ranks: GPUs.
-        tokens_per_rank: Tokens per step and rank.
-        optimizer: "adam" or "row_sparse_adam".
-        precision: Of the matrix products. Weights are float32.
-        reserved: Bytes per GPU that the language model and the activations take.
-        bytes_per_moment: 4 for moments in float32, 2 for bfloat16.
-
     Raises:
         ValueError: If there is no SAE of this shape.
     """
-
-    hardware: Hardware
-    d_in: int
-    d_sae: int
-    k: int
-    n_ranks: int = 1
-    tokens_per_rank: int = 4096
-    optimizer: OptimizerName = "row_sparse_adam"
-    precision: Precision = "bfloat16"
-    reserved: float = 16e9
-    bytes_per_moment: int = 4
 
     def __post_init__(self) -> None:
         if self.n_ranks < 1:

@@ -10,13 +10,12 @@ Letters beside the package's: N ranks.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from typing_extensions import override
 
 from sae_lens_switch.planning.cluster_step import ClusterStep
-from sae_lens_switch.planning.hardware import Hardware, Precision
-from sae_lens_switch.planning.step_cost import Cost, OptimizerName
+from sae_lens_switch.planning.step_cost import Cost
 from sae_lens_switch.planning.traffic import skew
 
 _COLLECTIVES = 6  # per step: facts of the batch, counts, tokens, the router's gradient and losses, the norm
@@ -30,37 +29,18 @@ class Plan(ClusterStep):
     """A Switch SAE on ``n_ranks`` GPUs.
 
     Args:
-        hardware: The cluster.
-        d_in: Width of the activations.
-        d_sae: Number of latents; rounded up to a multiple of the number of experts.
-        k: Active latents per token.
         n_experts: Experts in all.
-        n_ranks: GPUs.
-        tokens_per_rank: Tokens per step and rank.
         n_active_experts: Experts per token.
-        optimizer: "adam" or "row_sparse_adam".
-        precision: Of the matrix products. Weights are float32.
-        bytes_per_moment: 4 for moments in float32, 2 for bfloat16.
-        reserved: Bytes per GPU that the language model and the activations take.
         load_spread: Standard deviation of the logarithm of the experts' loads.
 
     Raises:
         ValueError: If the experts cannot be divided among the ranks, or there is no SAE of this shape.
     """
 
-    hardware: Hardware
-    d_in: int
-    d_sae: int
-    k: int
     n_experts: int
-    n_ranks: int = 1
-    tokens_per_rank: int = 4096
+    _: KW_ONLY
     n_active_experts: int = 1
-    optimizer: OptimizerName = "row_sparse_adam"
-    precision: Precision = "bfloat16"
-    reserved: float = 16e9
     load_spread: float = 0.0
-    bytes_per_moment: int = 4
 
     def __post_init__(self) -> None:
         if self.n_ranks < 1 or self.n_experts % self.n_ranks:

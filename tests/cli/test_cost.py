@@ -188,10 +188,10 @@ def test_the_command_plans_a_cluster_and_refuses_what_does_not_fit():
     wide = ("--plan", "--d-in", "768", "--d-sae", "4194304")
     done = run_command(*wide, "--n-ranks", "16", "--n-experts", "256", "--load-spread", "0")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == describe_plan(Plan(HARDWARE["h100"], 768, 4194304, 32, 256, 16))
+    assert done.stdout.strip() == describe_plan(Plan(HARDWARE["h100"], 768, 4194304, 32, 256, n_ranks=16))
     assert "4,194,304 latents of 768 numbers in 256 experts of 16,384, 1 active, k 32" in done.stdout
     done = run_command(*wide, "--n-ranks", "16", "--architecture", "sparse_topk")
-    assert done.stdout.strip() == describe_plan(LatentPlan(HARDWARE["h100"], 768, 4194304, 32, 16))
+    assert done.stdout.strip() == describe_plan(LatentPlan(HARDWARE["h100"], 768, 4194304, 32, n_ranks=16))
     assert "4,194,304 latents of 768 numbers, k 32" in done.stdout
     for arguments, message in (
         ((*wide, "--n-ranks", "1", "--reserved-gb", "60"), "n_ranks must be larger: 1 of h100 do not have the memory"),

@@ -200,7 +200,7 @@ def test_what_a_step_sends_is_what_the_formula_says_at_any_width(n, tmp_path):
                 "gradients of the router and losses": 2 * (n - 1) * 4 * (shared + losses) // n,
                 "the norm of the gradients": 4 * (n - 1),
             }
-            planned = Plan(HARDWARE["h100"], D, width, 1, E, n, BATCH // n).traffic
+            planned = Plan(HARDWARE["h100"], D, width, 1, E, n_ranks=n, tokens_per_rank=BATCH // n).traffic
             assert {what: int(n_bytes) for what, n_bytes in planned.items() if what != "tokens"} == {
                 what: n_bytes for what, n_bytes in rank["sent"].items() if what != "tokens"
             }

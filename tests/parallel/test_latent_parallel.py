@@ -204,7 +204,7 @@ def test_what_a_step_sends_is_what_the_formula_says_at_any_width(n, aux, tmp_pat
                 "the norm of the gradients": 4 * (n - 1),
             }
             if not aux:
-                plan = LatentPlan(HARDWARE["h100"], D, width, K, n, b)
+                plan = LatentPlan(HARDWARE["h100"], D, width, K, n_ranks=n, tokens_per_rank=b)
                 assert rank["sent"] == {what: int(n_bytes) for what, n_bytes in plan.traffic.items()}
             assert rank["latents"] == 3 * (2 * D + 1) * width // n
 

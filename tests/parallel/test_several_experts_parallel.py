@@ -266,7 +266,9 @@ def test_what_a_step_sends_is_what_the_formula_says_at_any_width(tmp_path):
             assert sent["candidates"] == 4 * C * rank["back"]
             assert sent["choices"] == C * rank["out"]
             assert sent["experts"] == 8 * rank["out"]
-            planned = Plan(HARDWARE["h100"], D, width, k, E, 2, BATCH // 2, n_active_experts=2).traffic
+            planned = Plan(
+                HARDWARE["h100"], D, width, k, E, n_ranks=2, tokens_per_rank=BATCH // 2, n_active_experts=2
+            ).traffic
             assert planned.keys() == sent.keys()
             for name, n_bytes in planned.items():
                 assert sent[name] == pytest.approx(n_bytes, rel=0.35), name  # even loads
