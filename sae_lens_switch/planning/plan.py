@@ -26,7 +26,7 @@ _OF_ALL = ("statistics of the batch", "gradients of the router and losses", "the
 
 @dataclass(frozen=True)
 class Plan(ClusterStep):
-    """A Switch SAE on ``n_ranks`` GPUs.
+    """A Switch SAE on ``n_ranks`` GPUs; its arguments beside those of every ClusterStep:
 
     Args:
         n_experts: Experts in all.
