@@ -6,9 +6,7 @@ A test says which one a new version has broken. Two more are overridden where ne
 
 # pyright: reportPrivateUsage=false
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,54 +50,3 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or module._forward_pre_hooks
     )
-
-
-def part_offsets(metadata: Mapping[str, str]) -> dict[str, list[int]]:
-    """Where the tensors of a safetensors file by torch.distributed.checkpoint begin in the whole ones, by name.
-
-    Args:
-        metadata: The file's.
-    """
-    from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
-
-    of_tensors = json.loads(metadata[CUSTOM_METADATA_KEY])
-    return {name: entry[SAVED_OFFSETS_KEY] for name, entry in of_tensors.items()}
-
-
-def part_metadata(offsets: Mapping[str, list[int]]) -> dict[str, str]:
-    """The metadata of which ``part_offsets`` makes these."""
-    from torch.distributed.checkpoint._hf_utils import (
-        CUSTOM_METADATA_KEY,
-        DCP_VERSION_KEY,
-        FORMAT_KEY,
-        FORMAT_VALUE,
-        HF_DCP_VERSION,
-        SAVED_OFFSETS_KEY,
-    )
-
-    of_tensors = {name: {SAVED_OFFSETS_KEY: offset} for name, offset in offsets.items()}
-    return {
-        CUSTOM_METADATA_KEY: json.dumps(of_tensors),
-        DCP_VERSION_KEY: str(HF_DCP_VERSION),
-        FORMAT_KEY: FORMAT_VALUE,
-    }
-
-
-def consolidate_safetensors(folder: Path, output: Path, number_of: Mapping[str, int]) -> list[Path]:
-    """Safetensors files with whole tensors, from the parts that torch.distributed.checkpoint has written.
-
-    torch does this in public only while it writes the parts. Memory: one whole tensor, and one part of it.
-
-    Args:
-        folder: Of the parts.
-        output: Of the files, created if necessary.
-        number_of: In which file, counted from 1, each tensor goes.
-
-    Returns:
-        The files, by number.
-    """
-    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
-
-    output.mkdir(exist_ok=True)
-    consolidate_safetensors_files(str(folder), str(output), dict(number_of))
-    return sorted(output.glob("*.safetensors"))

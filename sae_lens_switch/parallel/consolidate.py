@@ -1,21 +1,20 @@
 """The ordinary folder of an SAE from the files of many processes."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import get_sae_training_class
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sae_lens_switch.common.atomic import replace_files
-from sae_lens_switch.common.torch_private import consolidate_safetensors, part_metadata, part_offsets
-from sae_lens_switch.common.types import Json, StateDict
+from sae_lens_switch.common.streamed_safetensors import Box, Shapes, blocks, write_streamed
+from sae_lens_switch.common.types import Json
 from sae_lens_switch.parallel.checkpoints import WEIGHTS
-from sae_lens_switch.parallel.sharded_files import shapes
+from sae_lens_switch.parallel.shard import LATENT_DIM
+from sae_lens_switch.parallel.sharded_files import Whole
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.serialization import FRESH
 from sae_lens_switch.saes.weight_files import INDEX_FILENAME, file_name, split_by_size, write_index
@@ -29,7 +28,7 @@ def consolidate(
 ) -> Path:
     """Make the SAE of a parallel run's checkpoint an ordinary one, which loads without this package's ``parallel``.
 
-    One weight matrix, half of the SAE, is in memory at a time, and one process's part.
+    Weights are read and written in blocks: memory does not grow with them, but for a number per latent.
 
     Args:
         checkpoint: A folder that a parallel run has written; its files are verified first.
@@ -57,88 +56,84 @@ def consolidate(
     trained = get_sae_training_class(whole["architecture"])[1].from_dict(whole)
     cfg = whole if for_training else trained.get_inference_sae_cfg_dict()
 
+    weights = Whole(checkpoint / WEIGHTS)
+    if not for_training and not isinstance(trained, SwitchTrainingSAEConfig):
+        weights = ForUse(weights, vars(trained)["rescale_acts_by_decoder_norm"])
+
     def save(folder: Path) -> tuple[Path, Path]:
         for name in (SPARSITY_FILENAME, HISTORY_FILENAME):
             if (checkpoint / name).exists():
                 shutil.copy2(checkpoint / name, folder / name)
-        weights = checkpoint / WEIGHTS
-        if not for_training and not isinstance(trained, SwitchTrainingSAEConfig):
-            weights = folder / "for use"
-            write_for_use(checkpoint / WEIGHTS, weights, vars(trained)["rescale_acts_by_decoder_norm"])
-        n_files = max(split_by_size(_sizes(weights, for_training), max_file_bytes).values())
+        n_files = max(split_by_size(_sizes(_saved(weights, for_training)), max_file_bytes).values())
         # One file beside the index of several would be loaded in their place, or they in its.
         other = output / (SAE_WEIGHTS_FILENAME if n_files > 1 else INDEX_FILENAME)
         if other.exists():
             raise ValueError(f"output must be a folder without {other.name}, of an SAE in other files; got {output}")
-        written = write_whole(weights, folder, cfg, for_training=for_training, max_file_bytes=max_file_bytes)
-        if weights != checkpoint / WEIGHTS:
-            shutil.rmtree(weights)
-        return written
+        return write_whole(weights, folder, cfg, for_training=for_training, max_file_bytes=max_file_bytes)
 
     replace_files(output, save)
     return output
 
 
-def write_for_use(weights: Path, folder: Path, fold_norms: bool) -> None:
-    """The parts of a TopK or BatchTopK SAE's weights as inference has them, one process's at a time.
+class ForUse:
+    """The weights of a TopK or BatchTopK SAE as inference has them, from those of training, a block at a time.
 
     As SAELens's ``process_state_dict_for_saving_inference``, which has the whole SAE in memory.
 
     Args:
-        weights: The parts as training has them.
-        folder: Of the parts to be written.
+        trained: The weights as training has them.
         fold_norms: Whether the norms of the decoder's rows go into the encoder.
     """
-    folder.mkdir()
-    files, ((F, _), dtype) = sorted(weights.glob("*.safetensors")), shapes(weights)["W_dec"]
-    norms_F = torch.ones(F, dtype=dtype)
-    for file in files if fold_norms else ():
-        tensors, offsets = _part(file)
-        if "W_dec" in tensors:
-            first, W_dec_FD = offsets["W_dec"][0], tensors["W_dec"]
-            norms_F[first : first + len(W_dec_FD)] = W_dec_FD.norm(dim=-1).clamp(min=1e-8)
-    for file in files:
-        tensors, offsets = _part(file)
-        for name, dim in {"W_enc": 1, "b_enc": 0, "W_dec": 0}.items():
-            if name in tensors and fold_norms:
-                t, first = tensors[name], offsets[name][dim]
-                norms = norms_F[first : first + t.shape[dim]]
-                tensors[name] = t / norms.unsqueeze(1) if name == "W_dec" else t * norms
-        if "topk_threshold" in tensors:
-            tensors["threshold"] = tensors.pop("topk_threshold").to(dtype).repeat(F)
-            offsets["threshold"] = [0]
-        save_file(tensors, folder / file.name, part_metadata({name: offsets[name] for name in tensors}))
 
+    def __init__(self, trained: Whole, fold_norms: bool) -> None:
+        self._trained = trained
+        (F, D), dtype = trained.shapes["W_dec"]
+        self.shapes = {name: entry for name, entry in trained.shapes.items() if name != "topk_threshold"}
+        if "topk_threshold" in trained.shapes:
+            self.shapes["threshold"] = (torch.Size([F]), dtype)
+        self._norms_F = torch.ones(F, dtype=dtype)
+        for (rows,) in blocks(torch.Size([F]), D * dtype.itemsize) if fold_norms else ():
+            norms = trained.read("W_dec", (rows, slice(0, D))).norm(dim=-1)
+            self._norms_F[rows] = norms.clamp(min=1e-8)
 
-def _part(file: Path) -> tuple[StateDict, dict[str, list[int]]]:
-    """What one process has written, and where its tensors begin in the whole ones."""
-    with safe_open(file, "pt") as opened:
-        return load_file(file), part_offsets(opened.metadata())
+    def read(self, name: str, box: Box) -> Tensor:
+        """As ``Whole.read``."""
+        if name == "threshold":
+            (threshold,) = self._trained.read("topk_threshold", (slice(0, 1),))
+            return threshold.to(self._norms_F.dtype).repeat(box[0].stop - box[0].start)
+        block = self._trained.read(name, box)
+        if name not in ("W_enc", "b_enc", "W_dec"):
+            return block
+        norms = self._norms_F[box[LATENT_DIM[name]]]
+        return block / norms.unsqueeze(1) if name == "W_dec" else block * norms
 
 
 def write_whole(
-    weights: Path, folder: Path, cfg: Json, *, for_training: bool, max_file_bytes: float | None = None
+    weights: Whole | ForUse, folder: Path, cfg: Json, *, for_training: bool, max_file_bytes: float | None = None
 ) -> tuple[Path, Path]:
-    """The files of an ordinary SAE, from its weights by many processes, one whole tensor at a time in memory.
+    """The files of an ordinary SAE, a block of its weights at a time.
 
     Returns:
         The weights, or their index if there are several files, and the config.
     """
-    sizes = _sizes(weights, for_training)
+    saved = _saved(weights, for_training)
+    sizes = _sizes(saved)
     number_of = split_by_size(sizes, max_file_bytes)
-    aside = folder / "consolidating"
-    files = consolidate_safetensors(weights, aside, number_of)
-    for i, file in enumerate(files, start=1):
-        os.replace(file, folder / file_name(i, len(files)))
-    shutil.rmtree(aside)
+    n = max(number_of.values())
+    for i in range(1, n + 1):
+        of_file = {name: saved[name] for name in saved if number_of[name] == i}
+        write_streamed(folder / file_name(i, n), of_file, weights.read)
     (folder / SAE_CFG_FILENAME).write_text(json.dumps(cfg), encoding="utf-8")
-    if len(files) > 1:
-        file_of = {name: file_name(i, len(files)) for name, i in number_of.items()}
+    if n > 1:
+        file_of = {name: file_name(i, n) for name, i in number_of.items()}
         return write_index(folder, file_of, sum(sizes.values())), folder / SAE_CFG_FILENAME
     return folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
 
 
-def _sizes(weights: Path, for_training: bool) -> dict[str, int]:
-    """Bytes of each tensor of an SAE."""
-    found = {name: entry for name, entry in shapes(weights).items() if for_training or name != FRESH}
-    return {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in found.items()}
+def _saved(weights: Whole | ForUse, for_training: bool) -> Shapes:
+    return {name: entry for name, entry in weights.shapes.items() if for_training or name != FRESH}
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    """Bytes of each tensor."""
+    return {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()}

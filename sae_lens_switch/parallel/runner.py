@@ -27,7 +27,7 @@ from sae_lens_switch.parallel.ranked_trainer import RankedTrainer
 from sae_lens_switch.parallel.ranks import Ranks, local_device, start_process_group
 from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.parallel.shard_classes import LATENT_SHARDS, expert_shard_class
-from sae_lens_switch.parallel.sharded_files import write_parts
+from sae_lens_switch.parallel.sharded_files import Whole, write_parts
 from sae_lens_switch.parallel.share import return_to_place, take_share_of_store
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
 from sae_lens_switch.saes.weight_files import sharded_safetensors
@@ -152,7 +152,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
                 save_file({"sparsity": sparsity_F}, folder / SPARSITY_FILENAME)
             (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()), encoding="utf-8")
             self._history.save(folder)
-            return write_whole(weights, folder, cfg, for_training=False)
+            return write_whole(Whole(weights), folder, cfg, for_training=False)
 
         replace_files(output, save)
 

@@ -2,13 +2,11 @@
 
 import importlib
 import inspect
-import json
 import pkgutil
 from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sae_lens_switch
@@ -93,15 +91,3 @@ def test_hooks_of_every_kind_are_seen(register):
     assert torch_private.has_hooks(module)
     handle.remove()
     assert not torch_private.has_hooks(module)
-
-
-def test_parts_of_a_tensor_are_put_together_in_one_file(tmp_path):
-    whole = torch.arange(12.0).view(3, 4)
-    offsets = {"0": ([0, 0], whole[:, :1]), "1": ([0, 1], whole[:, 1:])}
-    for name, (offset, part) in offsets.items():
-        facts = {"DCP_SHARDING_INFO": json.dumps({"W": {"saved_offsets": offset}})}
-        assert torch_private.part_offsets(facts) == {"W": offset}
-        assert facts.items() <= torch_private.part_metadata({"W": offset}).items()
-        save_file({"W": part.contiguous()}, tmp_path / f"{name}.safetensors", metadata=facts)
-    (file,) = torch_private.consolidate_safetensors(tmp_path, tmp_path / "out", {"W": 1})
-    assert torch.equal(load_file(file)["W"], whole)

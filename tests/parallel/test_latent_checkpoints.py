@@ -13,10 +13,12 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_switch import CheckpointError, SparseTopKTrainingSAE
+from sae_lens_switch.common import streamed_safetensors
 from sae_lens_switch.converters import sharded_safetensors
 from sae_lens_switch.parallel import DataParallelSAETrainer, LatentParallelSAETrainer
 from sae_lens_switch.parallel.__main__ import main
 from sae_lens_switch.parallel.consolidate import consolidate
+from sae_lens_switch.parallel.sharded_files import Whole
 from sae_lens_switch.train import main as train
 
 STEPS = 12
@@ -84,8 +86,16 @@ def test_one_command_makes_a_plain_topk_sae_of_a_checkpoint(sae, tmp_path, capsy
     [(4, 2, {}), (4, 4, {"dtype": "bfloat16"}), (2, 2, {"rescale_acts_by_decoder_norm": False})],
     ids=str,
 )
-def test_weights_for_use_are_those_saelens_makes_of_the_whole_sae(n, latent_parallel, sae, tmp_path):
+def test_weights_for_use_are_those_saelens_makes_of_the_whole_sae(n, latent_parallel, sae, tmp_path, monkeypatch):
     """Of rows of processes, which all have the same latents, each writes a part of them."""
+    blocks = []
+    read = Whole.read
+
+    def watched(whole, name, box):
+        blocks.append(read(whole, name, box))
+        return blocks[-1]
+
+    monkeypatch.setattr(Whole, "read", watched)
 
     def make():
         made = make_sae("sparse_topk", **sae)
@@ -101,7 +111,10 @@ def test_weights_for_use_are_those_saelens_makes_of_the_whole_sae(n, latent_para
     trained.save_inference_model(tmp_path / "by SAELens")
     expected = SAE.load_from_disk(tmp_path / "by SAELens")
     one = SAE.load_from_disk(consolidate(checkpoint, tmp_path / "one"))
+    monkeypatch.setattr(streamed_safetensors, "BLOCK_BYTES", 4 * (D + 1))
+    blocks.clear()
     consolidate(checkpoint, tmp_path / "several", max_file_bytes=4 * D * F)
+    assert max(block.nbytes for block in blocks) <= 4 * (D + 1) < 4 * F
     assert len(list((tmp_path / "several").glob("*.safetensors"))) >= 2
     several = SAE.load_from_disk(tmp_path / "several", converter=sharded_safetensors)
     for found in (one, several):

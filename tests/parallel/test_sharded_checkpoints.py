@@ -13,6 +13,7 @@ from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file
 
 from sae_lens_switch import CheckpointError, init_from
+from sae_lens_switch.common import streamed_safetensors
 from sae_lens_switch.converters import sharded_safetensors
 from sae_lens_switch.parallel import ParallelSparseSAETrainer
 from sae_lens_switch.parallel.__main__ import main
@@ -101,13 +102,14 @@ def test_latents_that_were_never_active_are_saved_and_resumed(tmp_path):
     assert (expected["density"][20:] == 0).all()
 
 
-def test_weights_in_several_files_are_those_in_one(tmp_path, capsys):
+def test_weights_in_several_files_are_those_in_one(tmp_path, capsys, monkeypatch):
     run_on(2, tmp_path / "runs", 3, sae={"n_active_experts": 2})
     (checkpoint,) = (tmp_path / "runs").iterdir()
     limit = 4 * 40 * 12  # bytes of W_enc, as many as of W_dec
     for flags in ([], ["--for-training"]):
         one, several = (tmp_path / f"{name}{len(flags)}" for name in ("one", "several"))
         assert main([str(checkpoint), str(one), *flags]) == 0
+        monkeypatch.setattr(streamed_safetensors, "BLOCK_BYTES", 100)
         assert main([str(checkpoint), str(several), *flags, "--max-file-gb", str(limit / 1e9)]) == 0
         index = json.loads((several / "sae_weights.safetensors.index.json").read_text())
         names = sorted(set(index["weight_map"].values()))
