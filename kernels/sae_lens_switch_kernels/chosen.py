@@ -6,6 +6,7 @@ best of all, ``decode_chosen`` decodes these. Its backward pass is that of ``aut
 Letter beside the package's: C is the number of candidates per token.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from sae_lens_switch_kernels.autoencode_tensors import BackwardInputs
 from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.candidates import EncoderPrecision, select, select_from_candidates
 from sae_lens_switch_kernels.dead_latents import dead_latents
-from sae_lens_switch_kernels.indexing import code_rows, one_group
+from sae_lens_switch_kernels.indexing import code_rows, level_offsets, one_group
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.operators import Gradients
 from sae_lens_switch_kernels.products import CodeProducts
@@ -26,7 +27,10 @@ from sae_lens_switch_kernels.row_grads import RowGrads
 
 
 class Codes(NamedTuple):
-    """Latents whose number varies by token: values [S], indices [S], and offsets as in ``sparse_decode``."""
+    """Latents whose number varies by token: values [S], indices [S], and offsets as in ``sparse_decode``.
+
+    In levels (Matryoshka SAEs), offsets are those of each token's levels, [B * L + 1], and each is decoded apart.
+    """
 
     values_S: Tensor
     indices_S: Tensor
@@ -34,6 +38,20 @@ class Codes(NamedTuple):
 
     def after_relu(self) -> "Codes":
         return self._replace(values_S=self.values_S.relu())
+
+    def in_levels(self, ends_L: Tensor, n_latents: int) -> "Codes":
+        """Those of each token, which must ascend, in levels that end at these latents, the last at ``n_latents``."""
+        return self._replace(offsets_B1=level_offsets(self.offsets_B1, self.indices_S, ends_L, n_latents))
+
+    @classmethod
+    def of_levels(cls, levels: Sequence["Codes"]) -> "Codes":
+        """One level's after another's, token by token."""
+        L = len(levels)
+        counts_BL = torch.stack([codes.offsets_B1.diff() for codes in levels], dim=1)
+        rows = (code_rows(codes.offsets_B1, len(codes.values_S)).row_S for codes in levels)
+        order_S = torch.cat([row_S * L + level for level, row_S in enumerate(rows)]).argsort(stable=True)
+        values_S, indices_S = torch.cat([c.values_S for c in levels]), torch.cat([c.indices_S for c in levels])
+        return cls(values_S[order_S], indices_S[order_S], pad(counts_BL.flatten().cumsum(dim=0), (1, 0)))
 
 
 class Candidates(NamedTuple):
@@ -168,7 +186,7 @@ def decode_chosen(
         row_grads: As in ``sparse_autoencode``.
 
     Returns:
-        The reconstruction [B, D], and that of the dead latents.
+        The reconstruction [B, D], and that of the dead latents; of codes in levels, that of each level, [B * L, D].
     """
     return _DecodeChosen.apply(row_grads, codes, dead, x_BD, W_enc_FD, W_dec_FD, pre_bias_D, bias_F)
 

@@ -19,11 +19,13 @@ class BatchLatentShard(LatentShard, SparseBatchTopKTrainingSAE):
         k = int(self.whole.k * self.n_tokens)
         best = self._best(x_BD, scale_F, min(k, len(x_BD) * self.cfg.d_sae), over_batch=True)
         codes = best.chosen(self.batch.choose_of_batch(best.ranked_BC, k)).after_relu()
-        if dead.indices_N is None:
-            return codes, None
-        best_dead, ranked_dead_BC = self._best_dead(x_BD, scale_F, dead.indices_N, dead.aux_k)
-        (is_chosen_BC,) = self.batch.choose([ranked_dead_BC], [dead.aux_k])
-        return codes, chosen_dead(dead.indices_N, best_dead, is_chosen_BC)
+        return codes, None if dead.indices_N is None else self._choose_dead(x_BD, scale_F, dead, dead.indices_N)
+
+    def _choose_dead(self, x_BD: Tensor, scale_F: Tensor | None, dead: DeadLatents, dead_N: Tensor) -> Dead:
+        """Which of these dead latents are among the aux_k best dead ones."""
+        best, ranked_BC = self._best_dead(x_BD, scale_F, dead_N, dead.aux_k)
+        (is_chosen_BC,) = self.batch.choose([ranked_BC], [dead.aux_k])
+        return chosen_dead(dead_N, best, is_chosen_BC)
 
     @override
     @torch.no_grad()

@@ -88,7 +88,7 @@ def weight_parts(shard: Shard, *, for_inference: bool = False) -> dict[str, Part
         shard.process_state_dict_for_saving_inference(weights)
     else:
         shard.process_state_dict_for_saving(weights)
-    # A number, such as a threshold, as a vector of one, which torch loads as well: its own consolidation makes numbers 0.
+    # A number, such as a threshold, as a vector of one, which torch loads as well; its consolidation makes numbers 0.
     return {name: Part(t if t.ndim else t.view(1), LATENT_DIM.get(name)) for name, t in weights.items()}
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics, StateDict
+from sae_lens_switch.parallel.batch_of_all import over_batch_of_all
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of, compare_settings, join, require
 from sae_lens_switch.parallel.reduction import firings_over_data, sum_gradients_over_data_, sum_together_
+from sae_lens_switch.parallel.shard_classes import OVER_BATCH
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.activations import ActivationSource
@@ -24,17 +26,17 @@ from sae_lens_switch.training.resumable_trainer import STATE_FILENAME
 
 
 class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
-    """SparseSAETrainer for any SAE but ``switch``, on the processes that torchrun has started.
+    """SparseSAETrainer for SAEs whose data alone is divided, on the processes that torchrun has started.
 
-    Every process has the whole SAE and its optimiser, and takes a part of each batch; gradients, losses and firings are
-    those of the batch. What an SAE computes from a batch as a whole, such as the threshold of BatchTopK, it computes
-    from its process's part; buffers are averaged. A step sends as much as the weights have numbers, or with row-sparse
-    Adam the rows of the active latents. Checkpoints are those of one process, which can resume from them too.
+    Every process has the whole SAE and its optimiser, and takes a part of each batch; gradients, losses, firings and
+    the choice of SAELens's BatchTopK SAEs are those of the batch. Buffers are averaged. A step sends as much as the
+    weights have numbers, or with row-sparse Adam the rows of the active latents. Checkpoints are those of one process,
+    which can resume from them too.
 
     Args:
         cfg: As in SparseSAETrainer, the same on all processes: counts are of all processes together.
-        sae: Of any architecture but ``switch``, which ParallelSparseSAETrainer trains; the first process's weights
-            count.
+        sae: Of any architecture but ``switch``, which ParallelSparseSAETrainer trains, and sparse BatchTopK ones, which
+            LatentParallelSAETrainer does; the first process's weights count.
         data_provider: As in ParallelSparseSAETrainer.
         save_checkpoint_fn: As in ParallelSparseSAETrainer.
         evaluator: As in ParallelSparseSAETrainer.
@@ -54,6 +56,11 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
     ) -> None:
         if isinstance(sae, SwitchTrainingSAE):
             raise ValueError("sae must be of another architecture than switch, which ParallelSparseSAETrainer trains")
+        if (architecture := sae.cfg.architecture()) in OVER_BATCH:
+            raise ValueError(
+                f"sae must be of another architecture than {architecture}, which LatentParallelSAETrainer trains, with "
+                "latent_parallel=1 too"
+            )
         only = {"expert_parallel": 1, "latent_parallel": 1, "cuda_graph": False}
         require(cfg, only, "for an SAE whose data alone is divided")
         cfg = cfg.resolved(sae.cfg.d_sae)
@@ -72,6 +79,11 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         self.n_training_samples += n_tokens - mine
         self.n_frac_active_samples += n_tokens - mine
         return super().step(batch)
+
+    @override
+    def _forward(self, x_BD: Tensor, dead_mask: Tensor | None, row_grads: RowGrads | None) -> TrainStepOutput:
+        with over_batch_of_all(self.sae, self.ranks):
+            return super()._forward(x_BD, dead_mask, row_grads)
 
     @override
     def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:

@@ -26,20 +26,25 @@ class RowBatch:
         ranks: The processes.
         n_tokens: Tokens of all rows.
         sizes: Tokens at home at each process of the row.
-        n_dead: Dead latents of each process of the row; none without AuxK.
+        n_dead: Dead latents of each process of the row, by level (Matryoshka SAEs); none without AuxK.
     """
 
     ranks: Ranks
     n_tokens: int
     sizes: list[int]
-    n_dead: list[int]
+    n_dead: list[Sequence[int]]
 
     @classmethod
-    def of(cls, n_tokens: int, n_dead: int, ranks: Ranks) -> Self:
+    def of(cls, n_tokens: int, n_dead: Sequence[int], ranks: Ranks) -> Self:
         """From each process's own numbers, which the hosts exchange."""
         everybodys = ranks.gather_objects((n_tokens, n_dead))
-        sizes, dead = ([everybodys[rank][i] for rank in ranks.row] for i in (0, 1))
-        return cls(ranks, sum(n for n, _ in everybodys), sizes, dead)
+        sizes, dead = zip(*(everybodys[rank] for rank in ranks.row), strict=True)
+        return cls(ranks, sum(n for n, _ in everybodys), [*sizes], [*dead])
+
+    @property
+    def n_dead_L(self) -> list[int]:
+        """Dead latents of the row, by level."""
+        return [sum(of_level) for of_level in zip(*self.n_dead, strict=True)]
 
     @classmethod
     def of_parts(cls, parts: Sequence[Self]) -> Self:

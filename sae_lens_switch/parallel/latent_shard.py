@@ -1,6 +1,8 @@
 """The latents of one process: a TopK SAE over its own part of the dictionary, with the reconstruction of the whole."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -10,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from sae_lens_switch.common.types import Options
 from sae_lens_switch.parallel.latent_exchange import RowBatch
 from sae_lens_switch.parallel.shard import Shard
-from sae_lens_switch.saes.config import SparseTopKTrainingSAEConfig
 from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_topk_sae import SparseTopKTrainingSAE
 from sae_lens_switch.saes.step import DeadLatents, SparseStepOutput
@@ -28,16 +30,19 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
     latents. Loss and error are those of the tokens of its own batch, with the reconstruction of all processes.
     """
 
-    whole: SparseTopKTrainingSAEConfig
     batch: RowBatch
 
     @classmethod
     @override
-    def _part_of(cls, whole: SparseTopKTrainingSAEConfig, P: int) -> SparseTopKTrainingSAEConfig:
+    def _part_of(cls, whole: Any, P: int) -> Any:
         if whole.d_sae % P:
             raise ValueError(f"latent_parallel must divide d_sae; got {P} and {whole.d_sae}")
-        width = whole.d_sae // P
-        return replace(whole, d_sae=width, k=min(whole.k, width))
+        return replace(whole, **cls._fields_of(whole, whole.d_sae // P))
+
+    @classmethod
+    def _fields_of(cls, whole: Any, width: int) -> Options:
+        """What the config of a part of so many latents has instead of the whole's."""
+        return {"d_sae": width, "k": min(whole.k, width)}
 
     @property
     @override
@@ -46,14 +51,17 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
 
     @override
     def _new_block(self) -> SparseTopKTrainingSAE:
-        made = self._new_of(d_sae=self._block_width, k=1)
+        made = self._new_of(**self._fields_of(self.whole, self._block_width))
         assert isinstance(made, SparseTopKTrainingSAE)
         return made
 
     # The step
 
-    def begin(self, n_tokens: int, n_dead: int) -> None:
+    def begin(self, n_tokens: int, dead_F: Tensor | None) -> None:
         """Tell all processes how many tokens a step has here, and how many of these latents are dead."""
+        n_dead = [0]
+        if dead_F is not None and self.needs_dead_mask:
+            n_dead = [int(of_level.sum()) for of_level in self._by_level(dead_F)]
         self.batch = RowBatch.of(n_tokens, n_dead, self.ranks)
 
     @override
@@ -86,9 +94,10 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
             dead=dead_codes,
             row_grads=row_grads,
         )
-        out_nD, *aux_out_nD = self.batch.summed([part_BD for part_BD in parts if part_BD is not None])
-        aux = aux_out_nD[0] if aux_out_nD else None
-        result = Reconstruction(out_nD, codes.values_S, codes.indices_S, aux, None, codes.offsets_B1)
+        # Of codes in levels, these are side by side.
+        out_nX, *aux_out_nX = self.batch.summed([part.view(len(x_BD), -1) for part in parts if part is not None])
+        aux = aux_out_nX[0] if aux_out_nX else None
+        result = Reconstruction(out_nX, codes.values_S, codes.indices_S, aux, None, codes.offsets_B1)
         return result, codes.values_S if scale_F is None else codes.values_S * scale_F[codes.indices_S]
 
     def _choose(self, x_BD: Tensor, scale_F: Tensor | None, dead: DeadLatents) -> tuple[Codes, Dead | None]:
@@ -116,9 +125,15 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
 
     # AuxK: of the dead latents of all processes
 
-    def _best_dead(self, x_BD: Tensor, scale_F: Tensor | None, dead_N: Tensor, aux_k: int) -> tuple[Candidates, Tensor]:
+    def _by_level(self, t_F: Tensor) -> Sequence[Tensor]:
+        """Those of each level whose dead latents reconstruct a residual of their own."""
+        return (t_F,)
+
+    def _best_dead(
+        self, x_BD: Tensor, scale_F: Tensor | None, dead_N: Tensor, aux_k: int, level: int = 0
+    ) -> tuple[Candidates, Tensor]:
         """The best dead latents; and what they are ranked by, with as many columns as on the process that has most."""
-        n = min(aux_k, len(dead_N))
+        n, most = min(aux_k, len(dead_N)), max(of_one[level] for of_one in self.batch.n_dead)
         if n == 0:
             none = x_BD.new_empty(len(x_BD), 0)
             best = Candidates(none, none.long(), none.to(torch.promote_types(none.dtype, torch.float32)))
@@ -126,18 +141,19 @@ class LatentShard(Shard, SparseTopKTrainingSAE):
             scale_N = None if scale_F is None else scale_F[dead_N]
             W_ND, bias_N = self.W_enc.detach().T[dead_N], self.b_enc.detach()[dead_N]
             best = topk_candidates(x_BD, W_ND, n, pre_bias_D=self.pre_bias, bias_F=bias_N, scale_F=scale_N)
-        return best, pad(best.ranked_BC, (0, min(aux_k, max(self.batch.n_dead)) - n), value=-torch.inf)
+        return best, pad(best.ranked_BC, (0, min(aux_k, most) - n), value=-torch.inf)
 
     @override
     def _dead_latents(self, dead_F: Tensor | None) -> DeadLatents:
-        aux_k = min(self.aux_k, sum(self.batch.n_dead))
+        n_dead_L = self.batch.n_dead_L
+        aux_k = min(self.aux_k, sum(n_dead_L))
         if dead_F is None or aux_k == 0:
             return DeadLatents(None, 0)
-        return DeadLatents(dead_F.nonzero().flatten(), aux_k)
+        return DeadLatents(dead_F.nonzero().flatten(), aux_k, tuple(n_dead_L) if len(n_dead_L) > 1 else ())
 
     @override
     def _n_dead(self, dead_N: Tensor, dead_F: Tensor | None, assignment: Assignment | None) -> int:
-        return sum(self.batch.n_dead)
+        return sum(self.batch.n_dead_L)
 
 
 def chosen_dead(dead_N: Tensor, best: Candidates, is_chosen_BC: Tensor) -> Dead:

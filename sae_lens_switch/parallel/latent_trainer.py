@@ -31,8 +31,8 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
         cfg: As in SparseSAETrainer, the same on all processes: ``train_batch_size_samples`` and all other counts are of
             all processes together. ``latent_parallel`` processes hold the dictionary once; where there are more, they
             divide the data.
-        sae: Of architecture ``sparse_topk`` or ``sparse_batchtopk``, or a transcoder like one; each process keeps its
-            own part of it.
+        sae: Of architecture ``sparse_topk``, ``sparse_batchtopk`` or ``sparse_matryoshka_batchtopk``, or a transcoder
+            like one of the first two; each process keeps its own part of it.
         data_provider: As in ParallelSparseSAETrainer.
         save_checkpoint_fn: As in ParallelSparseSAETrainer.
         evaluator: As in ParallelSparseSAETrainer.
@@ -60,8 +60,7 @@ class LatentParallelSAETrainer(ShardedTrainer[LatentShard]):
     @override
     def _forward(self, x_BD: Tensor, dead_mask: Tensor | None, row_grads: RowGrads | None) -> TrainStepOutput:
         shard = self.sae
-        n_dead = 0 if dead_mask is None or not shard.needs_dead_mask else int(dead_mask.sum())
-        shard.begin(len(x_BD), n_dead)
+        shard.begin(len(x_BD), dead_mask)
         self._count_others(shard.n_tokens, len(x_BD))
         return super()._forward(x_BD, dead_mask, row_grads)
 

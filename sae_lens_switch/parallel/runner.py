@@ -26,7 +26,7 @@ from sae_lens_switch.parallel.latent_trainer import LatentParallelSAETrainer
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer
 from sae_lens_switch.parallel.ranks import Ranks, local_device, start_process_group
 from sae_lens_switch.parallel.shard import Shard
-from sae_lens_switch.parallel.shard_classes import LATENT_SHARDS, expert_shard_class
+from sae_lens_switch.parallel.shard_classes import LATENT_SHARDS, OVER_BATCH, expert_shard_class
 from sae_lens_switch.parallel.sharded_files import Whole, write_parts
 from sae_lens_switch.parallel.share import return_to_place, take_share_of_store
 from sae_lens_switch.parallel.trainer import ParallelSparseSAETrainer
@@ -52,10 +52,6 @@ _EXPERTS = _Division(
 _LATENTS = _Division(
     "latent_parallel", LatentParallelSAETrainer, {name: lambda _, c=c: c for name, c in LATENT_SHARDS.items()}
 )
-
-
-# Their choice is over the batch of all processes, also where each has all latents.
-_OVER_BATCH = ("sparse_batchtopk", "sparse_batchtopk_transcoder")
 
 
 class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -129,7 +125,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def save_final_sae(self, sae: AnyTrainingSAE, output_path: str, log_feature_sparsity: Tensor | None = None) -> None:
-        """The whole SAE in the ordinary format; the first process has one weight matrix of it in memory at a time."""
+        """The whole SAE in the ordinary format; the first process has a block of it in memory at a time."""
         if not isinstance(sae, Shard):
             if self.ranks.is_first:
                 super().save_final_sae(sae, output_path, log_feature_sparsity)
@@ -190,4 +186,4 @@ def _division_of(cfg: LanguageModelSAERunnerConfig[Any]) -> _Division | None:
             )
     if architecture in _EXPERTS.shard_classes:
         return _EXPERTS
-    return _LATENTS if cfg.latent_parallel > 1 or architecture in _OVER_BATCH else None
+    return _LATENTS if cfg.latent_parallel > 1 or architecture in OVER_BATCH else None

@@ -3,6 +3,7 @@
 from sae_lens_switch.parallel.batch_latent_shard import BatchLatentShard
 from sae_lens_switch.parallel.expert_shard import ExpertShard
 from sae_lens_switch.parallel.latent_shard import LatentShard
+from sae_lens_switch.parallel.matryoshka_shard import MatryoshkaLatentShard
 from sae_lens_switch.parallel.pair_shard import PairShard
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
 from sae_lens_switch.saes.sparse_topk_transcoder import SparseBatchTopKTrainingTranscoder, SparseTopKTrainingTranscoder
@@ -44,6 +45,9 @@ def expert_shard_class(whole: SwitchTrainingSAEConfig) -> type[ExpertShard]:
 LATENT_SHARDS: dict[str, type[LatentShard]] = {
     "sparse_topk": LatentShard,
     "sparse_batchtopk": BatchLatentShard,
+    "sparse_matryoshka_batchtopk": MatryoshkaLatentShard,
     "sparse_topk_transcoder": TranscoderLatentShard,
     "sparse_batchtopk_transcoder": TranscoderBatchLatentShard,
 }
+# Their choice is over the batch of all processes, also where each has all latents.
+OVER_BATCH = tuple(name for name, shard in LATENT_SHARDS.items() if issubclass(shard, BatchLatentShard))

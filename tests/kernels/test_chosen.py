@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.kernel_cases import compare
 from sae_lens_switch_kernels import RowGrads, sparse_autoencode, topk_encode
-from sae_lens_switch_kernels.chosen import Candidates, Dead, dead_candidates, decode_chosen, topk_candidates
+from sae_lens_switch_kernels.chosen import Candidates, Codes, Dead, dead_candidates, decode_chosen, topk_candidates
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -82,6 +82,50 @@ def test_dead_candidates_are_the_best_dead_latents_of_a_tokens_expert(n_experts,
         assert sorted(places) == sorted(best)
         assert_close(values, torch.tensor([own[place] for place in places], dtype=values.dtype))
         assert_close(found.ranked_BC[row][is_real], values)
+
+
+@options
+@pytest.mark.parametrize("ends", [(9, 20, F), (0, 9, 9, F), (F,), (0, F, F)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_each_level_of_codes_is_decoded_apart(names, ends, share):
+    """Levels may be empty, as a process's part of them is."""
+    leaves, scale = weights(names)
+    x = normal(B, D)
+    encoder = {name: t for name, t in leaves.items() if name != "W_dec_FD"}
+    best = topk_candidates(x, k=K * B, scale_F=scale, over_batch=True, **encoder)
+    chosen = some_of(best, 1, share)
+    codes = best.chosen(chosen).after_relu().in_levels(torch.tensor(ends), F)
+    pre = pre_activations(x, **encoder)
+    ranked = pre if scale is None else pre * scale
+    is_candidate = torch.zeros(B * F, dtype=torch.bool).index_fill(0, ranked.flatten().topk(K * B).indices, True)
+    mask = torch.zeros(B * F, dtype=torch.float64).masked_scatter(is_candidate, chosen.double()).view(B, F)
+    levels = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    dead_levels, found = [DEAD[:3], DEAD[3:4], DEAD[4:]], []
+    for dead in dead_levels:
+        W_ND, bias_N = leaves["W_enc_FD"][dead], leaves["bias_F"][dead] if "bias_F" in leaves else None
+        of_level = topk_candidates(x, W_ND, min(2, len(dead)), pre_bias_D=leaves.get("pre_bias_D"), bias_F=bias_N)
+        found.append((of_level, some_of(of_level, 2 + len(dead), share)))
+    firsts = [0, 3, 4]
+    parts = [
+        best._replace(indices_BC=best.indices_BC + n).chosen(t) for n, (best, t) in zip(firsts, found, strict=True)
+    ]
+    dead_codes = Codes.of_levels(parts)
+
+    def ours(W_enc_FD, W_dec_FD, pre_bias_D=None, bias_F=None):
+        rest = {"pre_bias_D": pre_bias_D, "bias_F": bias_F, "dead": Dead(DEAD, dead_codes)}
+        out, aux = decode_chosen(x, W_enc_FD, W_dec_FD, codes, **rest)
+        assert aux is not None
+        return torch.cat([out.view(B, -1), aux.view(B, -1)], 1)
+
+    def truth(W_enc_FD, W_dec_FD, **biases):
+        pre = pre_activations(x, W_enc_FD, **biases)
+        acts = pre.relu() * mask
+        outs = [acts[:, level] @ W_dec_FD[level] for level in levels]
+        for dead, (of_level, is_chosen) in zip(dead_levels, found, strict=True):
+            outs.append((pre[:, dead] * dense_mask(of_level, is_chosen, len(dead))) @ W_dec_FD[dead])
+        return torch.cat(outs, 1)
+
+    compare(ours, truth, leaves, normal(B, (len(ends) + 3) * D, seed=8))
 
 
 @options

@@ -31,6 +31,8 @@ def compare(n: int, folder, steps: int, make=make_sae, **fields) -> dict:
     for one in found:
         assert_same_run(one, expected, **LOOSE)
         assert shared_bits(one) == shared_bits(found[0])
+        threshold = float(expected["buffers"]["topk_threshold"])
+        assert float(one["buffers"]["topk_threshold"]) == pytest.approx(threshold, rel=2e-3)
     return expected
 
 

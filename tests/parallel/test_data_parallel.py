@@ -2,22 +2,25 @@
 
 import pytest
 import torch
-from helpers import D, F, K
+from helpers import D, F, activations
 from helpers.parallel_runs import BATCH, alone, assert_same_run, config, result, shared_bits, together, tokens
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
 from helpers.saelens_pairs import KINDS, both, options_of
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from torch import Tensor
 
 from sae_lens_switch import SparseSAETrainer
 from sae_lens_switch.parallel import DataParallelSAETrainer, ParallelSparseSAETrainer
+from sae_lens_switch.parallel.batch_of_all import over_batch_of_all
+from sae_lens_switch.parallel.ranks import Ranks
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
 
 
-def make_stock_batchtopk():
-    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
+def make_stock(kind, **fields):
+    return kind.stock(kind.stock_config(**options_of(kind, **{"dtype": "float32", **fields})))
 
 
 def make_batchtopk(kind=KINDS[0]):
@@ -45,9 +48,9 @@ def divided(n: int, folder, make, steps: int = 15, **fields) -> list[dict]:
     return on_processes(n, run, folder)
 
 
-def of_one(make, steps: int = 15, **fields) -> dict:
+def of_one(make, steps: int = 15, source=None, **fields) -> dict:
     torch.manual_seed(0)
-    trainer = SparseSAETrainer(config(steps, **fields), make(), tokens())
+    trainer = SparseSAETrainer(config(steps, **fields), make(), tokens() if source is None else source)
     return result(trainer, trainer.fit())
 
 
@@ -75,57 +78,62 @@ def test_an_sae_of_saelens_is_trained_as_on_one_process(tmp_path):
 
 
 @both
-@OPTIMIZERS
-def test_a_batchtopk_sae_chooses_from_each_part_of_a_batch_as_one_process_does(kind, optimizer, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.2}], ids=str)
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_batchtopk_sae_of_saelens_chooses_from_the_batch_of_all(kind, n, fields, tmp_path):
     def make():
-        return make_batchtopk(kind)
+        return make_stock(kind, aux_loss_coefficient=1.0)
 
-    expected = of_one(make, optimizer=optimizer, gradient_accumulation_steps=2)
-    found = divided(2, tmp_path, make, optimizer=optimizer)
-    bits = [shared_bits(one) for one in found]
-    assert bits[0] == bits[1]
-    for one in (expected, *found):  # one process moves the threshold once per part, two move it once per step
-        del one["buffers"]["topk_threshold"]
-        for row in one["rows"]:
-            del row["metrics/topk_threshold"]
+    # A part of a step is the same of every process's share: rows are dealt out to where one process has them.
+    parts = fields.get("gradient_accumulation_steps", 1)
+    batches = activations(15, batch=BATCH)
+    shares = [batch.view(parts, n, -1, D).transpose(0, 1).reshape(n, -1, D) for batch in batches]
+    expected = of_one(make, source=iter(batches), **fields)
+
+    def run() -> dict:
+        torch.manual_seed(torch.distributed.get_rank())
+        mine = iter([of_one[torch.distributed.get_rank()] for of_one in shares])
+        trainer = DataParallelSAETrainer(config(15, **fields), make(), mine)
+        sae = trainer.fit()
+        assert type(sae.activation_fn) is BatchTopK
+        assert "update_topk_threshold" not in vars(sae)
+        return result(trainer, sae)
+
+    found = on_processes(n, run, tmp_path)
+    threshold = expected["buffers"]["topk_threshold"]
+    assert threshold > 0
     for one in found:
         assert_same_run(one, expected, rtol=2e-3, atol=2e-3)
+        assert shared_bits(one) == shared_bits(found[0])
+        assert float(one["buffers"]["topk_threshold"]) == pytest.approx(float(threshold), rel=1e-3)
+    assert any(row["losses/auxiliary_reconstruction_loss"] > 0 for row in expected["rows"])
 
 
-@pytest.mark.parametrize("make", [make_stock_batchtopk, make_batchtopk], ids=["SAELens's", "sparse"])
-def test_buffers_are_the_same_on_all_processes(make, tmp_path):
-    def run() -> float:
-        return float(DataParallelSAETrainer(config(10), make(), tokens()).fit().topk_threshold)
+def chosen_of_all(sae, batch, folder) -> Tensor:
+    """The latents of a batch of which two processes have a half each."""
 
-    first, second = on_processes(2, run, tmp_path)
-    assert first == second > 0
+    def run() -> Tensor:
+        with over_batch_of_all(sae, Ranks(1, "cpu", 60)):
+            return sae.encode(batch.chunk(2)[torch.distributed.get_rank()])
+
+    return torch.cat(on_processes(2, run, folder))
 
 
-def test_the_threshold_moves_to_the_mean_of_all_parts_and_not_in_a_skipped_step(tmp_path):
-    batches = tokens().split(BATCH)
-    batches[2][-1, 1] = torch.inf  # in the second process's part
+def test_all_chosen_latents_may_be_of_one_process_s_tokens(tmp_path):
+    batch = tokens()[:BATCH].clone()
+    batch[: BATCH // 2] = 0
+    sae = make_stock(KINDS[0], k=8.3)
+    acts = chosen_of_all(sae, batch, tmp_path)
+    assert torch.equal(acts, sae.encode(batch))
+    assert int((acts[BATCH // 2 :] > 0).sum()) == int(8.3 * BATCH)
 
-    def run() -> list[float]:
-        torch.manual_seed(0)
-        mine = iter([batch.chunk(2)[torch.distributed.get_rank()] for batch in batches])
-        trainer = DataParallelSAETrainer(config(5), make_batchtopk(), mine)
-        found = []
-        for _ in range(5):
-            trainer.step(next(trainer.data_provider))
-            trainer.n_training_steps += 1
-            found.append(float(trainer.sae.topk_threshold))
-        assert trainer.n_skipped_steps == 1
-        return found
 
-    first, second = on_processes(2, run, tmp_path)
-    assert first == second
-    assert first[2] == first[1]
-    assert len(set(first)) == 4
-    torch.manual_seed(0)
-    sae = make_batchtopk()
-    active = [sae.encode_sparse(part).values.detach() for part in batches[0].chunk(2)]
-    least = sum(float(values[values > 0].min()) for values in active) / 2
-    assert first[0] == pytest.approx(sae.cfg.topk_threshold_lr * least, rel=1e-5)
+def test_of_many_equal_pre_activations_in_bfloat16_exactly_as_many_are_chosen(tmp_path):
+    n, k = 1000, 10.3035
+    sae = make_stock(KINDS[0], dtype="bfloat16", k=k)
+    acts = chosen_of_all(sae, tokens()[:1].bfloat16().expand(n, D), tmp_path)
+    counts = (acts > 0).sum(0).sort(descending=True).values
+    assert counts[:12].tolist() == [n] * 10 + [int(k * n) - 10 * n, 0]  # 303, which bfloat16 does not have
 
 
 def test_a_run_resumes_on_two_four_and_one_process(tmp_path):
@@ -166,6 +174,12 @@ def test_a_run_resumes_on_two_four_and_one_process(tmp_path):
 def test_what_cannot_be_divided_by_data_alone_is_refused(architecture, fields, message):
     with pytest.raises(ValueError, match=message):
         DataParallelSAETrainer(config(5, **fields), make_sae(architecture), tokens())
+
+
+@both
+def test_a_sparse_batchtopk_sae_is_left_to_the_trainer_that_chooses_from_all(kind):
+    with pytest.raises(ValueError, match=f"another architecture than sparse_{kind.name}, which LatentParallelSAETr"):
+        DataParallelSAETrainer(config(5), make_batchtopk(kind), tokens())
 
 
 @pytest.mark.parametrize("make", [lambda: make_sae("sparse_topk"), make_batchtopk], ids=["topk", "batchtopk"])

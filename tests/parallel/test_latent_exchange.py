@@ -55,13 +55,13 @@ def test_shares_of_any_size_are_exchanged_summed_and_differentiated(sizes, tmp_p
     def run() -> dict[str, object]:
         ranks = Ranks(2, "cpu", 60)
         n = sizes[ranks.rank]
-        batch = RowBatch.of(n, 7 + ranks.rank, ranks)
+        batch = RowBatch.of(n, (7 + ranks.rank, 1), ranks)
         of_all = numbers(ranks.rank, sum(sizes)).requires_grad_()
         (total,) = batch.summed([of_all])
         total.backward(numbers(ranks.rank, n))
         back = torch.stack([numbers(10 * to, n) for to in range(2)])
         return {
-            "facts": (batch.n_tokens, batch.sizes, batch.n_dead, batch.n_home),
+            "facts": (batch.n_tokens, batch.sizes, batch.n_dead, batch.n_dead_L, batch.n_home),
             "all": batch.to_all(numbers(ranks.rank, n), "tokens"),
             "home": batch.to_homes(numbers(ranks.rank, sum(sizes)), "candidates"),
             "back": batch.from_homes(back, "borders"),
@@ -74,7 +74,7 @@ def test_shares_of_any_size_are_exchanged_summed_and_differentiated(sizes, tmp_p
     for rank, one in enumerate(found):
         home = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
         parts = torch.stack([numbers(source, sum(sizes))[home] for source in range(2)])
-        assert one["facts"] == (sum(sizes), list(sizes), [7, 8], sizes[rank])
+        assert one["facts"] == (sum(sizes), list(sizes), [(7, 1), (8, 1)], [15, 2], sizes[rank])
         assert_close(one["all"], everybodys)
         assert_close(one["home"], parts)
         assert_close(one["back"], torch.cat([numbers(10 * rank, n) for n in sizes]))
