@@ -55,8 +55,12 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             for optimizer in ("adam", "row_sparse_adam"):
                 yield (
                     f"training of {kind} twice, {precision}, {optimizer}",
-                    lambda k=kind, s=s, p=precision, o=optimizer: repeats.check(k, s, p, args.device, o),
+                    lambda k=kind, s=s, p=precision, o=optimizer: repeats.check(k, s, p, args.device, optimizer=o),
                 )
+        yield (
+            f"training of {kind} twice, fp32, AuxK",
+            lambda k=kind, s=s: repeats.check(k, s, "fp32", args.device, aux_loss_coefficient=1 / 32, window=1),
+        )
     for kind in TRAINED:
         yield (
             f"nondeterministic operators, {kind}",

@@ -15,13 +15,12 @@ TOLERATED = 1e-4
 STEPS = 12
 
 
-def check(kind: str, s: Shape, precision: str, device: str, optimizer: str = "adam") -> dict[str, Any]:
-    first, again = (train(kind, s, precision, device, optimizer=optimizer) for _ in range(2))
+def check(kind: str, s: Shape, precision: str, device: str, **options: Any) -> dict[str, Any]:
+    first, again = (train(kind, s, precision, device, **options) for _ in range(2))
     differ = [name for name in first if not torch.equal(first[name], again[name])]
     found: dict[str, Any] = {"steps": STEPS}
-    if optimizer == "adam":
-        replayed = train(kind, s, precision, device, optimizer=optimizer, cuda_graph=True)
-        again = train(kind, s, precision, device, optimizer=optimizer, cuda_graph=True)
+    if options.get("optimizer", "adam") == "adam":
+        replayed, again = (train(kind, s, precision, device, **options, cuda_graph=True) for _ in range(2))
         errors = {n: ((replayed[n].double() - t.double()).norm() / t.double().norm()).item() for n, t in first.items()}
         found["graph_errors"] = {name: float(f"{error:.3g}") for name, error in errors.items()}
         differ += [f"{name} of a graph" for name in replayed if not torch.equal(replayed[name], again[name])]

@@ -34,7 +34,7 @@ class Contestant(NamedTuple):
     widening: int  # F in units of the narrowest, whose encoder costs what a Switch SAE's expert of that width costs
     experts: int
     precision: str
-    aux_loss_coefficient: float = 0.0  # with one no graph can be captured
+    aux_loss_coefficient: float = 0.0
 
 
 # Fixed width: all of 4. Matched FLOPs: TopK of the narrowest F beside a Switch SAE with experts as wide.
@@ -141,7 +141,7 @@ def train(name: str, c: Contestant, s: Shape, given: Activations, args: argparse
     free()
     use(c.precision)
     options: dict[str, Any] = {"window": 500, "lr": scaling_law_lr(s.F), "aux_loss_coefficient": c.aux_loss_coefficient}
-    options["cuda_graph"] = c.kind != "SAELens topk" and not c.aux_loss_coefficient and not args.no_graph
+    options["cuda_graph"] = c.kind != "SAELens topk" and not args.no_graph
     trainer, some = trainer_of(c.kind, s, c.precision, args.device, **options)
     for _ in range(2):  # kernels are compiled at their first call: that is no training
         trainer.step(some[0])

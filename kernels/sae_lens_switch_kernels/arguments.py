@@ -88,11 +88,25 @@ def check_levels(ends_L: Tensor, width: int, x_BD: Tensor) -> None:
     check_ends(ends_L, width)
 
 
+def check_dead(dead_N: Tensor, aux_k: int, inputs: EncoderInputs) -> None:
+    is_mask, F = dead_N.dtype == torch.bool, len(inputs.W_enc_FD)
+    if is_mask and dead_N.shape != (F,):
+        raise ValueError(f"dead_N must have shape ({F},) as a mask of latents; got {tuple(dead_N.shape)}")
+    if not is_mask:
+        check_integers("dead_N", dead_N)
+    check_device("dead_N", dead_N, "x_BD", inputs.x_BD)
+    most, what = (inputs.blocks.width, "latents of an expert") if is_mask else (len(dead_N), "dead latents")
+    if not 1 <= aux_k <= most:
+        raise ValueError(f"aux_k must be between 1 and the {most} {what}; got aux_k={aux_k}")
+
+
 def check_dead_counts(counts: Sequence[int], dead_N: Tensor | None, expert_B: Tensor | None) -> None:
     n_dead = 0 if dead_N is None else len(dead_N)
-    if counts and (expert_B is not None or min(counts) < 1 or sum(counts) != n_dead):
+    is_mask = dead_N is not None and dead_N.dtype == torch.bool
+    if counts and (expert_B is not None or is_mask or min(counts) < 1 or sum(counts) != n_dead):
         raise ValueError(
-            f"dead_counts must be positive and sum to the {n_dead} dead latents, without expert_B; got {list(counts)}"
+            f"dead_counts must be positive and sum to the {n_dead} dead latents, which are indices, without expert_B; "
+            f"got {list(counts)}"
         )
 
 

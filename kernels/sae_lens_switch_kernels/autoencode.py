@@ -57,7 +57,8 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         aux_out_BD, aux_values_BA, aux_slots_BA = (W_dec_FD.new_empty(0) for _ in range(3))
         aux_offsets_Q1 = x_BD.new_empty(0, dtype=torch.long)
         if dead_N is not None:
-            check_range("dead_N", dead_N, len(inputs.W_enc_FD))
+            if dead_N.dtype != torch.bool:
+                check_range("dead_N", dead_N, len(inputs.W_enc_FD))
             dead = dead_latents(dead_N, inputs.blocks, aux_k)
             if dead_counts:
                 aux_values_BA, aux_slots_BA, aux_offsets_Q1 = encode_groups(
@@ -66,9 +67,9 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
             else:
                 aux_values_BA, aux_slots_BA = dead.encode(p, inputs, centered_BD, groups, aux_k)
             aux_rows = _code_rows(aux_offsets_Q1, len(aux_slots_BA), len(x_BD))
-            aux = CodeProducts(p, aux_slots_BA, len(dead.latents_Z), groups, inputs.dtype, rows=aux_rows)
+            aux = CodeProducts(p, aux_slots_BA, dead.slots.n_latents, groups, inputs.dtype, rows=aux_rows)
             gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.slots, groups)
-            aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), W_dec_FD[dead.latents_Z])
+            aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), dead.rows(W_dec_FD))
     none, is_given = x_BD.new_empty, inputs.given_groups is not None
     return Outputs(
         out_BD,
@@ -184,7 +185,7 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
     if b.dead_N is not None and b.grad_aux_BD is not None:
         dead = dead_latents(b.dead_N, b.blocks, b.aux_slots_BA.shape[-1])
         aux_rows = _code_rows(b.aux_offsets_Q1, len(b.aux_slots_BA), len(b.x_BD))
-        aux = CodeProducts(p, b.aux_slots_BA, len(dead.latents_Z), groups, b.dtype, active_only, aux_rows)
+        aux = CodeProducts(p, b.aux_slots_BA, dead.slots.n_latents, groups, b.dtype, active_only, aux_rows)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
         rows_R, grads = merge_rows(rows_R, grads, dead_R, dead_grads)
         d_x_BD = d_x_BD + d_dead_x_BD if b.needs_x else d_x_BD
@@ -209,17 +210,17 @@ def _aux_backward(
     codes: CodeProducts,
     centered_BD: Tensor,
     radial: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """The dead latents that have gradients, those gradients, and the gradient of x."""
+) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor]:
+    """The dead latents that have gradients, None for all latents, those gradients, and the gradient of x."""
     g_BD = groups.sorted(grad_aux_BD).contiguous()
-    d_acts_BA = codes.matmul_at_indices(g_BD, b.W_dec_FD[dead.latents_Z])
+    d_acts_BA = codes.matmul_at_indices(g_BD, dead.rows(b.W_dec_FD))
     gates_BA = own_gates(b.gates_B, b.expert_B, b.aux_slots_BA, dead.slots, groups)
     d_pre_BA = dead.without_padding(_gated(d_acts_BA, gates_BA), b.aux_slots_BA)
     acts_BA = _gated(b.aux_values_BA, gates_BA)
     radial_BA = acts_BA * d_acts_BA if radial else None
     rows_R, grads = codes.weight_grads(acts_BA, g_BD, d_pre_BA, centered_BD, radial_BA)
-    d_x_BD = codes.decode_tokens(d_pre_BA, b.W_enc_FD[dead.latents_Z]) if b.needs_x else g_BD.new_empty(0)
-    return dead.latents_Z if rows_R is None else dead.latents_Z[rows_R], grads, d_x_BD
+    d_x_BD = codes.decode_tokens(d_pre_BA, dead.rows(b.W_enc_FD)) if b.needs_x else g_BD.new_empty(0)
+    return dead.latents_of(rows_R), grads, d_x_BD
 
 
 def _in_levels(

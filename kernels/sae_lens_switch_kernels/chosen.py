@@ -148,6 +148,7 @@ def dead_candidates(
     ranked_BC = values_BC.to(dtype)
     if dead.real_Z is not None:
         ranked_BC = ranked_BC.masked_fill(~dead.real_Z[slots_BC], -torch.inf)
+    assert dead.latents_Z is not None
     places_BC = torch.searchsorted(dead_N, dead.latents_Z[slots_BC])
     lacking = (0, aux_k - n)
     return Candidates(pad(values_BC, lacking), pad(places_BC, lacking), pad(ranked_BC, lacking, value=-torch.inf))

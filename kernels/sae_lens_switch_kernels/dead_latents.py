@@ -24,14 +24,26 @@ class DeadLatents(NamedTuple):
 
     Attributes:
         latents_Z: The latent in each slot. An expert has as many slots as the one with most dead latents, and at least
-            aux_k.
-        real_Z: Which slots are not padding; None: all.
+            aux_k. None: each latent has a slot.
+        real_Z: Which slots are of dead latents, not padding; None: all.
         slots: Which slots belong to which expert.
     """
 
-    latents_Z: Tensor
+    latents_Z: Tensor | None
     real_Z: Tensor | None
     slots: ExpertBlocks
+
+    def rows(self, t_FX: Tensor, slots: slice = slice(None)) -> Tensor:
+        """What each slot's latent has."""
+        if self.latents_Z is None:
+            return t_FX if slots == slice(None) else t_FX[slots]
+        return t_FX[self.latents_Z[slots]]
+
+    def latents_of(self, slots_R: Tensor | None) -> Tensor | None:
+        """The latents in these slots, or in all; None: all latents."""
+        if self.latents_Z is None or slots_R is None:
+            return slots_R if self.latents_Z is None else self.latents_Z
+        return self.latents_Z[slots_R]
 
     def encode(
         self, p: ModuleType | SelfChecked, inputs: EncoderInputs, centered_BD: Tensor, groups: ExpertGroups, aux_k: int
@@ -63,11 +75,12 @@ class DeadLatents(NamedTuple):
         slots: slice,
     ) -> tuple[Tensor, Tensor]:
         """Of some of the slots, which are counted from the first of them."""
-        latents_Z, real_Z = self.latents_Z[slots], None if self.real_Z is None else self.real_Z[slots]
-        W_ZD = inputs.W_enc_FD[latents_Z]
-        bias_Z, scale_Z = (None if t_F is None else t_F[latents_Z] for t_F in (inputs.bias_F, inputs.scale_F))
-        if real_Z is not None:
-            never_Z = W_ZD.new_zeros(len(latents_Z)).masked_fill_(~real_Z, -torch.inf)
+        real_Z, W_ZD = None if self.real_Z is None else self.real_Z[slots], self.rows(inputs.W_enc_FD, slots)
+        bias_Z, scale_Z = (None if t_F is None else self.rows(t_F, slots) for t_F in (inputs.bias_F, inputs.scale_F))
+        if real_Z is not None and inputs.by_magnitude:  # padding is the least if it is 0
+            scale_Z = real_Z.to(W_ZD.dtype) if scale_Z is None else scale_Z * real_Z
+        elif real_Z is not None:
+            never_Z = W_ZD.new_zeros(len(real_Z)).masked_fill_(~real_Z, -torch.inf)
             bias_Z = never_Z if bias_Z is None else bias_Z + never_Z
         choice = False, inputs.by_magnitude
         values_BA, slots_BA = p.topk_encode(centered_BD, W_ZD, aux_k, groups, bias_Z, scale_Z, inputs.dtype, *choice)
@@ -96,6 +109,9 @@ def encode_groups(
 
 
 def dead_latents(dead_N: Tensor, blocks: ExpertBlocks, aux_k: int) -> DeadLatents:
+    """From their indices, ascending; or from a mask over all latents, of which nothing is read back."""
+    if dead_N.dtype == torch.bool:
+        return DeadLatents(None, dead_N, blocks)
     E = blocks.n_experts
     if E == 1 and not blocks.n_shared:
         return DeadLatents(dead_N, None, ExpertBlocks(len(dead_N), 1))

@@ -8,10 +8,10 @@ from torch import Tensor
 from sae_lens_switch_kernels import autoencode, operators
 from sae_lens_switch_kernels.arguments import (
     check_codes,
+    check_dead,
     check_dead_counts,
     check_device,
     check_indices,
-    check_integers,
     check_levels,
     check_like,
     check_matrix,
@@ -266,7 +266,8 @@ def sparse_autoencode(
         bias_F: Added to the pre-activations.
         scale_F: Multiplies the pre-activations during selection only.
         dead_N: Dead latents, whose own aux_k largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
-            A.2). Only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
+            A.2); or a mask of them, [F]: all latents are then encoded, so that nobody need know how many are dead. Of
+            indices only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
             token's own experts and the shared ones, all of them if there are fewer than aux_k, weighted by the gate,
             which gets no gradient from them.
         aux_k: Dead latents per token.
@@ -285,7 +286,8 @@ def sparse_autoencode(
         Reconstruction, values, indices, the reconstruction from dead latents, and which tokens are in doubt.
 
     Raises:
-        ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= aux_k <= N.
+        ValueError: As ``topk_encode``, ``switch_encode`` and ``sparse_decode``; also unless 1 <= aux_k <= N, or, with a
+            mask, at most the M latents of an expert.
     """
     check_matrix("W_dec_FD", W_dec_FD, rows=len(W_enc_FD))
     check_like("W_dec_FD", W_dec_FD, "W_enc_FD", W_enc_FD)
@@ -300,10 +302,7 @@ def sparse_autoencode(
             raise ValueError("groups must be of tokens with one expert each, as route gives them, or None")
         inputs = inputs._replace(sorted_B=groups.order_B, ends_E1=groups.offsets_E1)
     if dead_N is not None:
-        check_integers("dead_N", dead_N)
-        check_device("dead_N", dead_N, "x_BD", x_BD)
-        if not 1 <= aux_k <= len(dead_N):
-            raise ValueError(f"aux_k must be between 1 and the {len(dead_N)} dead latents; got aux_k={aux_k}")
+        check_dead(dead_N, aux_k, inputs)
     check_dead_counts(dead_counts, dead_N, expert_B)
     arguments = *inputs, W_dec_FD, dead_N, aux_k, list(dead_counts), ends_L
     # While compiling, radial_R, a saving that an optimiser can do without, is not worth a graph break.

@@ -174,6 +174,7 @@ def sparse_autoencode(
     out_BD = sparse_decode(gated_BK, indices_BK, W_dec_FD)
     if dead_N is None:
         return out_BD, values_BK, indices_BK, None
+    dead_N = dead_N.nonzero().flatten() if dead_N.dtype == torch.bool else dead_N
     rows = []
     for b, x_D in enumerate(x_BD):
         expert_N = (dead_N - n_shared) // M  # negative: shared

@@ -70,9 +70,11 @@ class RowGrads:
 
 
 def merge_rows(
-    rows_R: Tensor | None, grads: tuple[Tensor, ...], more_R: Tensor, more: tuple[Tensor, ...]
+    rows_R: Tensor | None, grads: tuple[Tensor, ...], more_R: Tensor | None, more: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The sum of two sets of rows; rows_R None: all rows."""
+    """The sum of two sets of rows, of which the second has all rows only if the first has; None: all rows."""
+    if more_R is None:
+        return None, tuple(g.add_(m) for g, m in zip(grads, more, strict=True))
     if rows_R is None:
         return None, tuple(g.index_add_(0, more_R, m) for g, m in zip(grads, more, strict=True))
     both_R, where = torch.cat([rows_R, more_R]).unique(return_inverse=True)

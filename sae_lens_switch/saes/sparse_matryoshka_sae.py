@@ -50,6 +50,11 @@ class SparseMatryoshkaBatchTopKTrainingSAE(SparseBatchTopKTrainingSAE, Matryoshk
         sizes = [end - start for start, end in pairwise([0, *widths])]
         return dead._replace(counts=tuple(int(level.sum()) for level in dead_F.split(sizes)))
 
+    @property
+    @override
+    def can_mask_dead(self) -> bool:
+        return super().can_mask_dead and not self.cfg.use_matryoshka_aux_loss
+
     @override
     def _aux_loss(
         self, x_BD: Tensor, sae_out_BD: Tensor, result: Reconstruction, dead: DeadLatents, n_dead: Tensor | int

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads
 from torch import Tensor, nn
 from typing_extensions import override
@@ -14,6 +14,7 @@ from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.common.machine import check_sae_fits
 from sae_lens_switch.common.torch_private import has_hooks
 from sae_lens_switch.common.types import Metrics, StateDict
+from sae_lens_switch.saes.aux_k import AuxKTrainingSAE
 from sae_lens_switch.saes.config import check_sae
 from sae_lens_switch.saes.decoder_constraint import DecoderConstraint
 from sae_lens_switch.saes.expert_layout import ExpertLayout
@@ -119,7 +120,7 @@ class SparseSAE(PicklableSAE, CountedFolds, ABC):
         return replace_files(path, super().save_model)
 
 
-class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
+class SparseTrainingSAE(SparseSAE, AuxKTrainingSAE, ABC):
     """A sparse SAE in training: its step, and what SparseSAETrainer asks of an SAE beyond SAELens's ``TrainingSAE``.
 
     The trainer hands a ``SparseStepInput`` to ``training_forward_pass`` and gets a ``SparseStepOutput`` with the codes.
@@ -129,6 +130,7 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
     # What the trainer asks
 
     @property
+    @override
     def expert_layout(self) -> ExpertLayout | None:
         """None without a router."""
         return None
@@ -190,8 +192,11 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
             sae_out, product = self._plus_skip(self.decode(acts), x_BD), None
         else:
             assignment = self._route_batch(inputs_BD)
-            dead = self._dead_latents(step_input.dead_neuron_mask)
             row_grads = None if options is None else options.row_grads
+            if options is not None and options.is_captured:
+                dead = self._masked_dead(step_input.dead_neuron_mask)
+            else:
+                dead = self._dead_latents(step_input.dead_neuron_mask)
             result, hidden_pre = self._autoencode(inputs_BD, assignment, dead, row_grads)
             plain = share is None and is_plain(self)
             product, inner = self._decoded(result, target_BD)
@@ -281,62 +286,6 @@ class SparseTrainingSAE(SparseSAE, TrainingSAE[Any], ABC):
 
     def _check_loss(self, loss: Tensor, step_input: TrainStepInput) -> None:
         """May raise ValueError for a non-finite loss."""
-
-    # Dead latents (AuxK, Gao et al. 2024, A.2)
-
-    @property
-    def aux_k(self) -> int:
-        """Number of dead latents that reconstruct each token's residual: d_in / 2, as in SAELens."""
-        return self.cfg.d_in // 2
-
-    @property
-    def _reports_aux_loss(self) -> bool:
-        return True
-
-    def _most_dead(self, dead_F: Tensor, n_dead: int) -> int:  # noqa: ARG002, there is one expert
-        """The number of dead latents of the expert that has most."""
-        return n_dead
-
-    def _n_dead(
-        self,
-        dead_N: Tensor,
-        dead_F: Tensor | None,  # noqa: ARG002
-        assignment: Assignment | None,  # noqa: ARG002
-    ) -> Tensor | int:
-        """Number of dead latents available to each token: one number, or [B]."""
-        return len(dead_N)
-
-    def _dead_latents(self, dead_F: Tensor | None) -> DeadLatents:
-        """Waits for the device, where there is an auxiliary loss."""
-        if dead_F is None or self.cfg.aux_loss_coefficient == 0:
-            return DeadLatents(None, 0)
-        dead_N = dead_F.nonzero().flatten()
-        aux_k = min(self.aux_k, self._most_dead(dead_F, len(dead_N)))
-        if aux_k == 0:
-            return DeadLatents(None, 0)
-        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-            raise ValueError(
-                "aux_loss_coefficient must be 0 with normalize_activations="
-                f"{self.cfg.normalize_activations!r}: dead latents would reconstruct a normalised residual"
-            )
-        return DeadLatents(dead_N, aux_k)
-
-    def _aux_loss(
-        self,
-        x_BD: Tensor,
-        sae_out_BD: Tensor,
-        result: Reconstruction,
-        dead: DeadLatents,  # noqa: ARG002
-        n_dead: Tensor | int,
-    ) -> Tensor:
-        """coefficient * min(1, n_dead / aux_k) * mean_B ||aux_out - (x - sae_out)||^2; n_dead in all, or per token."""
-        aux_out_BD = result.aux_out_BD
-        assert aux_out_BD is not None
-        residual = (x_BD - sae_out_BD).detach()
-        error_B = (self.reshape_fn_out(aux_out_BD, self.d_head) - residual).pow(2).sum(dim=-1)
-        # The number is filled in on the device: a copy from the host would wait for it.
-        count = n_dead.to(error_B.dtype) if isinstance(n_dead, Tensor) else error_B.new_full((), n_dead)
-        return self.cfg.aux_loss_coefficient * ((count / self.aux_k).clamp(max=1) * error_B).mean()
 
     # Files
 

@@ -21,7 +21,7 @@ class LatentParameters(NamedTuple):
 
 
 class DeadLatents(NamedTuple):
-    """Indices of the dead latents [N], and how many of them reconstruct each token's residual (AuxK).
+    """Indices of the dead latents [N], or a mask [F], and how many of them reconstruct each token's residual (AuxK).
 
     ``counts`` says how many each level of a Matryoshka SAE has, where each reconstructs a residual of its own.
     """
@@ -39,10 +39,13 @@ class SparseStepInput(TrainStepInput):
         row_grads: Where the backward pass stores what the optimiser wants of it beside, or in place of, ``.grad``.
         refuse_non_finite: Whether the SAE raises for a non-finite loss, which waits for the device. Our trainer skips
             such steps itself.
+        is_captured: Whether the step is to be captured in a CUDA graph, so that the host cannot know how many latents
+            are dead.
     """
 
     row_grads: RowGrads | None = None
     refuse_non_finite: bool = True
+    is_captured: bool = False
 
 
 class SparseStepOutput(TrainStepOutput):

@@ -37,9 +37,9 @@ class FiringCounter:
     def passes_since_fired_F(self, value: Tensor) -> None:
         self.last_fired_F.copy_(self.n_passes - value)
 
-    def dead_F(self, window: int) -> Tensor:
-        """Latents that have not fired for more than ``window`` passes."""
-        return self.n_passes - self.last_fired_F > window
+    def dead_F(self, window: int, is_captured: bool = False) -> Tensor:
+        """Latents that have not fired for more than ``window`` passes; asked in a captured pass, as of before it."""
+        return (self._pass - 1 if is_captured else self.n_passes) - self.last_fired_F > window
 
     @property
     def frequencies_F(self) -> Tensor:

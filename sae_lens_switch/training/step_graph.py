@@ -69,7 +69,9 @@ def check_capturable(sae: AnyTrainingSAE, optimizer: OptimizerName) -> None:
     for name, fits in {
         f"an SAE with sparse codes, not {sae.cfg.architecture()!r}": sparse is not None,
         "optimizer='adam'": optimizer == "adam",
-        "aux_loss_coefficient=0": sparse is None or not sparse.needs_dead_mask,
+        "aux_loss_coefficient=0, or an aux_k up to the latents of an expert for all levels together": sparse is None
+        or not sparse.needs_dead_mask
+        or sparse.can_mask_dead,
     }.items():
         if not fits:
             raise ValueError(f"cuda_graph must be False without {name}; got True")

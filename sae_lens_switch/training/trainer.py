@@ -52,7 +52,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     Differences from SAELens: torch's fused Adam in one pass over the weights, or row-sparse Adam; clipping without a
     pass of its own; statistics from codes; no tensor outlives its step; no wait for the device except to log, and
-    once per step with AuxK (how many latents are dead) or row-sparse Adam (how many were active).
+    once per step with AuxK outside a CUDA graph (how many latents are dead) or row-sparse Adam (how many were active).
     A step whose loss or gradient is non-finite changes nothing and is counted. Checkpoints are atomic;
     SIGINT, SIGTERM and SIGHUP write one before they stop ``fit``.
 
@@ -108,7 +108,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return None, {}
         check_capturable(self.sae, self.cfg.optimizer)
         scalars = {name: torch.zeros((), device=self.cfg.device) for name in self._numbers()}
-        return StepGraph(lambda x_BD: self._on_device(x_BD, None)), scalars
+        return StepGraph(lambda x_BD: self._on_device(x_BD, self._dead_mask(is_captured=True))), scalars
 
     # What fired, what was skipped
 
@@ -145,11 +145,12 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """How often the router's collapse was countered."""
         return self.collapse.n_interventions
 
-    def _dead_mask(self) -> Tensor | None:
+    def _dead_mask(self, is_captured: bool = False) -> Tensor | None:
         """Not built for a sparse SAE that will not read it: it is as long as the dictionary."""
-        logs_it = self._is_logging_step() or self.history.is_due(self.n_training_steps + 1)
+        logs_it = not is_captured and (self._is_logging_step() or self.history.is_due(self.n_training_steps + 1))
         uses_it = self._sparse_sae is None or self._sparse_sae.needs_dead_mask
-        return self.dead_neurons if uses_it or logs_it else None
+        is_needed = logs_it or (uses_it and (is_captured or self._graph is None))
+        return self.firing.dead_F(self.cfg.dead_feature_window, is_captured) if is_needed else None
 
     @override
     def _reset_running_sparsity_stats(self) -> None:
@@ -168,16 +169,14 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.n_batches_drawn += 1
         width = self.sae.cfg.d_in if self._sparse_sae is None else self._sparse_sae.batch_width
         output = super().step(activation_rows(batch.detach(), width))
-        step = self.n_training_steps + 1
-        if self.history.is_due(step):
+        if self.history.is_due(step := self.n_training_steps + 1):
             self.history.add(step, self.build_train_step_log_dict(output, self.n_training_samples))
         return output
 
     @override
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
-        dead_mask = self._dead_mask()
-        graph = self._graph
+        dead_mask, graph = self._dead_mask(), self._graph
         self.firing.begin_pass(is_captured=graph is not None)
         if graph is not None:
             for name, value in self._numbers().items():
@@ -246,6 +245,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             is_logging_step=self._is_logging_step(),
             row_grads=row_grads,
             refuse_non_finite=False,
+            is_captured=self._graph is not None,
         )
         with self.autocast_if_enabled:
             return self.sae.training_forward_pass(step_input=step_input)

@@ -65,6 +65,10 @@ OPTIONS = {
     "shared latents beside two experts, gated": {"two_experts", "shared", "gates_B", "pre_bias_D"},
     "dead latents, shared and by expert": {"expert_B", "shared", "gates_B", "pre_bias_D", "dead_N"},
     "dead latents, shared and of two experts": {"two_experts", "shared", "gates_B", "dead_N"},
+    "masked": {"pre_bias_D", "bias_F", "scale_F", "dead_N", "masked"},
+    "masked, by magnitude": {"scale_F", "dead_N", "by_magnitude", "masked"},
+    "masked, by expert": {"expert_B", "gates_B", "pre_bias_D", "dead_N", "masked"},
+    "masked, shared and of two experts": {"two_experts", "shared", "gates_B", "dead_N", "masked"},
 }
 
 
@@ -108,4 +112,8 @@ def autoencoder_inputs(B, D, E, M, K, names) -> tuple[dict[str, Tensor], dict[st
         optional["gates_B"] = normal(B, A).sigmoid()
     if "dead_N" in names:
         constants |= {"dead_N": dead, "aux_k": max(1, len(dead) // 2)}
+    if "masked" in names:
+        width = (F - constants.get("n_shared", 0)) // constants.get("n_experts", 1)
+        mask = torch.zeros(F, dtype=torch.bool).index_fill(0, dead, True)
+        constants |= {"dead_N": mask, "aux_k": min(constants["aux_k"], width)}
     return leaves | {n: t for n, t in optional.items() if n in names}, constants

@@ -41,6 +41,8 @@ def inputs(E: int, names: set[str], dtype: torch.dtype) -> tuple[dict[str, Tenso
         constants["scale_F"] = normal(F).exp()
     if "dead_N" in names:
         constants |= {"dead_N": torch.arange(1, F, 3, device=DEVICE), "aux_k": 4}
+    if "masked" in names:
+        constants |= {"dead_N": torch.arange(F, device=DEVICE) % 3 == 1, "aux_k": 4}
     return leaves | {n: t for n, t in optional.items() if n in names}, constants
 
 
@@ -48,8 +50,13 @@ def inputs(E: int, names: set[str], dtype: torch.dtype) -> tuple[dict[str, Tenso
 @pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
 @pytest.mark.parametrize(
     ("E", "names"),
-    [(1, {"pre_bias_D", "bias_F", "scale_F", "dead_N"}), (3, {"expert_B", "gates_B", "pre_bias_D"})],
-    ids=["topk", "switch"],
+    [
+        (1, {"pre_bias_D", "bias_F", "scale_F", "dead_N"}),
+        (3, {"expert_B", "gates_B", "pre_bias_D"}),
+        (1, {"masked"}),
+        (3, {"expert_B", "gates_B", "masked"}),
+    ],
+    ids=["topk", "switch", "topk, dead latents as a mask", "switch, dead latents as a mask"],
 )
 def test_sparse_autoencode_on_triton_equals_the_reference(E, names, dense_up_to, monkeypatch):
     monkeypatch.setattr(products, "_DENSE_UP_TO", {DEVICE.type: dense_up_to})

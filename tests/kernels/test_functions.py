@@ -66,6 +66,15 @@ def test_bad_encoder_arguments_are_refused(change, message):
         ({"dead_N": torch.tensor([9]), "aux_k": 1}, r"dead_N must lie in \[0, 9\)"),
         ({"dead_N": torch.tensor([1, 2]), "aux_k": 3}, "aux_k must be between 1 and the 2 dead latents; got aux_k=3"),
         ({"dead_N": torch.tensor([1, 2])}, "got aux_k=0"),
+        ({"dead_N": torch.ones(8, dtype=torch.bool), "aux_k": 1}, r"dead_N must have shape \(9,\) as a mask"),
+        (
+            {"dead_N": torch.ones(9, dtype=torch.bool), "aux_k": 10},
+            "between 1 and the 9 latents of an expert; got aux_k=10",
+        ),
+        (
+            {"dead_N": torch.ones(9, dtype=torch.bool), "aux_k": 1, "dead_counts": [9]},
+            "dead latents, which are indices",
+        ),
         ({"scale_F": torch.zeros(9, device="meta")}, "must share a device"),
     ],
 )

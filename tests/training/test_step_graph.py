@@ -61,6 +61,47 @@ def test_a_run_through_the_memory_of_a_graph_is_the_same_run(architecture, parts
         torch.testing.assert_close(graphed.routing.load_E, plain.routing.load_E)
 
 
+AUX = {
+    "switch": {"n_experts": 4, "d_sae": 48, "k": 3},
+    "switch, two of four experts": {"n_experts": 4, "d_sae": 48, "k": 3, "n_active_experts": 2},
+    "switch, shared latents": {"n_experts": 4, "d_sae": 56, "k": 4, "n_shared_experts": 1, "shared_width": 8},
+    "switch_transcoder": {},
+    "sparse_topk": {"apply_b_dec_to_input": False},
+    "sparse_abstopk": {},
+    "sparse_batchtopk": {"rescale_acts_by_decoder_norm": False},
+    "sparse_matryoshka_batchtopk": {},
+    "sparse_topk_transcoder": {},
+}
+
+
+@pytest.mark.parametrize("name", AUX)
+def test_dead_latents_learn_the_same_without_being_counted(name):
+    options = {"logger": LoggingConfig(log_to_wandb=False), "dead_feature_window": 2}
+
+    def make():
+        return make_sae(name.split(",")[0], aux_loss_coefficient=0.5, **AUX[name])
+
+    plain, graphed = make_trainer(make(), **options), make_trainer(make(), cuda_graph=True, **options)
+    n_dead, losses = [], []
+    step = graphed._graph.step
+
+    def watched(x):
+        output = step(x)
+        n_dead.append(int(graphed.dead_neurons.sum()))
+        losses.append(float(output.losses["auxiliary_reconstruction_loss"]))
+        return output
+
+    graphed._graph.step = watched
+    plain.fit()
+    graphed.fit()
+    assert losses[0] == 0  # none is dead yet
+    assert max(losses) > 0
+    assert len(set(n_dead)) > 3
+    for (key, p), q in zip(graphed.sae.named_parameters(), plain.sae.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    assert torch.equal(graphed.n_forward_passes_since_fired, plain.n_forward_passes_since_fired)
+
+
 def test_what_a_step_reads_from_the_host_changes_with_the_schedules():
     the_trainer = make_trainer(make_sae("switch"), cuda_graph=True, logger=LoggingConfig(log_to_wandb=False))
     seen = []
@@ -94,8 +135,18 @@ def test_a_resumed_run_captures_anew(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "sae", "run", "without"),
     [
-        ("switch", {"aux_loss_coefficient": 0.1}, {}, "aux_loss_coefficient=0"),
-        ("sparse_topk", {"aux_loss_coefficient": 0.1}, {}, "aux_loss_coefficient=0"),
+        (
+            "switch",
+            {"aux_loss_coefficient": 0.1, "aux_k": F // E + 1},
+            {},
+            "aux_loss_coefficient=0, or an aux_k up to .*",
+        ),
+        (
+            "sparse_matryoshka_batchtopk",
+            {"aux_loss_coefficient": 0.1, "use_matryoshka_aux_loss": True},
+            {},
+            "aux_loss_coefficient=0, or .* for all levels together",
+        ),
         ("switch", {}, {"optimizer": "row_sparse_adam"}, "optimizer='adam'"),
     ],
 )

@@ -259,21 +259,23 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize(("cuda_graph", "aux"), [(False, 0.0), (True, 0.0), (True, 0.1)])
 @pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])
-def test_a_step_never_waits_for_the_device(architecture, cuda_graph, monkeypatch):
+def test_a_step_never_waits_for_the_device(architecture, cuda_graph, aux, monkeypatch):
     # As on a GPU, where a range is checked by an assertion on the device.
     monkeypatch.setattr(trainer_module, "_LOOK_EVERY", {})
     monkeypatch.setattr(constrained_adam, "_READ_AT_ONCE", set())
     monkeypatch.setattr(inputs, "_is_readable", lambda _: False)
     batches = activations(4)
     sae = (
-        training_sae(dtype="float32")
+        training_sae(dtype="float32", aux_loss_coefficient=aux)
         if architecture == "switch"
-        else topk(SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, aux_loss_coefficient=0.0)
+        else topk(SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, aux_loss_coefficient=aux)
     )
-    trainer_ = our_trainer(sae, batches, cuda_graph=cuda_graph, logger=LoggingConfig(log_to_wandb=False))
+    fields = {"cuda_graph": cuda_graph, "dead_feature_window": 1}
+    trainer_ = our_trainer(sae, batches, logger=LoggingConfig(log_to_wandb=False), **fields)
     run(trainer_, batches[:2])
+    trainer_.firing.last_fired_F -= 10
     with Waits() as waits:
         run(trainer_, batches[2:3])
         assert waits.found == []
