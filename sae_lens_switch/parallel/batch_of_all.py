@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
 from torch import Tensor, nn
 
 from sae_lens_switch.common.types import AnyTrainingSAE
@@ -17,9 +17,9 @@ from sae_lens_switch.saes.running_thresholds import least_active, move_threshold
 def over_batch_of_all(sae: AnyTrainingSAE, ranks: Ranks) -> Iterator[None]:
     """Within it, steps of a BatchTopK SAE choose from, and move the threshold by, the tokens of all processes.
 
-    Each must take the step. SAEs that look at one token at a time are as before.
+    Each must take the step. Other SAEs are as before, also those whose class chooses in a way of its own.
     """
-    if not isinstance(sae, BatchTopKTrainingSAE):
+    if not isinstance(sae, BatchTopKTrainingSAE) or not _is_saelens_s(sae):
         yield
         return
 
@@ -36,6 +36,11 @@ def over_batch_of_all(sae: AnyTrainingSAE, ranks: Ranks) -> Iterator[None]:
     finally:
         sae.activation_fn = own
         del sae.update_topk_threshold
+
+
+def _is_saelens_s(sae: BatchTopKTrainingSAE) -> bool:
+    moves_threshold = type(sae).update_topk_threshold is BatchTopKTrainingSAE.update_topk_threshold
+    return moves_threshold and type(sae.activation_fn) is BatchTopK
 
 
 class _BatchTopKOfAll(nn.Module):

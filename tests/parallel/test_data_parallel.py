@@ -128,6 +128,19 @@ def test_all_chosen_latents_may_be_of_one_process_s_tokens(tmp_path):
     assert int((acts[BATCH // 2 :] > 0).sum()) == int(8.3 * BATCH)
 
 
+def test_a_class_that_chooses_in_its_own_way_still_does():
+    class Own(KINDS[0].stock):
+        def update_topk_threshold(self, acts_topk):
+            self.topk_threshold = acts_topk.amax().double()
+
+    sae = Own(KINDS[0].stock_config(**options_of(KINDS[0])))
+    own = sae.activation_fn
+    with over_batch_of_all(sae, Ranks.__new__(Ranks)):
+        assert sae.activation_fn is own
+        sae.update_topk_threshold(torch.ones(1))
+    assert sae.topk_threshold == 1
+
+
 def test_of_many_equal_pre_activations_in_bfloat16_exactly_as_many_are_chosen(tmp_path):
     n, k = 1000, 10.3035
     sae = make_stock(KINDS[0], dtype="bfloat16", k=k)
