@@ -60,20 +60,20 @@ def _matched(rows: list[Row], _curves: list[Row]) -> list[Row]:
 
 def _efficient(rows: list[Row], curves: list[Row]) -> list[Row]:
     tokens = max((r["tokens"] for r in rows if r["experiment"] == "matched FLOPs"), default=0)
+    by_pair = {(r["k"], r["experts"]): r for r in reversed(efficiency(rows, curves))}  # whole runs, where there are any
     found = []
-    for r in efficiency(rows, curves):
-        if r["read off"] == "whole runs":
-            parts = {name: r[f"part of TopK's {name}"] for name in ("tokens", "FLOPs", "seconds")}
-            here = f"{parts['tokens']} of the steps, {parts['FLOPs']} of the FLOPs, {parts['seconds']} of the seconds"
-            claim = (
-                f"matched FLOPs, k {r['k']}: {r['experts']} experts reach TopK's final error in a fifth of the steps"
-            )
-            reached = parts["tokens"].split()[0]
-            share = float(reached) if reached[0].isdigit() else 1.0
-            holds = "holds" if share <= 0.2 else "does not hold" if share == 1 else f"not in a fifth, in {share:.2f}"
-            if not r["not reached by"].startswith("0 "):
-                holds = f"does not hold: not reached by {r['not reached by']}"
-            found.append(_row("sample efficiency", claim, "", here, tokens, str(r["seeds"]), holds))
+    for r in reversed(by_pair.values()):
+        parts = {name: r[f"part of TopK's {name}"] for name in ("tokens", "FLOPs", "seconds")}
+        here = f"{parts['tokens']} of the steps, {parts['FLOPs']} of the FLOPs, {parts['seconds']} of the seconds"
+        here = "not reached" if parts["tokens"] == "not reached" else here
+        error = "final error" if r["read off"] == "whole runs" else "error before the learning rate falls"
+        claim = f"matched FLOPs, k {r['k']}: {r['experts']} experts reach TopK's {error} in a fifth of the steps"
+        reached = parts["tokens"].split()[0]
+        share = float(reached) if reached[0].isdigit() else 1.0
+        holds = "holds" if share <= 0.2 else "does not hold" if share == 1 else f"not in a fifth, in {share:.2f}"
+        if not r["not reached by"].startswith("0 "):
+            holds = f"does not hold: not reached by {r['not reached by']}"
+        found.append(_row("sample efficiency", claim, "", here, tokens, str(r["seeds"]), holds))
     return found
 
 

@@ -192,8 +192,8 @@ def efficiency(rows: Sequence[Row], curves: Sequence[Row]) -> list[Row]:
     """The part of TopK's tokens, FLOPs and seconds at which Switch has TopK's final error.
 
     "whole runs": of runs that end, each with its learning rate fallen to 0, interpolated between budgets: what one
-    would have paid for a run of that length. "while training": read off the held-out curves before either's learning
-    rate falls, as the authors do.
+    would have paid for a run of that length; of runs of one length there is none. "while training": read off the
+    held-out curves before either's learning rate falls, as the authors do.
     """
     found, by_tokens = [], matched(rows)
     for (k, E), mine in by_tokens.items():
@@ -202,6 +202,8 @@ def efficiency(rows: Sequence[Row], curves: Sequence[Row]) -> list[Row]:
         if E == 1 or last not in mine:
             continue
         for read, points in (("whole runs", _ends), ("while training", _training)):
+            if read == "whole runs" and len(mine) < 2:
+                continue
             shares = []
             for seed, reference in _by_seed(topk[last]).items():
                 switch = _by_seed(mine[last]).get(seed)
