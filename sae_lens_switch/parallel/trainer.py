@@ -56,8 +56,8 @@ class ParallelSparseSAETrainer(ShardedTrainer[ExpertShard]):
     ) -> None:
         if not isinstance(sae, SwitchTrainingSAE):
             raise ValueError(
-                "sae must be of architecture switch, since DataParallelSAETrainer trains all others; "
-                f"got {sae.cfg.architecture()}"
+                "sae must be of architecture switch, since DataParallelSAETrainer or LatentParallelSAETrainer trains "
+                f"others; got {sae.cfg.architecture()}"
             )
         whole = sae.whole if isinstance(sae, ExpertShard) else sae.cfg
         cfg, shard = divided(cfg, sae, expert_shard_class(whole), "experts")
