@@ -29,19 +29,18 @@ def select_topk(
         ranked = part if scale_F is None else torch.mul(part, scale_F, out=scratch[: len(part)])
         if by_magnitude:
             ranked = torch.abs(ranked, out=scratch[: len(part)])
-        indices = _top_indices(ranked, k)
+        indices = top_indices(ranked, k, _block_count(ranked.shape[1], k))
         found.append((part.gather(1, indices), indices))
     values_RK, indices_RK = found[0] if len(found) == 1 else (torch.cat(t) for t in zip(*found, strict=True))
     return values_RK, indices_RK
 
 
-def _top_indices(ranked_RF: Tensor, k: int) -> Tensor:
+def top_indices(ranked_RF: Tensor, k: int, n: int) -> Tensor:
     """Indices of the k largest of each row.
 
-    They lie in the k blocks with the largest maxima. So one pass finds the maxima of n blocks, and two small top-k,
-    over the maxima and over the k winning blocks, replace one over all F.
+    They lie in the k blocks with the largest maxima. So one pass finds the maxima of n blocks, at least k, and two
+    small top-k, over the maxima and over the k winning blocks, replace one over all F; with n = 0 nothing does.
     """
-    n = _block_count(ranked_RF.shape[1], k)
     if n == 0:
         return ranked_RF.topk(k, dim=1, sorted=False).indices
     # Block j is columns j, j + n, j + 2n, ...: the maxima are then elementwise maxima of contiguous rows. The

@@ -1,5 +1,8 @@
 """The pool that finds the k largest of a batch, tile by tile, against torch.topk over the whole batch."""
 
+import math
+from unittest.mock import patch
+
 import pytest
 import torch
 from helpers import largest_allocation
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens_switch_kernels import batch_topk_encode, candidates, torch_batch_topk, torch_tiles
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -28,17 +32,21 @@ def row_of(offsets: Tensor) -> Tensor:
     P=st.integers(1, 70),
     share=st.floats(0, 1),
     rounded=st.booleans(),
-    rows=st.integers(1, 9),
+    rows=st.integers(1, 30),
+    on_gpu=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_pool_keeps_the_largest_of_all_tiles_whatever_their_order_and_ties(B, P, share, rounded, rows, seed):
+def test_the_pool_keeps_the_largest_of_all_tiles_whatever_their_order_and_ties(
+    B, P, share, rounded, rows, on_gpu, seed
+):
     pre = torch.randn(B, P, generator=torch.Generator().manual_seed(seed)).cumsum(0)  # later rows matter more
     pre = pre.round() if rounded else pre
-    k = int(share * B * P)
+    k = int(share**2 * B * P)
     best = torch_batch_topk.BatchTopK(k, P)
-    for start in range(0, B, rows):
-        best.add(pre[start : start + rows].clone(), None, places(pre)[start : start + rows])
-    values, indices, offsets = best.codes(B, pre.device)
+    with patch.object(torch_batch_topk, "_may_wait_for", lambda _: not on_gpu):
+        for start in range(0, B, rows):
+            best.add(pre[start : start + rows].clone(), None, places(pre)[start : start + rows])
+        values, indices, offsets = best.codes(B, pre.device)
     assert torch.equal(values.sort().values, pre.flatten().topk(k).values.sort().values)
     assert torch.equal(values, pre[row_of(offsets), indices])
     assert len((row_of(offsets) * P + indices).unique()) == k
@@ -111,6 +119,30 @@ def test_numbers_that_are_not_finite_leave_the_number_of_codes_as_it_is(bad, how
     expected = pre.flatten().topk(900).values
     torch.testing.assert_close(values.sort().values, expected.sort().values, rtol=0, atol=0, equal_nan=True)
     assert len((row_of(offsets) * 256 + indices).unique()) == 900
+
+
+@pytest.mark.parametrize("k", [64, 700, 5000])
+def test_of_a_tile_where_nothing_may_be_waited_for_few_numbers_are_sorted(k, monkeypatch):
+    pre = normal(100, 949).float()
+    monkeypatch.setattr(torch_batch_topk, "_may_wait_for", lambda _: False)
+    best = torch_batch_topk.BatchTopK(k, 949)
+    with Sorted() as found:
+        best.add(pre.clone(), None, places(pre))
+    assert 0 < found.n_numbers < 2.1 * math.sqrt(pre.numel() * k)
+    values, indices, offsets = best.codes(100, pre.device)
+    assert torch.equal(values.sort().values, pre.flatten().topk(k).values.sort().values)
+    assert torch.equal(values, pre[row_of(offsets), indices])
+
+
+class Sorted(TorchDispatchMode):
+    """How many numbers the operators sort or select from."""
+
+    n_numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.topk, torch.ops.aten.sort):
+            self.n_numbers += args[0].numel()
+        return func(*args, **(kwargs or {}))
 
 
 def test_other_devices_take_the_same_entries_without_being_asked_how_many(monkeypatch):
