@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING
 
 from gpu import publish as gpu
@@ -37,6 +38,7 @@ _PARTS = {
 _PRECISIONS: dict[str, Precision] = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}
 
 
+@cache
 def plan_for(d_in: int, d_sae: int, k: int) -> Plan:
     from sae_lens_switch.planning.cluster_step import smallest
     from sae_lens_switch.planning.hardware import HARDWARE

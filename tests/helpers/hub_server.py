@@ -32,7 +32,8 @@ class HubServer(HubRepositories):
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.cdn_url = f"http://localhost:{self._server.server_port}"  # another host, as the Hub redirects to
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # At its end it is waited for as long as it sleeps between looks, half a second by default.
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,8 +3,7 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
+from itertools import product
 
 import pytest
 import sae_lens
@@ -18,10 +17,10 @@ from helpers.saelens_pairs import (
     both,
     options_of,
     pair,
-    rescaling,
     step_input,
 )
 from helpers.trainers import assert_only_finite_steps_move_thresholds, our_trainer, run
+from helpers.without_us import loaded_without_us
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
@@ -91,37 +90,25 @@ def test_a_resumed_run_is_bit_identical(kind, options, tmp_path):
     assert torch.equal(whole.act_freq_scores, resumed.act_freq_scores)
 
 
-@both
-@rescaling
-def test_it_is_saved_as_saelens_saves_it_and_loads_without_us(kind, rescale, tmp_path):
-    ours, stock = pair(kind, rescale_acts_by_decoder_norm=rescale, metadata=SAEMetadata(hook_name=HOOK))
-    for sae in (ours, stock):
-        for seed in range(40):
-            sae.training_forward_pass(step_input(random_input(64, D, seed=seed)))
-    ours.save_inference_model(tmp_path)
-    stock.save_inference_model(tmp_path / "stock")
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    assert cfg["architecture"] == "jumprelu"
-    assert cfg["metadata"]["training_architecture"] == f"sparse_{kind.name}"
-    theirs = SAE.load_from_disk(tmp_path / "stock")
-    x = random_input(11, D)
-    expected = {"x": x, "out": theirs(x).detach(), "acts": theirs.encode(x).detach()}
-    torch.save(expected, tmp_path / "expected.pt")
-    assert (expected["acts"] > 0).any()
-    program = f"""
-import sys
-sys.modules["sae_lens_switch"] = sys.modules["sae_lens_switch_kernels"] = None  # not importable
-import torch
-from sae_lens import SAE
-sae = SAE.load_from_disk({str(tmp_path)!r})
-expected = torch.load({str(tmp_path / "expected.pt")!r})
-torch.testing.assert_close(sae(expected["x"]), expected["out"], rtol=1e-9, atol=1e-9)
-torch.testing.assert_close(sae.encode(expected["x"]), expected["acts"], rtol=1e-9, atol=1e-9)
-print(type(sae).__name__)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.split() == ["JumpReLUSAE"]
+def test_it_is_saved_as_saelens_saves_it_and_loads_without_us(tmp_path):
+    x, folders = random_input(11, D), []
+    for kind, rescale in product(KINDS, (True, False)):
+        ours, stock = pair(kind, rescale_acts_by_decoder_norm=rescale, metadata=SAEMetadata(hook_name=HOOK))
+        for sae in (ours, stock):
+            for seed in range(40):
+                sae.training_forward_pass(step_input(random_input(64, D, seed=seed)))
+        folders.append(tmp_path / f"{kind.name}, {rescale}")
+        ours.save_inference_model(folders[-1])
+        stock.save_inference_model(folders[-1] / "stock")
+        cfg = json.loads((folders[-1] / "cfg.json").read_text())
+        assert cfg["architecture"] == "jumprelu"
+        assert cfg["metadata"]["training_architecture"] == f"sparse_{kind.name}"
+    for folder, found in zip(folders, loaded_without_us(folders, x), strict=True):
+        theirs = SAE.load_from_disk(folder / "stock")
+        assert found["class"] == "JumpReLUSAE"
+        assert (found["acts"] > 0).any()
+        torch.testing.assert_close(found["out"], theirs(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found["acts"], theirs.encode(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:The training dataset contains fewer samples:UserWarning")

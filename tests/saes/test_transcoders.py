@@ -1,8 +1,5 @@
 """Transcoders: their mathematics against dense references in float64, SAELens's classes, and their files."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import activations, largest_allocation, randomize
@@ -21,6 +18,7 @@ from helpers.transcoders import (
     transcoder,
     with_and_without_skip,
 )
+from helpers.without_us import loaded_without_us
 from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopK
 from sae_lens.saes.transcoder import (
@@ -235,26 +233,19 @@ def test_a_trained_transcoder_is_saved_for_inference(kind, loaded, skip, tmp_pat
     torch.testing.assert_close(SAE.load_from_disk(tmp_path / "again")(x), again(x), **exactly)
 
 
-@with_and_without_skip
-def test_a_batchtopk_transcoder_is_saved_as_saelens_jumprelu_transcoder(skip, tmp_path):
-    sae = transcoder("sparse_batchtopk_transcoder", skip_connection=skip, d_out=17)
-    sae.topk_threshold.fill_(0.4)
-    sae.save_inference_model(tmp_path / "saved")
-    x = pairs()[:, :D]
-    torch.save(x, tmp_path / "x.pt")
-    code = (
-        "import sys, torch; from sae_lens import SAE; folder = sys.argv[1];"
-        "sae = SAE.load_from_disk(folder + '/saved'); torch.save(sae(torch.load(folder + '/x.pt')), folder + '/y.pt');"
-        "assert not any(name.startswith('sae_lens_switch') for name in sys.modules); print(type(sae).__name__)"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    expected = JumpReLUSkipTranscoder if skip else JumpReLUTranscoder
-    assert run.stdout.strip() == expected.__name__
-    norms = sae.W_dec.norm(dim=1)
-    scaled = ((x @ sae.W_enc + sae.b_enc) * norms).relu()
-    truth = (scaled * (scaled > 0.4) / norms) @ sae.W_dec + sae.b_dec + (x @ sae.W_skip.T if skip else 0)
-    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), truth)
+def test_a_batchtopk_transcoder_is_saved_as_saelens_jumprelu_transcoder(tmp_path):
+    x, made = pairs()[:, :D], {}
+    for skip in (False, True):
+        made[tmp_path / str(skip)] = sae = transcoder("sparse_batchtopk_transcoder", skip_connection=skip, d_out=17)
+        sae.topk_threshold.fill_(0.4)
+        sae.save_inference_model(tmp_path / str(skip))
+    for sae, found in zip(made.values(), loaded_without_us([*made], x), strict=True):
+        skip = sae.cfg.skip_connection
+        assert found["class"] == (JumpReLUSkipTranscoder if skip else JumpReLUTranscoder).__name__
+        norms = sae.W_dec.norm(dim=1)
+        scaled = ((x @ sae.W_enc + sae.b_enc) * norms).relu()
+        truth = (scaled * (scaled > 0.4) / norms) @ sae.W_dec + sae.b_dec + (x @ sae.W_skip.T if skip else 0)
+        torch.testing.assert_close(found["out"], truth)
 
 
 # What cannot be
