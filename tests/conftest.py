@@ -63,6 +63,16 @@ def dataset():
     return tiny_dataset()
 
 
+# Coverage leaves out what they test, kernels in an interpreter and forked processes, and would slow them most.
+UNSEEN = ("tests/kernels/triton_backend/", "tests/parallel/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(UNSEEN):
+            item.add_marker("no_cover")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("campaign", "the randomised trials of tests/campaign")
     group.addoption("--campaign-seed", type=int, default=0, help="another seed, other trials")
