@@ -1,4 +1,4 @@
-"""Everything that a GPU machine without network needs, in one folder that fits into 64 MiB together with the checkout.
+"""Everything that a GPU machine without network needs, in one folder that travels in copies of at most 64 MiB.
 
     make wheelhouse                                   # wheelhouse/: packages, a packed language model, tokens
     make wheelhouse PYTHON_VERSION=3.12 TOKENS=30000000    # more tokens, which then travel by themselves
@@ -121,17 +121,38 @@ def contexts(n_tokens: int) -> Iterator[list[int]]:
 
 
 def told(folder: Path) -> int:
-    """Sizes, and whether it travels in one copy or in several; 1 if a part of it is too large for any."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    tree = sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).exists())
+    """Sizes, and in how many copies it travels, each with the checkout; 1 if a part of it is too large for any."""
+    tree = checkout_size()
     sizes = {p.name: sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file()) for p in folder.iterdir()}
     for name, size in [*sorted(sizes.items()), ("the checkout", tree)]:
         print(f"{name:24}{size / 1e6:8.2f} MB")
-    total = tree + sum(sizes.values())
-    print(f"{'together':24}{total / 1e6:8.2f} MB of {LIMIT / 1e6:.2f}")
-    if total > LIMIT:
-        print("too large for one copy: tokens.bin travels in a second one")
-    return int(tree + max(sizes.values(), default=0) > LIMIT)
+    copies = in_copies(sizes, LIMIT - tree)
+    for i, names in enumerate(copies, start=1):
+        size = tree + sum(sizes[name] for name in names)
+        print(f"copy {i}: {size / 1e6:.2f} MB of {LIMIT / 1e6:.2f}, {', '.join(['the checkout', *names])}")
+    too_large = [name for name, size in sizes.items() if tree + size > LIMIT]
+    for name in too_large:
+        print(f"{name} is too large for a copy beside the checkout: fewer --layers or --tokens make it smaller")
+    return int(bool(too_large))
+
+
+def checkout_size() -> int:
+    """Bytes of all tracked files."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    return sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).exists())
+
+
+def in_copies(sizes: dict[str, int], room: int) -> list[list[str]]:
+    """The parts, largest first, each in the first copy with room for it."""
+    copies: list[list[str]] = []
+    for name in sorted(sizes, key=lambda n: -sizes[n]):
+        fits = (copy for copy in copies if sum(sizes[n] for n in copy) + sizes[name] <= room)
+        copy = next(fits, None)
+        if copy is None:
+            copies.append([name])
+        else:
+            copy.append(name)
+    return copies
 
 
 if __name__ == "__main__":
