@@ -207,18 +207,25 @@ def _sweep(plan: Plan, cell: Cell, rows: Sequence[Row]) -> list[Cell]:
 
 
 def _l1_sweep(plan: Plan, cell: Cell, rows: Sequence[Row]) -> list[Cell]:
-    coefficients = plan.l1_coefficients.get(cell.architecture, ())
+    if cell.architecture not in plan.l1_coefficients:
+        return []
     swept = replace(cell, experiment=L1_SWEEP, k=plan.k, budgets=(plan.sweep_tokens,), seed=TUNING_SEED)
+    coefficients = bracketing(plan.l1_coefficients[cell.architecture], _l0s(rows, cell.architecture), plan.k)
     return [replace(swept, lr=best_lr(plan, rows, cell), l1_coefficient=c) for c in coefficients]
+
+
+def _l0s(rows: Sequence[Row], architecture: str) -> dict[float, float]:
+    """The L0 that each swept coefficient gave."""
+    swept = (r for r in rows if r["experiment"] == L1_SWEEP and r["architecture"] == architecture)
+    return {r["l1_coefficient"]: r["l0"] for r in swept}
 
 
 def _with_l1(plan: Plan, rows: Sequence[Row], cell: Cell) -> Cell:
     if cell.l1_coefficient is not None:
         return cell
-    swept = [r for r in rows if r["experiment"] == L1_SWEEP and r["architecture"] == cell.architecture]
-    if len(swept) < len(plan.l1_coefficients[cell.architecture]):
-        return cell
-    return replace(cell, l1_coefficient=l1_for_l0(swept, cell.k))
+    l0s = _l0s(rows, cell.architecture)
+    planned = bracketing(plan.l1_coefficients[cell.architecture], l0s, cell.k)
+    return replace(cell, l1_coefficient=l1_for_l0(l0s, cell.k)) if all(c in l0s for c in planned) else cell
 
 
 def extended(values: Sequence[float], found: dict[float, float]) -> list[float]:
@@ -249,9 +256,26 @@ def _judged(row: Row) -> float:
     return row["final_loss"] if row["architecture"] in L1_ARCHITECTURES else row["fvu"]
 
 
-def l1_for_l0(swept: Sequence[Row], l0: float) -> float:
+def bracketing(coefficients: Sequence[float], l0s: dict[float, float], l0: float) -> list[float]:
+    """The coefficients, extended by their own ratio while ``l0`` lies outside what they give.
+
+    A coefficient that is extrapolated may miss it twofold.
+    """
+    found = list(coefficients)
+    for _ in range(_EXTENSIONS):
+        if len(found) < 2 or not all(c in l0s for c in found):
+            break
+        reached, ratio = [l0s[c] for c in found], found[1] / found[0]
+        if max(reached) < l0:
+            found.insert(0, float(f"{found[0] / ratio:.6g}"))
+        elif min(reached) > l0:
+            found.append(float(f"{found[-1] * ratio:.6g}"))
+    return found
+
+
+def l1_for_l0(l0s: dict[float, float], l0: float) -> float:
     """The coefficient expected to give ``l0``: log-log interpolation between the two nearest."""
-    points = sorted((math.log(max(r["l0"], 1e-3)), math.log(r["l1_coefficient"])) for r in swept)
+    points = sorted((math.log(max(reached, 1e-3)), math.log(c)) for c, reached in l0s.items())
     if len(points) < 2:
         return math.exp(points[0][1])
     below = [p for p in points if p[0] <= math.log(l0)]

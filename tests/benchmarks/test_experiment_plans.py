@@ -54,10 +54,37 @@ def l1_rows(coefficients, l0_times_c: float) -> list[dict]:
 
 def test_the_l1_coefficient_for_an_l0_is_interpolated_on_logarithms():
     for l0 in (10, 50, 70, 100, 150, 400):
-        assert plans.l1_for_l0(l1_rows((0.5, 1.0, 4.0), 100), l0) == pytest.approx(100 / l0)
+        assert plans.l1_for_l0({c: 100 / c for c in (0.5, 1.0, 4.0)}, l0) == pytest.approx(100 / l0)
     baseline = cells.Cell("", "standard", 2048, 40, l1_coefficient=None)
     assert plans._with_l1(PLANS["full"], l1_rows((2.0, 4.0), 100), baseline).l1_coefficient is None
     assert plans._with_l1(PLANS["full"], l1_rows((2.0, 4.0, 8.0), 100), baseline).l1_coefficient == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    ("l0s", "expected"),
+    [
+        ({}, [2.0, 4.0, 8.0]),
+        ({2.0: 20.0, 4.0: 10.0}, [2.0, 4.0, 8.0]),  # not all there yet
+        ({2.0: 40.0, 4.0: 30.0, 8.0: 20.0}, [2.0, 4.0, 8.0]),
+        ({2.0: 20.0, 4.0: 10.0, 8.0: 5.0}, [1.0, 2.0, 4.0, 8.0]),
+        ({1.0: 30.0, 2.0: 20.0, 4.0: 10.0, 8.0: 5.0}, [0.5, 1.0, 2.0, 4.0, 8.0]),
+        ({1.0: 40.0, 2.0: 20.0, 4.0: 10.0, 8.0: 5.0}, [1.0, 2.0, 4.0, 8.0]),
+        ({0.5: 31.0, 1.0: 30.0, 2.0: 20.0, 4.0: 10.0, 8.0: 5.0}, [0.5, 1.0, 2.0, 4.0, 8.0]),  # not for ever
+        ({2.0: 90.0, 4.0: 70.0, 8.0: 50.0}, [2.0, 4.0, 8.0, 16.0]),
+    ],
+    ids=str,
+)
+def test_l1_coefficients_are_swept_until_the_l0_lies_among_theirs(l0s, expected):
+    assert plans.bracketing([2.0, 4.0, 8.0], l0s, 32) == expected
+
+
+def test_a_baseline_waits_until_its_l0_lies_among_those_of_the_sweep():
+    baseline = cells.Cell("", "standard", 2048, 40, l1_coefficient=None)
+    rows = l1_rows((2.0, 4.0, 8.0), 50)
+    assert plans._with_l1(PLANS["full"], rows, baseline).l1_coefficient is None
+    assert plans._with_l1(PLANS["full"], rows + l1_rows((1.0,), 50), baseline).l1_coefficient == pytest.approx(1.25)
+    (swept,) = {c.l1_coefficient for c in plans._l1_sweep(PLANS["full"], baseline, rows)} - {2.0, 4.0, 8.0}
+    assert swept == 1.0
 
 
 # The plans
