@@ -31,8 +31,7 @@ class Plan:
     middle: tuple[int, ...]  # experts at the middle layer, at matched FLOPs
     middle_tokens: int
     batch: int = 512
-    ablations: tuple[str, ...] = ()  # keys of ABLATIONS
-    ablated_experts: int = 8
+    ablations: dict[str, tuple[int, ...]] = field(default_factory=dict)  # keys of ABLATIONS: of how many experts
     ablation_tokens: int = 0
     study_tokens: tuple[int, int] = (0, 0)  # of the early and the middle layer; see studied.py
     l1_coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -68,8 +67,7 @@ _BUDGETS = (250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)
 # What one night adds to the default.
 _ADDED: dict[str, Any] = {
     "middle": (2, 4, 8),
-    "ablations": ("learning rate",),
-    "ablated_experts": 2,
+    "ablations": {"learning rate": (2, 1)},
     "ablation_tokens": 3_000_000,
     "l1_coefficients": {"standard": (2.0, 4.0, 8.0), "gated": (3.0, 6.0, 12.0)},
 }
@@ -100,13 +98,16 @@ PLANS = {
         middle=(8,),
         middle_tokens=400_000,
         study_tokens=(750_000, 400_000),
-        ablations=(
-            "router's learning rate",
-            "router's start",
-            "warm-up",
-            "AuxK",
-            "experts start as copies",
-            "batch size",
+        ablations=dict.fromkeys(
+            (
+                "router's learning rate",
+                "router's start",
+                "warm-up",
+                "AuxK",
+                "experts start as copies",
+                "batch size",
+            ),
+            (8,),
         ),
         ablation_tokens=500_000,
     ),
@@ -176,15 +177,17 @@ def _comparisons(plan: Plan, base: Cell) -> Iterator[Cell]:
 
 
 def _ablations(plan: Plan, base: Cell, rows: Sequence[Row]) -> list[Cell]:
-    plain = replace(base, budgets=(plan.ablation_tokens,))
-    plain = with_experts(plain, plan.ablated_experts, matched=True)
-    plain = replace(plain, lr=best_lr(plan, rows, plain))
-    return [
-        replace(plain, experiment=f"ablation: {name}", seed=seed, **change)
-        for seed in plan.seeds
-        for name in plan.ablations
-        for change in ({}, *ABLATIONS[name])
-    ]
+    found = []
+    for seed in plan.seeds:
+        for name, numbers in plan.ablations.items():
+            for E in numbers:
+                plain = replace(base, budgets=(plan.ablation_tokens,), seed=seed)
+                plain = with_experts(plain, E, matched=True) if E > 1 else plain
+                of_which = f", {E} experts" if E > 1 else ", TopK"
+                experiment = f"ablation: {name}{of_which if len(numbers) > 1 else ''}"
+                plain = replace(plain, experiment=experiment, lr=best_lr(plan, rows, plain))
+                found += [replace(plain, **change) for change in ({}, *ABLATIONS[name])]
+    return found
 
 
 # Sweeps

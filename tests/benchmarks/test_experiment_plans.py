@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import product
 
 import cells
 import costs
@@ -43,6 +44,23 @@ def test_a_cell_waits_for_the_sweep_of_its_own_shape():
     assert plans.best_lr(DEFAULT, some + swept("switch", 2, {2e-3: 0.15}, 4096), switch) is None  # 4e-3 is to be tried
     l1 = swept("standard", 1, {5e-4: 30.0, 1e-3: 20.0, 2e-3: 25.0}, name="final_loss")
     assert plans.best_lr(DEFAULT, l1, cells.Cell("", "standard", 2048)) == 1e-3
+
+
+def test_an_ablation_of_several_shapes_says_which_and_takes_the_rate_of_each():
+    plan = PLANS["rest"]
+    rows = swept("switch", 2, {1e-3: 0.2, 2e-3: 0.1, 4e-3: 0.3}, 4096)
+    rows += swept("sparse_topk", 1, {5e-4: 0.2, 1e-3: 0.1, 2e-3: 0.2})
+    found = defaultdict(set)
+    for cell in plans.cells(plan, rows):
+        if cell.experiment.startswith("ablation: "):
+            found[cell.experiment, cell.architecture, cell.n_experts, cell.d_sae].add((cell.seed, cell.lr))
+    assert found == {
+        ("ablation: learning rate, 2 experts", "switch", 2, 4096): set(product(range(3), (2e-3, 1e-3, 5e-4))),
+        ("ablation: learning rate, TopK", "sparse_topk", 1, 2048): set(product(range(3), (1e-3, 5e-4))),
+    }
+    assert {c.experiment for c in plans.cells(PLANS["study"], []) if c.experiment.startswith("ablation: ")} == {
+        f"ablation: {name}" for name in PLANS["study"].ablations
+    }
 
 
 def l1_rows(coefficients, l0_times_c: float) -> list[dict]:
