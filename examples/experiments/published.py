@@ -114,6 +114,7 @@ BLOCKS = {
     "experiments-tokens": lambda: _of_both(against_tokens),
     "experiments-fits": lambda: _of_both(fits),
     "experiments-ablations": lambda: _of_long_runs(ablations(read(STUDIED / "results.csv"), [])),
+    "experiments-rates": lambda: _of_long_runs(ablations(read(REST / "results.csv"), [])),
     "experiments-study": lambda: _of_long_runs(study(read(STUDIED / "results.csv"), read(STUDIED / "curves.csv"))),
     "experiments-efficiency": lambda: _of_both(efficiency),
 }
