@@ -28,17 +28,38 @@ def test_the_stand_in_for_wandb_is_a_wheel_that_imports_and_refuses_to_be_used(t
     assert "RuntimeError: wandb.init: this is a stand-in" in done.stderr
 
 
-def test_the_folder_says_whether_it_travels_in_one_copy(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("sizes", "copies"),
+    [
+        ({}, []),
+        ({"tokens": 2, "model": 59, "packages": 3}, [["model"], ["packages", "tokens"]]),
+        ({"tokens": 1, "model": 59, "packages": 3}, [["model", "tokens"], ["packages"]]),
+        ({"model": 50, "packages": 3, "tokens": 2}, [["model", "packages", "tokens"]]),
+        ({"model": 70, "packages": 3}, [["model"], ["packages"]]),
+    ],
+    ids=str,
+)
+def test_every_part_goes_into_a_copy_with_room_for_it(sizes, copies):
+    assert wheelhouse.in_copies(sizes, 60) == copies
+
+
+@pytest.mark.parametrize(("limit", "n_copies", "is_too_large"), [(2000, 1, False), (1600, 2, False), (1000, 2, True)])
+def test_it_says_what_goes_into_which_copy_and_what_fits_into_none(
+    limit, n_copies, is_too_large, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "packages").mkdir()
-    for name in ("packages/a.whl", "model.safetensors", "tokens.bin"):
-        (tmp_path / name).write_bytes(bytes(10**6))
-    for limit, code, said in ((64 << 20, 0, False), (2 << 20, 0, True), (10**6 - 1, 1, True)):
-        monkeypatch.setattr(wheelhouse, "LIMIT", limit)
-        monkeypatch.setattr(wheelhouse, "ROOT", tmp_path)  # no checkout
-        assert wheelhouse.told(tmp_path) == code
-        out = capsys.readouterr().out
-        assert "together                    3.00 MB" in out
-        assert ("too large for one copy" in out) == said
+    (tmp_path / "packages" / "some.whl").write_bytes(bytes(300))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1500))
+    monkeypatch.setattr(wheelhouse, "ROOT", tmp_path)  # no repository: an empty checkout
+    monkeypatch.setattr(wheelhouse, "LIMIT", limit)
+    assert wheelhouse.told(tmp_path) == is_too_large
+    said = capsys.readouterr().out
+    assert said.count("\ncopy ") == n_copies
+    assert ("model.safetensors is too large for a copy" in said) == is_too_large
+
+
+def test_the_packed_language_model_fits_into_a_copy_beside_this_checkout():
+    assert 0 < wheelhouse.checkout_size() < wheelhouse.LIMIT - 58_950_000
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
