@@ -33,8 +33,9 @@ def use(precision: str) -> None:
 
 
 def free() -> None:
-    gc.collect()
+    """Give back the memory of a GPU; a rehearsal's tensors are too small for the time that a collection takes."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

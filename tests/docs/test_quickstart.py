@@ -49,7 +49,7 @@ def assert_complete(output: Path, metrics: dict, printed: str) -> None:
 
 def test_a_short_run_learns_shares_the_load_and_leaves_everything(tmp_path):
     output = tmp_path / "run"
-    metrics, printed = run_quickstart(output, "--tokens", "25600", "--held-out-contexts", "8")
+    metrics, printed = run_quickstart(output, "--tokens", "12800", "--held-out-contexts", "8")
     assert_complete(output, metrics, printed)
     assert len(metrics["expert_load"]) == 8
     assert max(metrics["expert_load"]) < 3 / 8
