@@ -78,6 +78,7 @@ def ablations(rows: list[Row], _curves: list[Row]) -> list[Row]:
         {
             "setting": experiment.removeprefix(ABLATION),
             "value": said(changed),
+            "FVU": span(values(same, "fvu"), 4),
             **_error(same, plain),
             "dead": span([r["dead_latents"] / r["d_sae"] for r in same], 3),
             "tokens": f"{same[0]['tokens']:.0f}",

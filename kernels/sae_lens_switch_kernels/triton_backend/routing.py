@@ -197,12 +197,12 @@ def _update_loads_kernel(
     BLOCK_E: tl.constexpr,
 ):
     e = tl.arange(0, BLOCK_E)
-    now = tl.load(load + e, mask=e < E, other=0.0)
-    mean = tl.load(running + e, mask=e < E, other=0.0)
+    now = tl.load(load + e, mask=e < E, other=0.0).to(tl.float32)
+    mean = tl.load(running + e, mask=e < E, other=0.0).to(tl.float32)
     tl.store(running + e, mean + decay * (now - mean), mask=e < E)
-    without = tl.load(steps_without + e, mask=e < E, other=0.0)
+    without = tl.load(steps_without + e, mask=e < E, other=0.0).to(tl.float32)
     tl.store(steps_without + e, tl.where(now == 0, without + 1, 0.0), mask=e < E)
-    busy = tl.load(steps_too_busy)
+    busy = tl.load(steps_too_busy).to(tl.float32)
     tl.store(steps_too_busy, tl.where(tl.max(now, 0) > share, busy + 1, 0.0))
 
 
@@ -216,11 +216,12 @@ def _update_expert_bias_kernel(
     BLOCK_E: tl.constexpr,
 ):
     e = tl.arange(0, BLOCK_E)
-    count = tl.load(counts + e, mask=e < E, other=0.0)
+    count = tl.load(counts + e, mask=e < E, other=0.0).to(tl.float32)
     less = tl.sum(count, 0) - E * count
     step = tl.where(e < E, (less > 0).to(tl.float32) - (less < 0).to(tl.float32), 0.0)
     step = rate * (step - tl.sum(step, 0) / E) * tl.load(is_finite).to(tl.float32)
-    tl.store(bias + e, tl.load(bias + e, mask=e < E, other=0.0) + step, mask=e < E)
+    before = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+    tl.store(bias + e, before + step, mask=e < E)
 
 
 def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
