@@ -70,7 +70,7 @@ def _efficient(rows: list[Row], curves: list[Row]) -> list[Row]:
         claim = f"matched FLOPs, k {r['k']}: {r['experts']} experts reach TopK's {error} in a fifth of the steps"
         reached = parts["tokens"].split()[0]
         share = float(reached) if reached[0].isdigit() else 1.0
-        holds = "holds" if share <= 0.2 else "does not hold" if share == 1 else f"not in a fifth, in {share:.2f}"
+        holds = "holds" if share <= 0.2 else "does not hold" if share == 1 else f"not in a fifth, in {share:.3f}"
         if not r["not reached by"].startswith("0 "):
             holds = f"does not hold: not reached by {r['not reached by']}"
         found.append(_row("sample efficiency", claim, "", here, tokens, str(r["seeds"]), holds))

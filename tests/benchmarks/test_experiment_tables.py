@@ -123,13 +123,13 @@ def test_sample_efficiency_is_in_tokens_flops_and_seconds_of_whole_runs_and_whil
         "0.750",
     ]
     (claim,) = [r for r in claims.claims(found, curves) if r["topic"] == "sample efficiency"]
-    assert claim["holds here"] == "not in a fifth, in 0.50"
+    assert claim["holds here"] == "not in a fifth, in 0.500"
     last = [r for r in found if r["tokens"] == 2e6]
     (of_one_length,) = gains.efficiency(last, curves)  # whose end says nothing of fewer tokens
     assert of_one_length["read off"] == "while training"
     (claim,) = [r for r in claims.claims(last, curves) if r["topic"] == "sample efficiency"]
     assert "8 experts reach TopK's error before the learning rate falls in a fifth" in claim["claim"]
-    assert claim["holds here"] == "not in a fifth, in 0.25"
+    assert claim["holds here"] == "not in a fifth, in 0.250"
     worse = [r | ({"fvu": 0.3} if r["n_experts"] > 1 else {}) for r in found]
     (never, _) = gains.efficiency(worse, curves)
     assert (never["part of TopK's tokens"], never["not reached by"]) == ("not reached", "1 of 1 seeds")
