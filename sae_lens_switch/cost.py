@@ -71,7 +71,7 @@ def _planned(args: dict[str, Any]) -> str:
             if given not in only:
                 raise ValueError(f"{name} must be 1 unless architecture is 'switch'; got {given}")
         plan = LatentPlan(*shape, **options)
-    experts = None if E is None else [E]
+    experts = None if E is None or args["architecture"] != "switch" else [E]
     found = smallest(plan, experts) if N is None else plan.on(N, experts)
     if found is None:
         raise ValueError(f"n_ranks must be larger: {N} of {hardware.name} do not have the memory")

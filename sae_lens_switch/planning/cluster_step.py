@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Self, TypeVar
 
 from sae_lens_switch.planning.hardware import Hardware, Precision
-from sae_lens_switch.planning.step_cost import OptimizerName
+from sae_lens_switch.planning.step_cost import OptimizerName, check_sizes
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class ClusterStep(ABC):
         precision: Of the matrix products. Weights are float32.
         reserved: Bytes per GPU that the language model and the activations take.
         bytes_per_moment: 4 for moments in float32, 2 for bfloat16.
+
+    Raises:
+        ValueError: For sizes below 1, and for ``reserved`` that is negative or not finite.
     """
 
     hardware: Hardware
@@ -41,6 +44,12 @@ class ClusterStep(ABC):
     precision: Precision = "bfloat16"
     reserved: float = 16e9
     bytes_per_moment: int = 4
+
+    def __post_init__(self) -> None:
+        sizes = "d_in", "d_sae", "k", "n_ranks", "tokens_per_rank", "bytes_per_moment"
+        check_sizes({name: vars(self)[name] for name in sizes})
+        if not 0 <= self.reserved < math.inf:
+            raise ValueError(f"reserved must be a finite number of bytes, at least 0; got {self.reserved!r}")
 
     @property
     @abstractmethod
@@ -100,18 +109,18 @@ T = TypeVar("T", bound=ClusterStep)
 def smallest(plan: T, experts: Iterable[int] | None = None, most_ranks: int = 1 << 17) -> T:
     """The plan with the fewest GPUs whose memory suffices, and with the fastest number of experts on those.
 
-    Up to a node, powers of two; beyond it, whole nodes.
+    Up to a node, powers of two, or with given experts all that divide them; beyond it, whole nodes.
 
     Raises:
         ValueError: If not even ``most_ranks`` suffice.
     """
     experts = None if experts is None else list(experts)
     node = plan.hardware.gpus_per_node
-    alone = [2**i for i in range(node.bit_length()) if 2**i < node]
+    within_node = range(1, node) if experts else [2**i for i in range(node.bit_length()) if 2**i < node]
     room = plan.hardware.memory - plan.reserved
     # weights and moments alone
     at_least = math.inf if room <= 0 else (4 + 2 * plan.bytes_per_moment) * 2 * plan.d_in * plan.d_sae / room
-    for n in [*alone, *range(node, most_ranks + 1, node)]:
+    for n in [*within_node, *range(node, most_ranks + 1, node)]:
         if n >= at_least and (found := plan.on(n, experts)):
             return found
     raise ValueError(

@@ -1,9 +1,11 @@
 """What a cluster is made of, as far as the time and the memory of a training step depend on it."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from sae_lens_switch.common.speed import Machine
+from sae_lens_switch.planning.step_cost import check_sizes
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 _TERA, _GIGA = 1e12, 1e9
@@ -22,6 +24,9 @@ class Hardware:
         link: Bytes per second that a GPU sends to others of its node.
         network: Bytes per second that a GPU sends to other nodes.
         latency: Seconds that a collective operation takes at least.
+
+    Raises:
+        ValueError: For a memory or a speed of the network that is not positive and finite, or nodes without a GPU.
     """
 
     name: str
@@ -32,6 +37,13 @@ class Hardware:
     link: float = 450 * _GIGA
     network: float = 50 * _GIGA
     latency: float = 30e-6
+
+    def __post_init__(self) -> None:
+        check_sizes({"gpus_per_node": self.gpus_per_node})
+        for name in ("memory", "link", "network"):
+            value = vars(self)[name]
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive finite number; got {value!r}")
 
     def at(self, precision: Precision) -> Machine:
         """The speeds of a GPU, with matrix products in ``precision``."""

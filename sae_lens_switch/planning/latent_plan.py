@@ -28,9 +28,11 @@ class LatentPlan(ClusterStep):
         ValueError: If there is no SAE of this shape.
     """
 
+    @override
     def __post_init__(self) -> None:
-        if self.n_ranks < 1:
-            raise ValueError(f"n_ranks must be at least 1; got {self.n_ranks}")
+        super().__post_init__()
+        if self.k > self.d_sae:
+            raise ValueError(f"k must be at most d_sae={self.d_sae}; got {self.k}")
         _ = self.own, self.encoding  # which check the rest
 
     @property

@@ -42,12 +42,21 @@ class Plan(ClusterStep):
     n_active_experts: int = 1
     load_spread: float = 0.0
 
+    @override
     def __post_init__(self) -> None:
-        if self.n_ranks < 1 or self.n_experts % self.n_ranks:
+        super().__post_init__()
+        if self.n_experts < 1:
+            raise ValueError(f"n_experts must be at least 1; got {self.n_experts}")
+        if self.n_experts % self.n_ranks:
             raise ValueError(f"n_ranks must divide n_experts={self.n_experts}; got {self.n_ranks}")
         if self.n_active_experts > self.n_experts:
             raise ValueError(
                 f"n_active_experts must be at most n_experts={self.n_experts}; got {self.n_active_experts}"
+            )
+        if self.k > self.n_active_experts * self.expert_width:
+            raise ValueError(
+                f"k must be at most n_active_experts * d_sae / n_experts = {self.n_active_experts * self.expert_width};"
+                f" got {self.k}"
             )
         _ = self.local  # checks the rest
 
@@ -78,6 +87,11 @@ class Plan(ClusterStep):
         )
 
     @property
+    def _routes_twice(self) -> bool:
+        """Whether the owner of a token's expert routes it again, for the gradients, after the rank it came from."""
+        return self.n_ranks > 1 and self.n_active_experts == 1
+
+    @property
     @override
     def memory(self) -> dict[str, float]:
         """Peak bytes per GPU, by part."""
@@ -86,7 +100,8 @@ class Plan(ClusterStep):
         return {
             **self.local.memory,
             "working copies": copies,
-            "router": 4 * 4 * D * E + 3 * 4 * b * E,  # weights, gradients and moments; logits and probabilities
+            # Weights, gradients and moments; logits and probabilities.
+            "router": 4 * 4 * D * E + 3 * 4 * b * E * (self.skew if self._routes_twice else 1),
             "statistics of the batch": 8 * (E + D + 1 + 2 * self.n_ranks),
             "language model": self.reserved,
         }
@@ -116,7 +131,8 @@ class Plan(ClusterStep):
         if self.precision == "tf32":
             router_flops = self.hardware.flops["tf32"]
         own = self.local.seconds(machine)
-        router = 3 * 2 * self.tokens_per_rank * self.d_in * self.n_experts / router_flops
+        passes = 1 + 3 * self.skew if self._routes_twice else 3
+        router = passes * 2 * self.tokens_per_rank * self.d_in * self.n_experts / router_flops
         sent = self.traffic
         collectives = _COLLECTIVES + (_OF_SEVERAL if self.n_active_experts > 1 else 0)
         of_all = sum(sent.pop(name) for name in _OF_ALL)
@@ -129,7 +145,7 @@ class Plan(ClusterStep):
 
     @override
     def on(self, n_ranks: int, experts: Iterable[int] | None = None) -> "Plan | None":
-        return fastest(replace(self, n_experts=n_ranks * self.n_active_experts, n_ranks=n_ranks), experts)
+        return fastest(self, experts, n_ranks)
 
     @property
     @override
@@ -144,23 +160,28 @@ class Plan(ClusterStep):
         ]
 
 
-def fastest(plan: Plan, experts: Iterable[int] | None = None) -> Plan | None:
+def fastest(plan: Plan, experts: Iterable[int] | None = None, n_ranks: int | None = None) -> Plan | None:
     """The plan with the number of experts whose step is shortest among those that fit into memory; None if none fits.
 
     Args:
         plan: Everything else.
         experts: The numbers to choose from; by default n_ranks times each power of two, up to twice the root of d_sae,
             beyond which the router, 2DE FLOPs forward, costs more than an expert, 2DM.
+        n_ranks: GPUs; None: the plan's.
     """
-    fitting = [p for p in _with_experts(plan, experts) if p.fits]
+    fitting = [p for p in _with_experts(plan, experts, plan.n_ranks if n_ranks is None else n_ranks) if p.fits]
     return min(fitting, key=lambda p: p.step_seconds, default=None)
 
 
-def _with_experts(plan: Plan, experts: Iterable[int] | None) -> Iterator[Plan]:
+def _with_experts(plan: Plan, experts: Iterable[int] | None, n_ranks: int) -> Iterator[Plan]:
+    if n_ranks < 1:
+        raise ValueError(f"n_ranks must be at least 1; got {n_ranks}")
     if experts is None:
-        most = max(1, 2 * math.isqrt(plan.d_sae) // plan.n_ranks)
-        experts = [plan.n_ranks * 2**i for i in range(most.bit_length())]
+        most = max(1, 2 * math.isqrt(plan.d_sae) // n_ranks)
+        experts = [n_ranks * 2**i for i in range(most.bit_length())]
     for n in experts:
+        if n < 1:
+            raise ValueError(f"n_experts must be at least 1; got {n}")
         has_experts, has_latents = n >= plan.n_active_experts, -(-plan.d_sae // n) * plan.n_active_experts >= plan.k
-        if n % plan.n_ranks == 0 and has_experts and has_latents:
-            yield replace(plan, n_experts=n)
+        if n % n_ranks == 0 and has_experts and has_latents:
+            yield replace(plan, n_experts=n, n_ranks=n_ranks)

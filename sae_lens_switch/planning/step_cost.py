@@ -4,6 +4,7 @@ A multiply-add counts as two FLOPs. ``paper_flops`` is the count of arXiv 2410.0
 and the router, 2ED.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,13 @@ _TOKEN_PASSES = 80
 _CONSTRAINT_PASSES = {"switch": 7.5, "sparse_topk": 1.2, "topk": 3.0}
 # Tensors of B x F that SAELens allocates in a step, and how often each is read.
 _DENSE_TENSORS, _DENSE_READS = 14, 2
+
+
+def check_sizes(given: Mapping[str, object], at_least: int = 1) -> None:
+    """Raises ValueError for what is no whole number, or too small. Needs no SAELens, whose import takes seconds."""
+    for name, value in given.items():
+        if not isinstance(value, int) or value < at_least:
+            raise ValueError(f"{name} must be a whole number, at least {at_least}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,9 @@ class Cost:
         if self.architecture not in ("switch", "sparse_topk", "topk"):
             raise ValueError(f"architecture must be switch, sparse_topk or topk; got {self.architecture!r}")
         sizes = "d_in", "d_sae", "k", "n_experts", "n_active_experts", "batch", "bytes_per_weight", "bytes_per_moment"
-        for name in sizes:
-            value = vars(self)[name]
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
-        for name, least in (("n_shared_experts", 0), ("shared_width", 1)):
-            value = vars(self)[name]
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
+        check_sizes({name: vars(self)[name] for name in sizes})
+        check_sizes({"n_shared_experts": self.n_shared_experts}, at_least=0)
+        check_sizes({} if self.shared_width is None else {"shared_width": self.shared_width})
         if self.architecture != "switch" and self.n_experts != 1:
             raise ValueError(f"n_experts must be 1 unless architecture is 'switch'; got {self.n_experts}")
         if self.n_shared_experts and self.architecture != "switch":

@@ -56,7 +56,8 @@ def test_weights_and_moments_are_divided_among_ranks():
     one, four = (replace(PLAN, n_ranks=n).memory for n in (1, 4))
     for part in ("weights", "optimiser", "working copies"):
         assert four[part] == pytest.approx(one[part] / 4, rel=1e-3)
-    assert four["router"] == one["router"]
+    assert four["router"] == pytest.approx(one["router"], rel=0.5)  # all of it, and the busiest has more tokens
+    assert four["router"] > one["router"]
 
 
 def test_moments_of_two_bytes_need_fewer_gpus():
@@ -110,11 +111,40 @@ def test_a_step_grows_as_the_root_of_the_width():
         ({"n_active_experts": 300}, "n_active_experts must be at most n_experts=256; got 300"),
         ({"load_spread": -1.0}, "load_spread must be finite and not negative; got -1.0"),
         ({"d_in": 0}, "d_in must be a whole number, at least 1; got 0"),
+        ({"n_experts": 0}, "n_experts must be at least 1; got 0"),
+        ({"tokens_per_rank": 0}, "tokens_per_rank must be a whole number, at least 1; got 0"),
+        ({"k": 16385}, "k must be at most n_active_experts . d_sae / n_experts = 16384; got 16385"),
+        ({"reserved": -1.0}, "reserved must be a finite number of bytes, at least 0; got -1.0"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(PLAN, **change)
+
+
+@pytest.mark.parametrize(("name", "value"), [("network", 0.0), ("gpus_per_node", 0), ("memory", float("inf"))])
+def test_hardware_that_cannot_be_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*; got {value}"):
+        replace(H100, **{name: value})
+
+
+def test_the_owner_of_an_expert_routes_the_tokens_it_receives_once_more():
+    """Logits at home, logits and gradients at the owner, where there may be more; of several experts only at home."""
+    once = 2 * 4096 * 768 * 256 / H100.flops["float32"]
+    uneven = replace(PLAN, load_spread=0.5)
+    assert uneven.skew > 1.1
+    assert uneven.seconds()["router"] == pytest.approx((1 + 3 * uneven.skew) * once)
+    assert uneven.memory["router"] == pytest.approx(16 * 768 * 256 + 12 * 4096 * 256 * uneven.skew)
+    for other in (replace(PLAN, n_ranks=1), replace(PLAN, n_active_experts=2)):
+        assert other.seconds()["router"] == pytest.approx(3 * once)
+        assert other.memory["router"] == 16 * 768 * 256 + 12 * 4096 * 256
+
+
+def test_a_given_number_of_experts_is_divided_among_as_many_gpus_as_divide_it():
+    found = smallest(replace(PLAN, d_sae=12_000_000, n_experts=1, n_ranks=1), [6])
+    assert (found.n_experts, found.n_ranks) == (6, 6)
+    with pytest.raises(ValueError, match="n_experts must be at least 1; got 0"):
+        smallest(PLAN, [0])
 
 
 def test_a_dictionary_too_large_for_every_cluster_is_refused():
@@ -161,7 +191,11 @@ def test_the_smallest_plan_of_divided_latents_fits_and_no_smaller_one_does():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"n_ranks": 0}, "n_ranks must be at least 1; got 0"), ({"k": 0}, "k must be a whole number, at least 1; got 0")],
+    [
+        ({"n_ranks": 0}, "n_ranks must be a whole number, at least 1; got 0"),
+        ({"k": 0}, "k must be a whole number, at least 1; got 0"),
+        ({"d_sae": 16}, "k must be at most d_sae=16; got 32"),
+    ],
 )
 def test_plans_of_divided_latents_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
