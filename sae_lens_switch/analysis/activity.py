@@ -27,6 +27,7 @@ from sae_lens_switch.saes.router import Assignment
 from sae_lens_switch.saes.sparse_codes import SparseCodes
 from sae_lens_switch.saes.sparse_sae import SparseSAE
 from sae_lens_switch.saes.switch_sae import SwitchBase
+from sae_lens_switch.saes.transcoder_fields import refuse_transcoders
 
 # Entries of a dense [tokens, F] piece, for SAEs without sparse codes.
 _DENSE_AT_ONCE = 2**24
@@ -116,8 +117,10 @@ def observe(
         ignore_tokens: Token ids whose activations are skipped.
 
     Raises:
-        ValueError: For activations of another width, ids of another shape, or no activations at all.
+        ValueError: For activations of another width, ids of another shape, or no activations at all; for a transcoder,
+            whose error is that of other activations.
     """
+    refuse_transcoders("sae", sae.cfg)
     for name, n in (("n_examples", n_examples), ("n_typical_tokens", n_typical_tokens)):
         if n < 0:
             raise ValueError(f"{name} must be at least 0; got {n}")
@@ -193,6 +196,17 @@ def encode(sae: SAE, x: Tensor) -> SparseCodes | Tensor:
     return sae.encode(x)
 
 
+def reconstruct(sae: SAE, x: Tensor) -> Tensor:
+    """``sae.decode(sae.encode(x))`` of activations [..., D], without dense latents of all tokens at once."""
+    x_BD = x.reshape(-1, x.shape[-1])
+    parts = [sae.decode(encode(sae, part)) for part in x_BD.split(_rows_at_once(sae, len(x_BD)))]  # type: ignore[arg-type]
+    return torch.cat(parts).view_as(x)
+
+
+def _rows_at_once(sae: SAE, n: int) -> int:
+    return max(1, n if isinstance(sae, SparseSAE) else _DENSE_AT_ONCE // sae.cfg.d_sae)
+
+
 def _check_batch(sae: SAE, x: Tensor, ids: Tensor | None, *, needs_ids: bool) -> None:
     if x.ndim not in (2, 3) or x.shape[-1] != sae.cfg.d_in:
         raise ValueError(
@@ -219,9 +233,8 @@ class Piece(NamedTuple):
 
 def encoded_pieces(sae: SAE, x_BD: Tensor) -> Iterator[Piece]:
     """Encode and decode a batch, in pieces if only dense latents are to be had."""
-    sparse = isinstance(sae, SparseSAE)
-    rows = len(x_BD) if sparse else max(1, _DENSE_AT_ONCE // sae.cfg.d_sae)
-    for start in range(0, len(x_BD), max(1, rows)):
+    rows = _rows_at_once(sae, len(x_BD))
+    for start in range(0, len(x_BD), rows):
         x = x_BD[start : start + rows]
         assignment = None
         if isinstance(sae, SwitchBase):

@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", type=Path, metavar="RUN", help="another run or SAE, of the same activations, to compare with"
     )
+    parser.add_argument(
+        "--trust-model-kwargs",
+        action="store_true",
+        help="load the language model as the SAE's metadata say even if that can run code, as trust_remote_code does",
+    )
     parser.add_argument("--device", help="device of SAE and language model (default: cuda if available, else cpu)")
     return parser
 

@@ -14,7 +14,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from sae_lens_switch.analysis.activity import encode
+from sae_lens_switch.analysis.activity import reconstruct
 from sae_lens_switch.common.progress import track
 from sae_lens_switch.report.run import Run
 
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from transformer_lens import HookedRootModule
 
 CONTEXTS_AT_ONCE = 8
+# Arguments of from_pretrained that run no code, as trust_remote_code, attn_implementation and weights_only can: that of
+# whoever published the SAE or the model.
+_HARMLESS = {
+    *("center_unembed", "center_writing_weights", "checkpoint_index", "checkpoint_value", "default_padding_side"),
+    *("default_prepend_bos", "dtype", "first_n_layers", "fold_ln", "fold_value_biases", "n_ctx", "n_devices"),
+    *("num_hidden_layers", "refactor_factored_attn_matrices", "revision", "torch_dtype"),
+}
 
 
 def open_model(
@@ -31,14 +38,24 @@ def open_model(
     model_class: str | None = None,
     dataset: str | None = None,
     device: str = "cpu",
+    trust_model_kwargs: bool = False,
 ) -> "tuple[HookedRootModule, ActivationsStore, str]":
     """Load the language model and open the text; defaults come from the SAE's metadata.
+
+    Args:
+        run: The run.
+        model: Name or folder of the language model.
+        model_class: SAELens's name for its class.
+        dataset: A name on the Hub, a folder or a file.
+        device: Of the language model.
+        trust_model_kwargs: Load the model with all arguments that the SAE's metadata name, even if they can run code.
 
     Returns:
         The language model, the store through which text streams as in training, and the source of the text.
 
     Raises:
-        ValueError: If neither arguments nor metadata name what is needed. Loading raises errors of its own.
+        ValueError: If neither arguments nor metadata name what is needed, or if the metadata name arguments that must
+            be trusted. Loading raises errors of its own.
     """
     about, runner = run.sae.cfg.metadata, run.runner
     model = model or about.model_name
@@ -50,11 +67,17 @@ def open_model(
     ):
         if not value:
             raise ValueError(f"the SAE's metadata name no {what}")
+    model_kwargs = _mapping(about.model_from_pretrained_kwargs) or {}
+    if not trust_model_kwargs and (others := sorted(model_kwargs.keys() - _HARMLESS)):
+        raise ValueError(
+            f"the SAE's metadata want its language model loaded with {', '.join(others)}, which could run code; if you "
+            "trust who published it, give --trust-model-kwargs"
+        )
     lm = load_model(
         model_class or about.model_class_name or "HookedTransformer",
         cast(str, model),
         device=device,
-        model_from_pretrained_kwargs=about.model_from_pretrained_kwargs,
+        model_from_pretrained_kwargs=model_kwargs,
         hook_names=[about["hook_name"]],
     )
     with warnings.catch_warnings():
@@ -138,16 +161,15 @@ def ce_losses(
     sums: dict[str, float] = {"without_sae": 0.0, "with_sae": 0.0, "with_ablation": 0.0}
     n = 0
 
-    def reconstruct(x: Tensor) -> Tensor:
-        acts = encode(sae, x.to(sae.device, sae.dtype))
-        return sae.decode(acts).to(x.device, x.dtype)  # type: ignore[arg-type]
+    def reconstructed(x: Tensor) -> Tensor:
+        return reconstruct(sae, x.to(sae.device, sae.dtype)).to(x.device, x.dtype)
 
     for batch in track(tokens.split(CONTEXTS_AT_ONCE), desc="Loss of the language model"):
         mask = torch.zeros_like(batch, dtype=torch.bool)
         mask[:, slice(*store.seqpos_slice)] = True
         mask &= ~torch.isin(batch, torch.tensor(ignored, dtype=batch.dtype, device=batch.device))
         n += int(mask[:, :-1].sum())
-        for name, by in {"without_sae": None, "with_sae": reconstruct, "with_ablation": torch.zeros_like}.items():
+        for name, by in {"without_sae": None, "with_sae": reconstructed, "with_ablation": torch.zeros_like}.items():
             head = store.hook_head_index
             hooks: list[tuple[str | Callable[..., bool], Callable[..., Tensor]]] = []
             if by is not None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME, TRAINER_STATE_FILENAME
-from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_lens_switch.hub.repository import read_tensor
 from sae_lens_switch.saes.config import layout_of
 from sae_lens_switch.saes.expert_layout import ExpertLayout
 from sae_lens_switch.saes.serialization import fold_saved_scaler
@@ -146,7 +146,7 @@ def _density(file: Path, d_sae: int) -> Tensor | None:
     """Invert SAELens's log10(density + 1e-10). None if the trainer's last window was empty when it was written."""
     if not file.exists():
         return None
-    log_density_F = load_file(file)["sparsity"].double()
+    log_density_F = read_tensor(file, "sparsity").double()
     if log_density_F.shape != (d_sae,) or not log_density_F.isfinite().all() or log_density_F.max() < -9.5:
         return None
     return torch.where(log_density_F < -9.5, 0.0, 10**log_density_F)

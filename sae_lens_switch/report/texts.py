@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,19 +145,24 @@ def _distinct(activity: Activity, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def choose_latents(activity: Activity, n: int) -> list[int]:
-    """Choose n latents worth showing, equally many per expert and shared: those with the highest mean activation.
+    """Choose n latents worth showing, in turn from each expert and the shared ones: highest mean activation first.
 
     Latents that fire in a few contexts and rarely come first; others fill up where there are not enough of these.
     """
     expert_of, owners = activity.layout.expert_of, range(-1 if activity.n_shared else 0, activity.n_experts)
     contexts_F = (activity.examples.contexts >= 0).sum(1)
     clear_F = (contexts_F >= min(_FEW_CONTEXTS, activity.examples.contexts.shape[1])) & (activity.density_F <= _OFTEN)
-    order = sorted(
-        (activity.fired_F > 0).nonzero().flatten().tolist(),
-        key=lambda f: (not clear_F[f], -activity.mean_F[f].item(), f),
+    is_clear, means = clear_F.tolist(), activity.mean_F.tolist()
+    fired = (activity.fired_F > 0).nonzero().flatten().tolist()
+    order = sorted(fired, key=lambda f: (not is_clear[f], -means[f], f))
+    of_owner: dict[int, list[int]] = {e: [] for e in owners}
+    for f in order:
+        of_owner[expert_of(f)].append(f)
+    rank = {f: i for i, f in enumerate(order)}
+    turns = (
+        sorted((f for f in turn if f is not None), key=rank.__getitem__) for turn in zip_longest(*of_owner.values())
     )
-    per_expert = -(-n // len(owners))
-    return sorted(f for e in owners for f in [f for f in order if expert_of(f) == e][:per_expert])
+    return sorted(islice((f for turn in turns for f in turn), n))
 
 
 def _windows(

@@ -34,6 +34,7 @@ def write_report(
     threshold: float = 0.9,
     compare: str | Path | None = None,
     device: str = "cpu",
+    trust_model_kwargs: bool = False,
 ) -> Path:
     """Write one HTML page about a trained SAE.
 
@@ -55,6 +56,8 @@ def write_report(
         threshold: Cosine above which two latents are duplicates.
         compare: Another run or SAE, of the same activations, whose codes and reconstructions are compared with these.
         device: Device of the SAE and the language model.
+        trust_model_kwargs: Load the language model with all arguments that the SAE's metadata name, even if they can
+            run code.
 
     Returns:
         The path of the page.
@@ -71,7 +74,7 @@ def write_report(
     opened, reason = None, "--contexts 0"
     if contexts != 0:
         try:
-            opened = open_model(loaded, model, model_class, dataset, device)
+            opened = open_model(loaded, model, model_class, dataset, device, trust_model_kwargs)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             if model or model_class or dataset:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.transcoder import TranscoderConfig
 from typing_extensions import override
 
 
@@ -52,9 +53,9 @@ class TrainingTranscoderFields(TranscoderFields):
 
     @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hook_name_out is not None:
             self.metadata.hook_name_out = self.hook_name_out
-        super().__post_init__()
 
 
 def output_width(cfg: SAEConfig) -> int:
@@ -63,7 +64,7 @@ def output_width(cfg: SAEConfig) -> int:
 
 
 def refuse_transcoders(what: str, *saes: SAEConfig) -> None:
-    """Raises ValueError if one is a transcoder."""
+    """Raises ValueError if one is a transcoder, of this package or of SAELens."""
     for sae in saes:
-        if isinstance(sae, TranscoderFields):
+        if isinstance(sae, TranscoderFields | TranscoderConfig):
             raise ValueError(f"{what} must not be a transcoder; got {sae.architecture()}")

@@ -40,6 +40,14 @@ def test_a_damaged_history_is_named(line, message, tmp_path):
         read_history(tmp_path / FILENAME)
 
 
+def test_the_history_of_a_run_that_kept_no_step_is_empty(tmp_path, caplog):
+    history = History(10**6)
+    assert read_history(history.save(tmp_path)) == []
+    history.load(tmp_path)
+    assert history.rows == []
+    assert not caplog.text
+
+
 @contextmanager
 def wandb_offline(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

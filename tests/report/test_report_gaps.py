@@ -6,13 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import D, F, K, randomize, switch_sae
 from helpers.report_pages import Tags, plots_of
+from sae_lens import SAE
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from safetensors.torch import save_file
 
 import sae_lens_switch
 from sae_lens_switch import SwitchSAE, report
-from sae_lens_switch.report import main, write_report
+from sae_lens_switch.analysis import observe
+from sae_lens_switch.report import language_model, load_run, main, write_report
 from sae_lens_switch.training.history import FILENAME
 
 pytestmark = [
@@ -100,3 +105,54 @@ def test_every_public_name_of_the_report_is_there_and_no_other():
     assert {*report.__all__} <= {*dir(report)}
     with pytest.raises(AttributeError, match="module 'sae_lens_switch.report' has no attribute 'nothing'"):
         _ = report.nothing
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"trust_remote_code": True}, {"weights_only": False}, {"attn_implementation": "a/b"}]
+)
+def test_metadata_may_not_run_code_unless_that_is_wanted(kwargs, output, tmp_path, monkeypatch):
+    """An SAE may be anybody's, and names the language model that is loaded, and how."""
+    sae = SwitchSAE.load_from_disk(output)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"revision": "main", **kwargs}
+    sae.save_model(str(tmp_path))
+    run, given = load_run(tmp_path), []
+    monkeypatch.setattr(
+        language_model, "load_model", lambda *_, **options: given.append(options) or pytest.fail("loaded")
+    )
+    (name,) = kwargs
+    with pytest.raises(ValueError, match=f"loaded with {name}, which could run code; .* --trust-model-kwargs"):
+        report.open_model(run, dataset=str(output / "held_out"))
+    assert not given
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        report.open_model(run, dataset=str(output / "held_out"), trust_model_kwargs=True)
+    assert given[0]["model_from_pretrained_kwargs"] == {"revision": "main", **kwargs}
+
+
+def test_a_page_without_the_model_says_what_would_have_to_be_trusted(output, tmp_path):
+    sae = SwitchSAE.load_from_disk(output)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"trust_remote_code": True}
+    sae.save_model(str(tmp_path))
+    assert "--trust-model-kwargs" in Tags(write_report(tmp_path).read_text()).text
+
+
+@pytest.mark.parametrize("content", [b"no safetensors", None])
+def test_a_damaged_sparsity_is_named(content, tmp_path):
+    switch_sae().save_model(str(tmp_path))
+    file = tmp_path / "sparsity.safetensors"
+    if content is None:
+        save_file({"other": torch.zeros(F)}, file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match="sparsity.safetensors must be a safetensors file that holds 'sparsity'"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["sparse_batchtopk_transcoder", "switch_transcoder"])
+def test_a_transcoder_is_refused_however_it_is_saved(architecture, tmp_path):
+    sae_class, config_class = get_sae_training_class(architecture)
+    fields = {"n_experts": 4} if architecture == "switch_transcoder" else {}
+    randomize(sae_class(config_class(d_in=D, d_out=D, d_sae=40, k=K, **fields))).save_inference_model(tmp_path)
+    with pytest.raises(ValueError, match="the SAE of a report must not be a transcoder; got "):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="sae must not be a transcoder; got "):
+        observe(SAE.load_from_disk(tmp_path), [torch.randn(4, D)])

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from helpers import CONTEXT, HOOK_Z, D, F, switch_sae
+from helpers import CONTEXT, HOOK_Z, D, E, F, largest_allocation, switch_sae
 from helpers.report_pages import WORDS, dense
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -123,3 +124,29 @@ def test_characters_of_several_tokens_are_the_last_ones():
     assert token_texts(fast, ids) == ["a", " ", "", "é", "", "", "", "😀", "\n"]
     assert "".join(token_texts(fast, ids[:-3])) == "a é\N{REPLACEMENT CHARACTER}"
     assert token_texts(None, [5, 7]) == ["[5]", "[7]"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 6, 11, F])
+def test_as_many_latents_are_shown_as_asked_for_in_turn_from_each_expert(n, output):
+    run = load_run(output)
+    texts = read_texts(run, *open_model(run), contexts=20, n_latents=n)
+    fired = (texts.activity.fired_F > 0).view(E, -1).sum(1)
+    shown = torch.tensor([sum(latent // (F // E) == e for latent in texts.windows) for e in range(E)])
+    assert shown.sum() == min(n, int(fired.sum()))
+    room = shown < fired  # an expert with less than another has no more to show
+    assert int(shown.max()) <= (int(shown[room].min()) + 1 if room.any() else F)
+
+
+def test_the_loss_of_an_sae_with_dense_latents_is_computed_in_pieces(output, monkeypatch):
+    run = load_run(output)
+    lm, store, _ = open_model(run)
+    tokens = language_model_module.read_contexts(store, 8)
+    whole = language_model_module.ce_losses(run.sae, lm, store, tokens, [3])
+    plain = TopKSAE(TopKSAEConfig(d_in=D, d_sae=5000, k=3, dtype="float32"))
+    expected = language_model_module.ce_losses(plain, lm, store, tokens, [3])
+    monkeypatch.setattr("sae_lens_switch.analysis.activity._DENSE_AT_ONCE", 7 * 5000)
+    found = []
+    memory = largest_allocation(lambda: found.append(language_model_module.ce_losses(plain, lm, store, tokens, [3])))
+    assert memory < 8 * 5000 * 4 < tokens.numel() * 5000 * 4
+    assert found == [pytest.approx(expected, rel=1e-5)]
+    assert language_model_module.ce_losses(run.sae, lm, store, tokens, [3]) == whole
