@@ -64,6 +64,12 @@ def activation_batches(
     return iter(source)
 
 
+def cached_rows(folder: str | Path, hook_name: str | None = None) -> int:
+    """The number of activations in a folder of SAELens's CacheActivationsRunner. Raises ValueError if it holds none."""
+    contexts = _CachedContexts(Path(folder), hook_name)
+    return len(contexts) * contexts.context_size
+
+
 class _Rows:
     """A tensor [N, D], as contexts of one token each; of several tensors, the rows of all side by side."""
 

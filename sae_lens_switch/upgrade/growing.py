@@ -45,7 +45,8 @@ def grow(
         seed: Which of a tensor's tokens are used.
 
     Raises:
-        ValueError: If n_experts is not larger, the SAE is still as initialised, or for activations that are too few,
+        ValueError: If n_experts is not larger, tokens have several experts (both twins would be among them and select
+            the same latents), the SAE is still as initialised, or for activations that are too few,
             not finite, or not in the scale of the SAE's weights, which ``normalize_activations`` tells.
     """
     if not isinstance(sae, SwitchTrainingSAE) or isinstance(sae.cfg, TranscoderFields):
@@ -53,6 +54,8 @@ def grow(
     n_experts = int(rules.check_value("n_experts", n_experts, SWITCH["n_experts"]))
     if n_experts <= sae.cfg.n_experts:
         raise ValueError(f"n_experts must be more than the {sae.cfg.n_experts} there are; got {n_experts}")
+    if sae.cfg.n_active_experts != 1:
+        raise ValueError(f"n_active_experts must be 1 for an SAE that grows; got {sae.cfg.n_active_experts}")
     if sae.is_fresh:
         raise ValueError("sae must be trained: this one is as initialised, so make it with more experts instead")
     check_folded(sae)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import torch
 from sae_lens import SAE
@@ -14,7 +16,7 @@ from torch import Tensor
 from sae_lens_switch.common import rules
 from sae_lens_switch.saes.router import router_dtype
 from sae_lens_switch.saes.step import activation_rows
-from sae_lens_switch.training.activations import ActivationSource, activation_batches
+from sae_lens_switch.training.activations import ActivationSource, activation_batches, cached_rows
 
 ROWS_AT_ONCE = 4096
 ACCEPTED = ("topk", "sparse_topk", "batchtopk", "sparse_batchtopk", "jumprelu")
@@ -130,6 +132,8 @@ def _own_k(
 def sampled_inputs(sae: SAE, activations: ActivationSource, n_tokens: int, seed: int) -> Tensor:
     """Up to n_tokens activations [N, D] as the SAE's encoder sees them, in float32 at least, on the SAE's device.
 
+    None is taken twice from a tensor or a folder.
+
     Raises:
         ValueError: For activations of another width, that are not finite, or that are none.
     """
@@ -149,8 +153,13 @@ def sampled_inputs(sae: SAE, activations: ActivationSource, n_tokens: int, seed:
 
 
 def _batches(sae: SAE, activations: ActivationSource, n_tokens: int, seed: int) -> Iterator[Tensor]:
+    if isinstance(activations, str | Path):  # once: what does not fill a last batch is left out
+        hook_name = sae.cfg.metadata.hook_name
+        n = cached_rows(activations, hook_name)
+        rows = max(1, min(ROWS_AT_ONCE, n_tokens, n))
+        return islice(activation_batches(activations, rows, hook_name=hook_name, seed=seed), n // rows)
     if not isinstance(activations, Tensor):
-        return activation_batches(activations, ROWS_AT_ONCE, hook_name=sae.cfg.metadata.hook_name, seed=seed)
+        return activation_batches(activations, ROWS_AT_ONCE)
     x_ND = activation_rows(activations.detach(), sae.cfg.d_in)
     if len(x_ND) <= n_tokens:
         return iter(x_ND.split(ROWS_AT_ONCE))

@@ -23,6 +23,7 @@ from sae_lens_switch.upgrade.sources import TopK, check_architecture, sampled_in
 _COPIED = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations")
 _DECIDED = {*_COPIED, "n_experts", "k", "metadata", "decoder_init_norm", "tie_router_bias"}
 _DECIDED |= {"n_shared_experts", "shared_width"}  # none is: TopK does not say which latents all experts would need
+_DECIDED |= {"n_active_experts", "activation"}  # router and encoders are fitted for k latents of one expert
 
 
 @dataclass(frozen=True)

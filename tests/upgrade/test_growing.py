@@ -116,6 +116,7 @@ def test_saved_and_loaded_it_is_the_same_and_two_runs_give_the_same_bits(tmp_pat
         ({"n_experts": E}, f"n_experts must be more than the {E} there are"),
         ({"n_experts": 2.5}, "n_experts must be a whole number"),
         ({"sae": training_sae()}, "sae must be trained"),
+        ({"sae": training_sae(n_active_experts=2)}, "n_active_experts must be 1 for an SAE that grows; got 2"),
         ({"activations": random_input(5, D + 1)}, "d_in must be the width"),
         ({"activations": torch.full((5, D), torch.inf)}, "activations must be finite"),
         ({"activations": X[:1]}, "at least two tokens per expert; got 1"),

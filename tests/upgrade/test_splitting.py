@@ -227,6 +227,7 @@ def not_finite() -> TopKSAE:
     return sae
 
 
+DECIDED = {"k": 3, "n_active_experts": 2, "activation": "batchtopk"}
 REFUSED = {
     "another architecture": (lambda: StandardSAE(StandardSAEConfig(d_in=D, d_sae=F)), {}, "got 'standard'"),
     "thresholds that differ": (lambda: jumprelu(torch.linspace(0.1, 1, F)), {}, "threshold .* got 0.1 to 1"),
@@ -245,7 +246,7 @@ REFUSED = {
     "two tokens": (weird, {"activations": torch.randn(2, D)}, "at least 3 tokens; got 2"),
     "no tokens": (weird, {"n_tokens": 0}, "n_tokens must be"),
     "an unknown field": (weird, {"switch_fields": {"gates": "one"}}, "unknown field 'gates'; did you mean 'gate'"),
-    "a decided field": (weird, {"switch_fields": {"k": 3}}, "switch_fields must not hold k"),
+    "decided fields": (weird, {"switch_fields": DECIDED}, "must not hold activation, k, n_active_experts"),
 }
 
 
