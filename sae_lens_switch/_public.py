@@ -39,7 +39,8 @@ from sae_lens_switch.training.runners import (
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
 )
-from sae_lens_switch.training.trainer import SparseSAETrainer, TrainingDivergedError
+from sae_lens_switch.training.skipped_steps import TrainingDivergedError
+from sae_lens_switch.training.trainer import SparseSAETrainer
 from sae_lens_switch.training.transcoder_evals import run_transcoder_evals
 from sae_lens_switch.upgrade import grow, split_topk
 

@@ -20,7 +20,7 @@ from sae_lens_switch.training.hooks import check_hook_name
 from sae_lens_switch.training.interruption import INTERRUPTIONS, exit_code
 from sae_lens_switch.training.runner_config import LanguageModelSAERunnerConfig
 from sae_lens_switch.training.runners import LanguageModelSAETrainingRunner
-from sae_lens_switch.training.trainer import TrainingDivergedError
+from sae_lens_switch.training.skipped_steps import TrainingDivergedError
 
 
 class Request:

@@ -33,6 +33,10 @@ class AgreedInterruption(Interruption):
         """From now on ``check`` raises this signal, and no other."""
         self._agreed = signum
 
+    def agree_among(self, ranks: Ranks) -> None:
+        """On a signal that any process has received. Every process must take part."""
+        self.agree(next((signum for signum in ranks.gather_objects(self.received) if signum is not None), None))
+
     def __exit__(self, kind: object, *_: object) -> None:
         self._agreed = self._agreed or self._pending
         super().__exit__(kind, *_)

@@ -133,8 +133,15 @@ class ParallelMultiSAETrainer(MultiSAETrainer):
     # The loop
 
     @override
-    def _save_diverged(self) -> None:
-        """Nothing: the other processes, which all would have to take part, know of it once this one has ended."""
+    def _save_diverged(self) -> str:
+        """The other processes, which all would have to take part, know of it once this one has ended."""
+        return "Nothing is saved; the last checkpoint is whole"
+
+    @override
+    def _check_interruption(self) -> None:
+        assert isinstance(self._interruption, AgreedInterruption)
+        self._interruption.agree_among(self.ranks)
+        self._interruption.check()
 
     @override
     def _new_interruption(self) -> Interruption:

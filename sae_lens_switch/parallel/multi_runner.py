@@ -118,6 +118,11 @@ class ParallelMultiSAETrainingRunner(MultiSAETrainingRunner):
         self._resume_from = find_together(self.ranks, self.cfg, super()._find_checkpoint)
 
     @override
+    def _return_to_place(self) -> None:
+        if self._resume_from is not None:
+            return_to_place(self.activations_store, Path(self._resume_from), self.ranks)
+
+    @override
     def _trainer(self) -> Callable[..., MultiSAETrainer]:
         return partial(ParallelMultiSAETrainer, ranks=self.ranks, owners=self.owners)
 
@@ -127,7 +132,7 @@ class ParallelMultiSAETrainingRunner(MultiSAETrainingRunner):
     ) -> dict[str, AnyTrainingSAE]:
         if self._resume_from is not None:
             trainer.load_checkpoint(self._resume_from)
-            return_to_place(self.activations_store, Path(self._resume_from), self.ranks)
+            self._return_to_place()
         return super()._run_with_interruption_handling(trainer)
 
     @override

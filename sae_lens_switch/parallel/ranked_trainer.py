@@ -100,6 +100,12 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return batch
 
     @override
+    def _check_interruption(self) -> None:
+        assert isinstance(self._interruption, AgreedInterruption)
+        self._interruption.agree_among(self.ranks)
+        super()._check_interruption()
+
+    @override
     def _batches_for_estimate(self) -> Iterator[Tensor]:
         for batch in super()._batches_for_estimate():
             yield self.ranks.gather_rows(batch.to(self.cfg.device), "batches to estimate their norm")

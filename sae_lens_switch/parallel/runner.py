@@ -115,12 +115,16 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
             self.cfg.resume = None
 
     @override
+    def _return_to_place(self) -> None:
+        if self._resume_from is not None:
+            return_to_place(self.activations_store, Path(self._resume_from), self.ranks)
+
+    @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> AnyTrainingSAE:
         if self._resume_from is not None:
-            checkpoint = Path(self._resume_from)
-            trainer.load_trainer_state(checkpoint)
-            trainer.load_weights(checkpoint)
-            return_to_place(self.activations_store, checkpoint, self.ranks)
+            trainer.load_trainer_state(Path(self._resume_from))
+            trainer.load_weights(Path(self._resume_from))
+            self._return_to_place()
         return super().run_trainer_with_interruption_handling(trainer)
 
     @override

@@ -126,7 +126,9 @@ class FirstBatchStart:
         if self._as_initialized is None:
             return False
         now = _sample(parameters)
-        return all(torch.allclose(t, now[name], rtol=2e-2) for name, t in self._as_initialized.items())  # any dtype
+        if not all(torch.allclose(t, now[name], rtol=2e-2) for name, t in self._as_initialized.items()):  # any dtype
+            self._as_initialized = None  # written to, for good: the next steps need not look, nor wait for a GPU
+        return self._as_initialized is not None
 
     @torch.no_grad()
     def begin(self, parameters: _Named, values: Mapping[str, Tensor]) -> bool:

@@ -118,6 +118,7 @@ def reseed(
         logger.warning(f"on_collapse='reseed' changes nothing, because {' and '.join(frozen)} have requires_grad=False")
         return []
     layout, bias = sae.expert_layout, sae.effective_router_bias
+    x_BD = sae.run_time_activation_norm_fn_in(x_BD.to(sae.dtype))  # what the router sees
     pairs = []
     for expert in experts:
         logits_BE = router_logits(x_BD, sae.W_router, bias)

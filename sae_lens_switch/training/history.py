@@ -77,8 +77,9 @@ def read_history(file: str | Path) -> list[Row]:
     if file.stat().st_size > _LARGEST:
         raise ValueError(f"{file}: expected at most {_LARGEST:,} bytes; got {file.stat().st_size:,}")
     rows = []
+    text = file.read_text(encoding="utf-8", errors="replace")
     # Split at line feeds only: names may contain other characters that Python counts as line breaks.
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

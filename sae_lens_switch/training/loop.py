@@ -20,13 +20,15 @@ from sae_lens_switch.saes.step import activation_rows
 from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.interruption import INTERRUPTIONS, Interruption
 from sae_lens_switch.training.resumable_trainer import ResumableData, ResumableTrainer
-from sae_lens_switch.training.skipped_steps import TrainingDivergedError, non_finite_parameters
+from sae_lens_switch.training.skipped_steps import SkippedSteps, TrainingDivergedError, non_finite_parameters
 
 
 class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """What of SparseSAETrainer concerns the loop around its steps."""
 
     _interruption: Interruption
+
+    skipped: SkippedSteps
 
     @property
     @abstractmethod
@@ -54,7 +56,7 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                     if batch is None:
                         break
                     self._step_and_log(batch, progress)
-                self._interruption.check()
+                self._check_interruption()
             except INTERRUPTIONS:
                 self._save_because_interrupted()
                 raise
@@ -122,12 +124,42 @@ class LoopingTrainer(ResumableTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 raise ValueError(f"activations ended after {i} batches, before n_batches_for_norm_estimate={n}")
             yield activation_rows(batch.detach(), self.sae.cfg.d_in)
 
+    def _check_interruption(self) -> None:
+        """The last time that a signal makes a run save what it has trained."""
+        self._interruption.check()
+
+    def stop_if_diverged(self, x_BD: Tensor | None = None) -> None:
+        """Report skipped steps; after too many in a row, save and raise. Waits for the device.
+
+        Args:
+            x_BD: The batch of the step that is under way; None: none is.
+        """
+        under_way = x_BD is not None
+        step = self.n_training_steps - (not under_way)
+        in_a_row = self.skipped.report(self.sae, x_BD, step)
+        if in_a_row is not None:
+            self.n_training_steps += under_way  # it is over
+            why = f"{in_a_row} steps in a row were skipped because loss or gradient were not finite"
+            raise TrainingDivergedError(f"{why}, the last one step {step}", self._save_because_diverged())
+
+    def _save_because_diverged(self) -> str:
+        """Skipped steps leave the weights as the last finite step left them. Returns where they are now."""
+        bad = self._non_finite_weights()
+        if bad:
+            return f"Nothing is saved, since these weights are not finite: {', '.join(bad)}"
+        where = "nowhere, as checkpoint_path is None"
+        if self.cfg.checkpoint_path is not None:
+            self.save_checkpoint(f"diverged_{self.n_training_samples}")
+            where = f"{self.cfg.checkpoint_path}/diverged_{self.n_training_samples}"
+        return f"The last good weights are saved: {where}"
+
     def _finish(self) -> None:
         if 0 < self.n_training_steps <= self.n_skipped_steps:
             raise TrainingDivergedError(
                 f"all {self.n_training_steps} steps were skipped because loss or gradient were not finite: the SAE is "
                 "as it was"
             )
+        self.stop_if_diverged()  # a GPU was last asked up to a hundred steps ago
         self._log(self.full_sparsity_window_log())
         fold_activation_scaler(self.sae, self.activation_scaler)
         self.set_final_sae_metadata()

@@ -27,6 +27,7 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     """SAELens's, interrupted only between steps, when all SAEs have had the same batches; checkpoints are atomic."""
 
     _bar: Bar | Sentences | Silent | None = None
+    _interruption: Interruption
 
     def own_trainers(self) -> "dict[str, SparseSAETrainer[Any, Any]]":
         return cast("dict[str, SparseSAETrainer[Any, Any]]", self.trainers)
@@ -39,11 +40,11 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
     def fit(self) -> dict[str, AnyTrainingSAE]:
         self._stream = self.data_provider
         with (
-            self._new_interruption() as interruption,
+            self._new_interruption() as self._interruption,
             constructing(multi_trainer_module, "tqdm", self._progress),
             constructing(activation_scaler_module, "tqdm", track),
         ):
-            self.data_provider = self._batches(self._stream, interruption)
+            self.data_provider = self._batches(self._stream, self._interruption)
             try:
                 return super().fit()
             except INTERRUPTIONS:
@@ -51,17 +52,32 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
                     logger.warning(f"interrupted at {self.n_training_samples} samples, saving")
                     self.save_checkpoint(str(self.n_training_samples))
                 raise
-            except TrainingDivergedError:
-                self._save_diverged()
-                raise
+            except TrainingDivergedError as error:
+                raise TrainingDivergedError(error.what, self._save_diverged()) from error
             finally:
                 self.data_provider = self._stream
                 if self._bar is not None:
                     self._bar.close()
 
-    def _save_diverged(self) -> None:
+    def _save_diverged(self) -> str:
+        """Returns where the weights of all SAEs are now."""
+        where = "nowhere, as checkpoint_path is None"
         if self.cfg.checkpoint_path is not None:
             self.save_checkpoint(f"diverged_{self.n_training_samples}")
+            where = f"{self.cfg.checkpoint_path}/diverged_{self.n_training_samples}"
+        return f"The last good weights are saved: {where}"
+
+    @override
+    def _maybe_log_sparsity(self, final: bool = False) -> None:
+        if final:
+            self._check_interruption()
+            for trainer in self.own_trainers().values():
+                trainer.stop_if_diverged()
+        super()._maybe_log_sparsity(final)
+
+    def _check_interruption(self) -> None:
+        """The last time that a signal makes a run save what it has trained."""
+        self._interruption.check()
 
     def _new_interruption(self) -> Interruption:
         return Interruption()
@@ -179,3 +195,5 @@ class MultiSAETrainer(multi_trainer_module.MultiSAETrainer):
         for trainer in trainers.values():
             trainer.restore_training_weights()
         self._session.go_on_from(Path(path))
+        # Thresholds that were passed make no checkpoint again.
+        self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]

@@ -286,7 +286,8 @@ class ResumableTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         plan_before = {n: v for n, v in manifest.config_of(path).get("trainer", {}).items() if n in plan}
         changes = plan | plan_before != plan
         if changes:
-            self.lr_scheduler = self._make_schedule(replace(self.cfg, **plan_before))  # what is saved is of this one
+            before = replace(self.cfg, n_checkpoints=0, **plan_before)  # which may now be more than it had steps
+            self.lr_scheduler = self._make_schedule(before)  # what is saved is of this one
         self._read_saelens_state(training)
         if changes:
             self._follow_new_plan(plan_before)

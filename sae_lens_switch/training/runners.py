@@ -13,6 +13,7 @@ from sae_lens.config import HfDataset, SAETrainerConfig
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.training import multi_sae_trainer as multi_trainer_module
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformer_lens import HookedRootModule
@@ -88,8 +89,14 @@ class LanguageModelSAETrainingRunner(sae_lens.LanguageModelSAETrainingRunner):
             check_hook(self.model, self.cfg, self.cfg.hook_name, self.cfg.hook_head_index, self.cfg.sae.d_in)
             check_hook_out(self.model, self.cfg)
         self._find_checkpoint()
+        if self.cfg.prefetch_llm_batches:
+            self._return_to_place()
         with constructing(llm_module, "SAETrainer", self._trainer()):
             return super().run()
+
+    def _return_to_place(self) -> None:
+        """Before a thread begins to read ahead, which would do so from the start, or while SAELens skips texts."""
+        _return_to_place(self.activations_store, self.cfg.resume_from_checkpoint)
 
     def _find_checkpoint(self) -> None:
         options = self.cfg if isinstance(self.cfg, TrainerOptions) else None
@@ -162,6 +169,8 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
                 f"checkpoint {found} is not of a run of many SAEs on one process: one on several resumes under "
                 "torchrun, if need be with --nproc-per-node 1, by parallel.ParallelMultiSAETrainingRunner"
             )
+        if self.cfg.prefetch_llm_batches:
+            self._return_to_place()
         make = with_options(self.options)
         with (
             constructing(multi_module, "MultiSAETrainer", self._trainer()),
@@ -171,6 +180,10 @@ class MultiSAETrainingRunner(sae_lens.MultiSAETrainingRunner):
 
     def _find_checkpoint(self) -> None:
         _find_checkpoint(self.cfg, self.options.resume)
+
+    def _return_to_place(self) -> None:
+        """As in ``LanguageModelSAETrainingRunner``."""
+        _return_to_place(self.activations_store, self.cfg.resume_from_checkpoint)
 
     def _trainer(self) -> Callable[..., MultiSAETrainer]:
         """What makes the trainer."""
@@ -212,6 +225,13 @@ def _find_checkpoint(cfg: LanguageModelRun, resume: str | None) -> None:
         cfg.resume_from_checkpoint = resume
         if cfg.checkpoint_path is not None:
             cfg.checkpoint_path = str(Path(resume).parent)
+
+
+def _return_to_place(store: ActivationsStore, checkpoint: str | None) -> None:
+    """In the texts. SAELens does the same later, which then finds nothing to skip."""
+    if checkpoint is not None and (Path(checkpoint) / ACTIVATIONS_STORE_STATE_FILENAME).exists():
+        with checkpoints.loading(Path(checkpoint)):
+            store.load_from_checkpoint(checkpoint)
 
 
 def with_options(options: TrainerOptions) -> Callable[..., SparseSAETrainer[Any, Any]]:

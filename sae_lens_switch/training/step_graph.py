@@ -43,12 +43,17 @@ class StepGraph(Generic[T]):
         self.n_calls += 1
         if x_BD.device.type != "cuda":
             return self.step(self.x_BD)
+        with torch.cuda.device(x_BD.device):  # streams and graphs are the current device's
+            return self._on_gpu(self.x_BD)
+
+    def _on_gpu(self, x_BD: Tensor) -> T:
         if self.n_calls <= _STEPS_BEFORE:
-            return self._aside(self.x_BD)
+            return self._aside(x_BD)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = self.step(self.x_BD)
+            # torch's own stream for captures is that of the device where it first captured.
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+                self.output = self.step(x_BD)
         self.graph.replay()
         assert self.output is not None
         return self.output

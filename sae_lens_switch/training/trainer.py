@@ -30,7 +30,7 @@ from sae_lens_switch.training.optim.constrained_adam import ConstrainedAdam
 from sae_lens_switch.training.optim.row_sparse_adam import RowSparseAdam
 from sae_lens_switch.training.optim.selection import optimizer_for
 from sae_lens_switch.training.routing_monitor import RoutingMonitor
-from sae_lens_switch.training.skipped_steps import SkippedSteps, TrainingDivergedError
+from sae_lens_switch.training.skipped_steps import SkippedSteps
 from sae_lens_switch.training.step_graph import StepGraph, check_capturable
 
 # The host reads back what the device has found, such as skipped steps, this often; on a CPU it costs nothing.
@@ -156,11 +156,19 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _reset_running_sparsity_stats(self) -> None:
         self.firing.counts_F.zero_()  # in place: a captured step keeps writing there
         self.n_frac_active_samples = 0
+        self.skipped.begin_window()
 
     @override
     def full_sparsity_window_log(self) -> Metrics:
         # A run interrupted right after a window was logged resumes where there is nothing to log yet.
         return super().full_sparsity_window_log() if self.n_frac_active_samples else {}
+
+    @property
+    @override
+    def feature_sparsity(self) -> Tensor:
+        """Of the window's samples but for those of skipped steps, whose firings are not counted either."""
+        n_skipped = self.skipped.in_window * self.cfg.train_batch_size_samples
+        return self.act_freq_scores / (self.n_frac_active_samples - n_skipped).clamp_min(1)
 
     # The step
 
@@ -183,7 +191,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 self._scalars[name].fill_(value)
             if dead_mask is not None or (self._sparse_sae is not None and self._sparse_sae.is_fresh):
                 graph = None  # this step is not the one to replay
-        with self.optimizer.copies.offered():
+        with self.optimizer.prepared():
             output = self._on_device(sae_in, dead_mask) if graph is None else graph(sae_in)
         self.n_frac_active_samples += len(sae_in)
         self.lr_scheduler.step()
@@ -256,28 +264,11 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def _look(self, x_BD: Tensor) -> None:
         """Report skipped steps and a collapsed router, and stop if training has diverged. Waits for the device."""
-        in_a_row = self.skipped.report(self.sae, x_BD, self.n_training_steps)
-        if in_a_row is not None:
-            raise TrainingDivergedError(
-                f"{in_a_row} steps in a row were skipped because loss or gradient were not finite, the last one step "
-                f"{self.n_training_steps}. {self._save_because_diverged()}"
-            )
+        self.stop_if_diverged(x_BD)
         if self.routing is not None:
             step = self.n_training_steps + 1
             inputs_BD = x_BD[:, : self.sae.cfg.d_in]  # of a transcoder's rows, whose targets follow
             self.collapse.watch(self.routing, step, self.sae, self.optimizer, self.coefficient_schedulers, inputs_BD)
-
-    def _save_because_diverged(self) -> str:
-        """Skipped steps leave the weights as the last finite step left them. Returns where they are now."""
-        bad = self._non_finite_weights()
-        if bad:
-            return f"Nothing is saved, since these weights are not finite: {', '.join(bad)}"
-        where = "nowhere, as checkpoint_path is None"
-        if self.cfg.checkpoint_path is not None:
-            self.n_training_steps += 1  # this one is over
-            self.save_checkpoint(f"diverged_{self.n_training_samples}")
-            where = f"{self.cfg.checkpoint_path}/diverged_{self.n_training_samples}"
-        return f"The last good weights are saved: {where}"
 
     # What is logged and shown
 
@@ -329,6 +320,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             "skipped": self.skipped.counts,
             "n_interventions": self.collapse.n_interventions,
             "_reported_skips": self.skipped.n_reported,
+            "_skipped_before_window": self.skipped.before_window,
             "_reported_collapse": self.collapse.has_reported,
             "_watched_at": self.collapse.watched_at,
         }
@@ -336,7 +328,7 @@ class SparseSAETrainer(LoopingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def _restore_own_state(self, state: StateDict) -> None:
-        self.skipped.restore(state["skipped"], state["_reported_skips"])
+        self.skipped.restore(state["skipped"], state["_reported_skips"], state.get("_skipped_before_window"))
         self.collapse.n_interventions = state["n_interventions"]
         self.collapse.has_reported = state["_reported_collapse"]
         self.collapse.watched_at = state["_watched_at"]

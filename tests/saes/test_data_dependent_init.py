@@ -226,6 +226,15 @@ def test_an_sae_that_was_filled_keeps_its_weights(fill, dtype):
     assert same(bits(sae), before)
 
 
+def test_whether_an_sae_was_filled_is_looked_at_once(monkeypatch):
+    sae = fresh()
+    fill_by_copying(sae, randomize(fresh(), seed=8))
+    assert not sae.is_fresh
+    monkeypatch.setattr("sae_lens_switch.saes.data_dependent_init._sample", lambda _: pytest.fail("a copy to the host"))
+    started(sae, activations(1)[0])
+    assert not sae.is_fresh
+
+
 def test_weights_of_a_checkpoint_are_kept(tmp_path):
     other = randomize(fresh(), seed=8)
     other.save_model(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, activations
+from helpers import HOOK, ROOT, activations, training_sae
 from helpers.faults import (
     BATCH,
     PATIENCE,
@@ -21,10 +21,15 @@ from helpers.faults import (
     wait_until,
     what_differs,
 )
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training import multi_sae_trainer as multi_trainer_module
 from sae_lens.training._interruption import InterruptedException
 
-from sae_lens_switch import SparseSAETrainer
+from sae_lens_switch import SparseSAETrainer, TrainerOptions
+from sae_lens_switch.common.substitution import constructing
 from sae_lens_switch.training import checkpoints
+from sae_lens_switch.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens_switch.training.runners import with_options
 
 INTERRUPTED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "SIGTERM": (signal.SIGTERM, "tensor", {"optimizer": "adam"}),
@@ -164,3 +169,25 @@ def test_a_signal_while_a_batch_is_drawn_loses_no_batch(tmp_path):
     resumed.fit()
     assert resumed.n_training_steps == STEPS
     assert what_differs(everything(resumed), uninterrupted()) == []
+
+
+def test_a_signal_in_the_last_step_of_many_saes_saves_them(tmp_path):
+    def batches():
+        for i, batch in enumerate(activations(STEPS, batch=BATCH)):
+            if i == STEPS - 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # which is seen after the step that follows
+            yield {HOOK: batch}
+
+    class Unstoppable(MultiSAETrainer):
+        """Signals are seen nowhere but at the end: this one arrives while a batch is drawn."""
+
+        def _batches(self, stream, interruption):  # noqa: ARG002
+            return stream
+
+    cfg = SAETrainerConfig(STEPS * BATCH, BATCH, lr=1e-3, lr_end=1e-4, checkpoint_path=str(tmp_path))
+    saes = {name: training_sae(dtype="float32") for name in "ab"}
+    with constructing(multi_trainer_module, "SAETrainer", with_options(TrainerOptions())):
+        trainer = Unstoppable(cfg, saes, dict.fromkeys("ab", HOOK), batches())
+    with pytest.raises(InterruptedException):
+        trainer.fit()
+    assert folders(tmp_path) == [str(STEPS * BATCH)]

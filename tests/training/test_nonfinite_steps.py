@@ -24,7 +24,7 @@ from helpers.faults import (
 from torch import Tensor
 
 from sae_lens_switch.training import checkpoints
-from sae_lens_switch.training.trainer import TrainingDivergedError
+from sae_lens_switch.training.skipped_steps import TrainingDivergedError
 
 OPTIMIZERS = ["adam", "row_sparse_adam"]
 
@@ -174,3 +174,52 @@ def test_too_many_bad_steps_in_a_row_stop_training_with_the_last_good_weights_sa
 def test_diverged_without_a_place_to_save_says_so():
     with pytest.raises(TrainingDivergedError, match="saved: nowhere, as checkpoint_path is None"):
         make_trainer(None, (spoiled(b, "all NaN") for b in data("generator")), max_skipped_steps=2).fit()
+
+
+@pytest.fixture
+def seldom_looked_at(monkeypatch):
+    """As on a GPU, whose counts are read back every hundred steps."""
+    monkeypatch.setattr("sae_lens_switch.training.trainer._LOOK_EVERY", {"cpu": 10**6})
+
+
+@pytest.mark.usefixtures("seldom_looked_at")
+def test_a_run_that_diverged_after_the_last_look_ends_as_one_that_was_looked_at(tmp_path):
+    bad = range(STEPS - 5, STEPS)
+    batches = (spoiled(b, "one NaN") if i in bad else b for i, b in enumerate(data("generator")))
+    trainer = make_trainer(tmp_path, batches, max_skipped_steps=5)
+    name = f"diverged_{STEPS * BATCH}"
+    with pytest.raises(TrainingDivergedError, match=f"5 steps in a row .* step {STEPS - 1}.*{tmp_path / name}"):
+        trainer.fit()
+    checkpoints.verify(tmp_path / name)
+    assert trainer.n_training_steps == STEPS
+
+
+@pytest.mark.usefixtures("seldom_looked_at")
+def test_steps_skipped_after_the_last_look_are_reported(caplog):
+    batches = (spoiled(b, "one NaN") if i == STEPS - 2 else b for i, b in enumerate(data("generator")))
+    make_trainer(None, batches).fit()
+    assert "1 steps skipped so far, 0 in a row" in caplog.text
+
+
+@pytest.mark.parametrize("window", [10**6, 7])
+@pytest.mark.parametrize("stop", [None, STEPS // 2])
+def test_what_skipped_steps_did_not_count_is_not_missing_from_the_l0(stop, window, tmp_path):
+    def batches(interrupted=False):
+        for i, batch in enumerate(data("generator")):
+            if i == stop and interrupted:
+                raise KeyboardInterrupt
+            yield spoiled(batch, "all NaN") if i % 3 == 1 else batch
+
+    trainer = make_trainer(tmp_path, batches(interrupted=True), feature_sampling_window=window)
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+        trainer = make_trainer(tmp_path, batches(), resume="latest", feature_sampling_window=window)
+    trainer.fit()
+    assert trainer.n_skipped_steps == len(range(1, STEPS, 3))
+    begins = (STEPS - 1) // window * window
+    n_finite = sum(i % 3 != 1 for i in range(begins, STEPS))
+    assert 0 < n_finite < STEPS - begins
+    l0 = float(trainer.act_freq_scores.sum()) / (n_finite * BATCH)
+    assert 0.9 * K < l0 <= K
+    assert trainer.sae.cfg.metadata.l0 == pytest.approx(l0, rel=1e-6)

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from helpers import HOOK, D, E, F, K, activations, run_fields
 from helpers.resumed import BATCH, SCALED, make_sae, make_trainer
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -210,3 +212,57 @@ def test_a_language_model_run_goes_on_at_the_same_place_of_the_model(changed, me
     run()
     with pytest.raises(CheckpointError, match=f"is of other activations: {message}"):
         run(**changed, resume="latest")
+
+
+def test_a_pilot_is_extended_with_more_checkpoints_than_it_had_steps(tmp_path):
+    make_trainer(make_sae(), steps=5, checkpoint_path=str(tmp_path), save_final_checkpoint=True).fit()
+    longer = make_trainer(make_sae(), steps=40, checkpoint_path=str(tmp_path), n_checkpoints=20, resume="latest")
+    longer.fit()
+    assert longer.n_training_steps == 40
+
+
+def test_several_saes_save_no_checkpoint_that_was_passed_before_they_resumed(tmp_path, model, dataset):
+    fields = {"training_tokens": 12 * 64, "n_batches_for_norm_estimate": 2, "n_checkpoints": 5}
+
+    def saved() -> list[int]:
+        return sorted(int(p.parent.name) for p in (tmp_path / "checkpoints").glob("*/*/checkpoint.json"))
+
+    several(tmp_path, model, dataset, TrainerOptions(), **fields).run()
+    whole = saved()
+    assert len(whole) == 5
+    for folder in (tmp_path / "checkpoints").glob("*/*"):
+        if int(folder.name) > whole[2]:
+            shutil.rmtree(folder)
+    several(tmp_path, model, dataset, TrainerOptions(resume="latest"), **fields).run()
+    assert saved() == whole
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_what_reads_ahead_begins_where_the_run_goes_on(kind, tmp_path, model, dataset, monkeypatch):
+    places = []
+
+    def run(**options) -> None:
+        fields = {"n_checkpoints": 2, "prefetch_llm_batches": True, "training_tokens": 12 * 64}
+        if kind == "several":
+            fields |= {"n_batches_for_norm_estimate": 2}
+            runner = several(tmp_path, model, dataset, TrainerOptions(**options), **fields)
+        else:
+            sae = {"architecture": "switch", "d_in": D, "d_sae": F, "n_experts": E, "k": K}
+            cfg = LanguageModelSAERunnerConfig(**sae, **run_fields(tmp_path, **fields), **options)
+            runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model)
+        store, reading = runner.activations_store, PrefetchingIterator.__init__
+
+        def noting(self, *args, **kwargs) -> None:
+            places.append(store.n_dataset_processed)
+            reading(self, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PrefetchingIterator, "__init__", noting)
+            runner.run()
+
+    run()
+    newest = max((tmp_path / "checkpoints").glob("*/*/checkpoint.json"), key=lambda p: int(p.parent.name)).parent
+    read = int(load_file(newest / "activations_store_state.safetensors")["n_dataset_processed"])
+    run(resume="latest")
+    assert places == [0, read]
+    assert read > 0

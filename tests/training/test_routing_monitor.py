@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
-from helpers import M, activations, training_sae
+from helpers import D, E, M, activations, training_sae
 from helpers.trainers import our_trainer, run
 
 from sae_lens_switch import SwitchTrainingSAE
 from sae_lens_switch.saes.expert_layout import ExpertLayout
+from sae_lens_switch.saes.router import router_logits
 from sae_lens_switch.training.collapse_response import reseed
 from sae_lens_switch.training.routing_monitor import RoutingMonitor
 
@@ -92,3 +93,26 @@ def test_a_reseeded_expert_is_the_busiest_ones_twin_and_the_reconstruction_stays
     assert 0.15 < share < 0.85
     assert set(experts.tolist()) == {1, 2}
     assert (sae(x) - x).square().sum(-1).mean() < 1.3 * before
+
+
+@pytest.mark.parametrize("how", ["constant_norm_rescale", "layer_norm"])
+def test_a_twin_is_made_of_the_expert_that_is_busiest_on_normalised_activations(how):
+    sae = collapsed_sae(normalize_activations=how)
+    batches = [1000 * (b + 2 * torch.arange(D)) for b in activations(3)]  # large, and of one direction
+    trainer_ = our_trainer(sae, batches, lr=1e-9)
+    run(trainer_, batches)
+    x = batches[0]
+    along_D = sae.run_time_activation_norm_fn_in(x).mean(0)
+    with torch.no_grad():
+        sae.W_router.zero_()
+        sae.W_router[:, 0], sae.W_router[:, 3] = along_D, -along_D
+        sae.b_router.copy_(2 * along_D)  # beyond the normalised activations, far before the others
+
+    def busiest() -> int:
+        return int(torch.bincount(sae.encode_routed(x)[1].experts_BA.flatten(), minlength=E).argmax())
+
+    expected = busiest()
+    raw = router_logits(x, sae.W_router, sae.b_router).argmax(1)
+    assert int(torch.bincount(raw, minlength=E).argmax()) != expected
+    ((_, found),) = reseed(sae, trainer_.optimizer, x, [next(e for e in range(E) if e != expected)])
+    assert found == expected

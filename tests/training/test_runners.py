@@ -204,9 +204,12 @@ def test_when_one_of_many_saes_diverges_all_are_saved(tmp_path):
     cfg = SAETrainerConfig(80, 8, lr=1e-3, lr_end=1e-4, checkpoint_path=str(tmp_path))
     with constructing(multi_trainer_module, "SAETrainer", with_options(TrainerOptions(max_skipped_steps=2))):
         trainer_ = MultiSAETrainer(cfg, saes, dict.fromkeys("ab", HOOK), iter([{HOOK: bad}] * 10))
-    with pytest.raises(TrainingDivergedError, match="2 steps in a row"):
+    with pytest.raises(
+        TrainingDivergedError, match=f"2 steps in a row .* weights are saved: {tmp_path}/diverged_"
+    ) as error:
         trainer_.fit()
     (saved,) = tmp_path.iterdir()
+    assert str(error.value).endswith(str(saved))
     assert saved.name.startswith("diverged_")
     checkpoints.verify(saved)
     assert {p.parent.name for p in saved.rglob("sae_weights.safetensors")} == {"a", "b"}

@@ -1,7 +1,7 @@
 """Adam that keeps the rows of one matrix, the decoder, at unit norm."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,6 +82,11 @@ class ConstrainedAdam(AppliesConstraint, OpenAdam):
         self.row_grads = RowGrads(active_only=False) if unit_rows is not None and project else None
         self.copies = WorkingCopies(copied)
         self._masters = MasterWeights(self, masters=True, after_step=after_step, copies=self.copies)
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """For one training step: copies and masters are current, whoever has written the weights."""
+        self._masters.refresh()
+        return self.copies.offered()
 
     @property
     def is_fused(self) -> bool:

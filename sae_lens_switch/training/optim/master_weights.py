@@ -49,8 +49,19 @@ class MasterWeights:
             optimizer.register_load_state_dict_pre_hook(lambda _, state: self.before_loading(state))
             optimizer.register_load_state_dict_post_hook(lambda *_: self.after_loading())
 
+    def refresh(self) -> None:
+        """Take over what others than this optimiser have written to the parameters since its last step.
+
+        Masters keep their memory, which a captured step reads and writes.
+        """
+        for p, master in self.masters.items():
+            if p in self.versions and self.versions[p] != version_of(p):
+                self.masters[p] = taken_over(master, p.detach())
+                self.versions[p] = version_of(p)
+
     def swap_in(self) -> None:
         if self.has_masters:
+            self.refresh()
             self._swap_in_masters()
         self.transposed = [p for p in parameters_of(self.optimizer) if p.ndim == 2 and not p.is_contiguous()]
         self._transpose()
@@ -83,8 +94,7 @@ class MasterWeights:
         for p in trained(parameters_of(self.optimizer)):
             if p.dtype in (torch.bfloat16, torch.float16):
                 grad, p.grad, self.low_precision[p] = p.grad, None, p.data
-                changed = p in self.versions and self.versions[p] != version_of(p)  # by others than this optimiser
-                if p not in self.masters or changed:
+                if p not in self.masters:
                     self.masters[p] = p.data.float()
                 p.data = self.masters[p]
                 p.grad = None if grad is None else grad.float()
@@ -112,6 +122,13 @@ class MasterWeights:
         for p, data in self.low_precision.items():
             p.data = data
         self.low_precision = {}
+
+
+def taken_over(master: Tensor, weights: Tensor) -> Tensor:
+    """The float32 master of ``weights``: as it was where it still rounds to them, in the same memory if that fits."""
+    if master.device != weights.device or master.shape != weights.shape:
+        return weights.to(master.dtype)
+    return master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.to(master.dtype)))
 
 
 def _transpose(p: nn.Parameter, state: StateDict) -> None:

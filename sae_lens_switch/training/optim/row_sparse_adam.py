@@ -1,6 +1,7 @@
 """Row-sparse Adam: a step whose cost does not grow with the width of the dictionary."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from sae_lens_switch_kernels import (
     rounded_moments,
     to_huge_pages,
     triton_kernel,
+    version_of,
     zeros_huge,
 )
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from sae_lens_switch.saes.decoder_constraint import AppliesConstraint, normalize
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.optim.gradients import gradients, parameters_of, trained
+from sae_lens_switch.training.optim.master_weights import taken_over
 
 # Tuned on a CPU: a block of rows stays in cache while it is gathered, stepped and scattered.
 _ROWS_STEPPED = 1024
@@ -71,6 +74,11 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
         # Of all processes' gradients, where this one has a part of them.
         self.total_norm: Callable[[list[Tensor]], Tensor] | None = None
         self.copies = WorkingCopies((sae.W_enc, sae.W_dec))
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}  # of weights with a master, after their last step
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """For one training step: copies are current, whoever has written the weights."""
+        return self.copies.offered()
 
     @torch.no_grad()
     def clipped_step(
@@ -140,6 +148,8 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
     ) -> None:
         """Step rows [R] of the parameter, seen as ``data`` [rows, columns], and write them in low precision as well."""
         state = self._state(p, data)
+        if "master" in state and self._versions.get(p, version_of(p)) != version_of(p):
+            state["master"] = taken_over(state["master"], data)
         weights = state.get("master", data)
         constraint = self.sae.decoder_constraint if p is self.sae.W_dec else None
         project = constraint is not None and constraint.project
@@ -151,6 +161,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
             rows = _Rows(weights, grad, state["moments"], state["step"], rows_R, copy if weights is data else data)
             if not _step_by_kernel(rows, options, radial_R):
                 _step_blocks(rows, options, radial_R)
+        self._versions[p] = version_of(p)
 
     def _state(self, p: nn.Parameter, data: Tensor) -> dict[str, Tensor]:
         """step [rows], moments [rows, 2, columns], and weights to step where those of the SAE are less than float32."""
@@ -169,6 +180,7 @@ class RowSparseAdam(AppliesConstraint, Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's, which however would round the moments of a low-precision weight to the weight's dtype."""
         super().load_state_dict(state_dict)
+        self._versions = {}
         for i, p in enumerate(parameters_of(self)):
             saved = state_dict["state"].get(i)
             if saved is not None:
