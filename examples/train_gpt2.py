@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = make_config(args)
     import torch
-    from sae_lens import LanguageModelSAETrainingRunner
+
+    from sae_lens_switch import LanguageModelSAETrainingRunner
 
     torch.manual_seed(args.seed)  # SAELens does not use its config's seed
     LanguageModelSAETrainingRunner(cfg).run()
