@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from sae_lens_switch.common.printable import logger
 
@@ -25,6 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+INDEX_FILENAME = f"{SAE_WEIGHTS_FILENAME}.index.json"  # in place of that file, of weights in several
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NOT_SUPPORTED_FOR_FOLDERS = _NOT_SUPPORTED | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 _NAME = re.compile(
@@ -52,6 +53,7 @@ def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -
 
     Raises:
         OSError: If writing fails; the files are then unchanged.
+        ValueError: As ``refuse_other_weights``, likewise.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,7 @@ def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -
         new.mkdir(parents=True)
         written = save(new)
         names = [file.name for file in new.iterdir()]
+        refuse_other_weights("path", path, names)
         for entry in [*new.iterdir(), new, aside]:
             sync(entry)
         with locked(path):
@@ -70,6 +73,17 @@ def replace_files(path: str | Path, save: Callable[[Path], tuple[Path, Path]]) -
         _settle(aside, path)
         shutil.rmtree(aside, ignore_errors=True)
     return path / written[0].name, path / written[1].name
+
+
+def refuse_other_weights(name: str, folder: Path, files: Collection[str]) -> None:
+    """Check that ``folder`` has no weights that would stay beside those in ``files``, and could be loaded for them.
+
+    Raises:
+        ValueError: If it has.
+    """
+    for mine, other in ((SAE_WEIGHTS_FILENAME, INDEX_FILENAME), (INDEX_FILENAME, SAE_WEIGHTS_FILENAME)):
+        if mine in files and other not in files and (folder / other).exists():
+            raise ValueError(f"{name} must be a folder without {other}, of an SAE in other files; got {folder}")
 
 
 def _exchange(aside: Path, path: Path, names: list[str]) -> None:
@@ -124,11 +138,13 @@ def _settle(aside: Path, path: Path) -> None:
 
 
 def _symlink(link: Path, target: str) -> bool:
+    if os.name == "nt":  # where a link to a folder cannot be replaced
+        return False
     try:
         os.symlink(target, link)
     except (OSError, NotImplementedError):
         return False
-    return os.name != "nt"  # where a link to a folder cannot be replaced
+    return True
 
 
 def _copy(file: Path, to: Path) -> None:

@@ -3,12 +3,17 @@
 import math
 import os
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEConfig
 from sae_lens.util import str_to_dtype
+
+from sae_lens_switch.common.atomic import refuse_other_weights
 
 _MAX_NUMBERS = 2**62  # in a tensor, in torch
 _MAX_NAME_BYTES = 255  # of a file or folder
@@ -22,10 +27,13 @@ def check_run_fits(cfg: Any, *saes: SAEConfig) -> None:
         *saes: The configs of the SAEs it trains.
 
     Raises:
-        ValueError: If a device is missing, a folder is not writable, or memory does not suffice.
+        ValueError: If a device is missing, a folder is not writable or holds weights that those of the run would not
+            replace, or memory does not suffice.
     """
     for name in ("checkpoint_path", "output_path"):
         check_writable(name, vars(cfg)[name])
+    for folder in _outputs(cfg):
+        refuse_other_weights("output_path", folder, [SAE_WEIGHTS_FILENAME])
     for name in ("device", "llm_device", "act_store_device"):
         check_device(name, vars(cfg).get(name))
     for sae in saes:
@@ -33,7 +41,7 @@ def check_run_fits(cfg: Any, *saes: SAEConfig) -> None:
         check_sae_fits(sae, vars(cfg).get("expert_parallel", 1) * vars(cfg).get("latent_parallel", 1))
     if "n_batches_in_buffer" in vars(cfg):
         device = cfg.act_store_device or cfg.device
-        d_in = sum({id(sae): sae.d_in + vars(sae).get("d_out", 0) for sae in saes}.values())
+        width = _buffer_width(cfg, saes)
         batches = int(cfg.prefetch_llm_batches) * cfg.train_batch_size_tokens
         for name, rows in {
             "n_batches_in_buffer": cfg.n_batches_in_buffer * cfg.context_size,
@@ -41,7 +49,22 @@ def check_run_fits(cfg: Any, *saes: SAEConfig) -> None:
             "prefetch_llm_batches": batches,
         }.items():
             what = f"{name}={vars(cfg)[name]}: its activations alone take"
-            _refuse_if_too_much(what, 4 * d_in * rows, device)
+            _refuse_if_too_much(what, 4 * width * rows, device)
+
+
+def _outputs(cfg: Any) -> list[Path]:
+    """The folders in which a run leaves an SAE."""
+    if cfg.output_path is None:
+        return []
+    folder = Path(cfg.output_path)
+    return [folder / name for name in cfg.saes] if isinstance(cfg, MultiSAETrainingRunnerConfig) else [folder]
+
+
+def _buffer_width(cfg: Any, saes: Iterable[SAEConfig]) -> int:
+    """Numbers per token in the activation buffer: SAEs at one hook share them, a transcoder has its targets too."""
+    if isinstance(cfg, MultiSAETrainingRunnerConfig):  # on several processes, each has those of all hooks
+        return sum({hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()}.values())
+    return sum(sae.d_in + vars(sae).get("d_out", 0) for sae in saes)
 
 
 def check_writable(name: str, path: str | None) -> None:

@@ -163,15 +163,17 @@ class Dtype(Rule):
 
 @dataclass(frozen=True)
 class Each(Rule):
-    """A list or tuple, each member by a rule."""
+    """A list or tuple, each member by a rule; kept as what it is, or as a list."""
 
     member: Rule
     at_most: int = _INT64
+    as_list: bool = False
 
     def plain(self, value: object) -> object:
         if not isinstance(value, list | tuple) or type(value) not in (list, tuple) or len(value) > self.at_most:
             raise ValueError
-        return type(value)(_plain(self.member, item) for item in value)
+        kind = list if self.as_list else type(value)
+        return kind(_plain(self.member, item) for item in value)
 
     def expected(self) -> str:
         return f"a list, each {_expected(self.member)}"

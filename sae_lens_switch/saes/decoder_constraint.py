@@ -6,6 +6,7 @@ around any other optimiser's step the hooks below do.
 
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,13 +73,13 @@ class AppliesConstraint:
 
 
 class ConstrainedSAE(Protocol):
-    """An SAE with something to do right before and after every optimiser step on its weights."""
+    """An SAE with something to do after every optimiser step on its weights, and right before those on its decoder."""
 
     W_dec: nn.Parameter
-    b_dec: nn.Parameter
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
     def before_optimizer_step(self) -> None: ...
-    def after_optimizer_step(self) -> None: ...
+    def after_optimizer_step(self, steps_decoder: bool) -> None: ...
 
 
 _constrained: "weakref.WeakSet[ConstrainedSAE]" = weakref.WeakSet()
@@ -88,7 +89,7 @@ _hooks_are_registered = False
 
 @torch.compiler.disable  # in a compiled step the registration would be lost
 def constrain_optimizer_steps(sae: ConstrainedSAE) -> None:
-    """From now on, any optimiser that steps ``sae.W_dec`` calls the SAE's two methods around its step.
+    """From now on, any optimiser that steps a weight of ``sae`` calls its methods around the step.
 
     A trainer that does not know the constraint, such as SAELens's, leaves no other place between clipping and the step.
     torch offers these hooks for all optimisers of a process; ours are registered when the first SAE asks for them, and
@@ -112,18 +113,23 @@ def _register_hooks_once() -> None:
 
 
 def _before_step(optimizer: Optimizer) -> None:
-    for sae in _stepped_by(optimizer):
-        sae.before_optimizer_step()
+    for sae, steps_decoder in _stepped_by(optimizer):
+        if steps_decoder:
+            sae.before_optimizer_step()
 
 
 def _after_step(optimizer: Optimizer) -> None:
-    for sae in _stepped_by(optimizer):
-        sae.after_optimizer_step()
+    for sae, steps_decoder in _stepped_by(optimizer):
+        sae.after_optimizer_step(steps_decoder)
 
 
-def _stepped_by(optimizer: Optimizer) -> list[ConstrainedSAE]:
+def _stepped_by(optimizer: Optimizer) -> list[tuple[ConstrainedSAE, bool]]:
+    """The SAEs of which it holds a trainable weight, each with whether it holds the decoder."""
     if isinstance(optimizer, AppliesConstraint):
         return []
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # An optimiser may hold no frozen weights, and the router's bias may still have b_dec to follow.
-    return [sae for sae in _constrained if id(sae.W_dec if sae.W_dec.requires_grad else sae.b_dec) in stepped]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [
+        (sae, id(sae.W_dec) in held)
+        for sae in _constrained
+        if any(p.requires_grad and id(p) in held for p in sae.parameters())
+    ]

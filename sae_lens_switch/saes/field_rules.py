@@ -1,11 +1,12 @@
 """The rules for every field of the SAEs' configs."""
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens_switch_kernels import EncoderPrecision
 
-from sae_lens_switch.common.rules import Choice, Device, Dtype, Each, Flag, Kind, Number, Rule, Text, Whole
+from sae_lens_switch.common.rules import Choice, Device, Dtype, Each, Flag, Number, Rule, Text, Whole
 
 Gate = Literal["probability", "renormalized", "one"]
 LoadBalancing = Literal["loss", "bias"]
@@ -18,6 +19,25 @@ BiasStart = Literal["geometric_median", "mean", "zeros"]
 _count, _size, _flag = Whole(), Whole(at_least=1), Flag()
 _coefficient = Number(at_least=0)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata(Rule):
+    """SAELens's metadata; also as the dict that a config has of it while it is read from a file."""
+
+    def plain(self, value: object) -> SAEMetadata:
+        if isinstance(value, SAEMetadata):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError
+        try:
+            return SAEMetadata(**value)
+        except TypeError as error:  # keys that are no names, or one that no attribute can have
+            raise ValueError from error
+
+    def expected(self) -> str:
+        return "a SAEMetadata or dict with names as keys"
+
+
 SAE: dict[str, Rule] = {
     **dict.fromkeys(("d_in", "d_sae"), _size),
     "dtype": Dtype(),
@@ -27,8 +47,9 @@ SAE: dict[str, Rule] = {
         ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening")
     ),
     "reshape_activations": Choice(("none", "hook_z")),
-    "metadata": Kind((SAEMetadata, dict)),  # a dict, in a config that is being read from a file
+    "metadata": Metadata(),
     "decoder_init_norm": Number(above=0, optional=True),
+    "matryoshka_widths": Each(_size, as_list=True),  # SAELens appends to them
 }
 SWITCH: dict[str, Rule] = {
     **SAE,
@@ -50,7 +71,7 @@ SWITCH: dict[str, Rule] = {
     "encoder_precision": Choice(get_args(EncoderPrecision)),
     "activation": Choice(("topk", "batchtopk", "jumprelu")),
     "topk_threshold_lr": Number(at_least=0, at_most=1),
-    "matryoshka_widths": Each(_size, optional=True),
+    "matryoshka_widths": Each(_size, as_list=True, optional=True),
 }
 SPARSE_TOPK: dict[str, Rule] = {
     **SAE,
@@ -66,7 +87,6 @@ SPARSE_BATCHTOPK: dict[str, Rule] = {
 }
 SPARSE_MATRYOSHKA_BATCHTOPK: dict[str, Rule] = {
     **SPARSE_BATCHTOPK,
-    "matryoshka_widths": Each(_size),
     "use_matryoshka_aux_loss": _flag,
 }
 _TRANSCODER: dict[str, Rule] = {

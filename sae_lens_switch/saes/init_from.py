@@ -136,7 +136,8 @@ def _copy_switch(made: SwitchTrainingSAE, sae: AnySAE) -> None:
             raise ValueError(f"{name} must be {theirs!r}, as the SAE's that training starts from; got {mine!r}")
     if made.cfg.normalize_decoder and not torch.allclose(norms := sae.W_dec.norm(dim=1), norms.new_ones(()), rtol=0.01):
         raise ValueError("normalize_decoder must be False for an SAE whose decoder rows are not of unit norm; got True")
-    state = sae.state_dict()
+    _check_router_bias(made, sae)
+    state = sae.state_dict() | {"b_router": sae.effective_router_bias}
     found = [state.pop(name) for name in ("topk_threshold", "threshold") if name in state]
     if found and made.topk_threshold is not None:  # without one, the first steps find it
         state["topk_threshold"] = found[0]
@@ -144,6 +145,15 @@ def _copy_switch(made: SwitchTrainingSAE, sae: AnySAE) -> None:
     if unknown:
         raise ValueError(f"load_balancing must be as the SAE's that training starts from, which has {unknown}")
     made.load_state_dict(state, strict=False)  # an expert bias that it lacks is zero
+
+
+def _check_router_bias(made: SwitchTrainingSAE, sae: SwitchBase) -> None:
+    """Raises ValueError if the new router is to subtract b_dec, and the source's something else."""
+    bias_D, b_dec_D = sae.effective_router_bias, sae.b_dec.to(sae.W_router.dtype)
+    # In an SAE of lower precision that was trained as tied, a fold has rounded b_dec but not b_router.
+    rounding = torch.finfo(sae.b_dec.dtype).eps
+    if made.cfg.tie_router_bias and not torch.allclose(bias_D, b_dec_D, rtol=rounding, atol=0):
+        raise ValueError("tie_router_bias must be False for an SAE whose b_router differs from its b_dec; got True")
 
 
 def _copy_plain(made: SparseTopKTrainingSAE, sae: AnySAE) -> None:
@@ -187,7 +197,9 @@ def _norms_to_move(made: SparseTopKTrainingSAE, sae: _Plain, W_dec_FD: Tensor) -
 def _copy_threshold(made: SparseBatchTopKTrainingSAE, sae: _Plain, W_dec_FD: Tensor) -> None:
     """The running threshold, of latents as they are selected; a TopK SAE has none, and the first steps find it."""
     if isinstance(sae, BatchTopKTrainingSAE):
-        made.topk_threshold.copy_(sae.topk_threshold)
+        grows = made.cfg.rescale_acts_by_decoder_norm and not sae.cfg.rescale_acts_by_decoder_norm
+        scale = W_dec_FD.norm(dim=1).double().mean() if grows else 1  # all norms are equal then
+        made.topk_threshold.copy_(sae.topk_threshold.to(W_dec_FD.device) * scale)
     elif isinstance(sae, _JumpReLU):
         threshold_F = sae.threshold.detach().to(W_dec_FD)
         scaled = made.cfg.rescale_acts_by_decoder_norm

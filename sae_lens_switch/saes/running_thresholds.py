@@ -1,7 +1,13 @@
 """The running thresholds of BatchTopK SAEs: what after training decides in place of a batch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_lens_switch.common.types import StateDict
 
 
 def move_thresholds_(thresholds: Tensor, least: Tensor, lr: float) -> None:
@@ -37,3 +43,24 @@ class BeforeStep:
         if self._thresholds is not None:
             thresholds.copy_(torch.where(is_finite, thresholds, self._thresholds))
         self._thresholds = None
+
+
+class ExactThresholds(nn.Module):
+    """Keeps ``topk_threshold`` in float64 whatever the SAE's dtype: in bfloat16 a small change of it would be lost."""
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self._buffers.get("topk_threshold")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("topk_threshold")
+        if before is not None and after is not None and after.dtype != torch.float64:
+            self._buffers["topk_threshold"] = before.to(after.device, torch.float64)
+        return self
+
+    @override
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As torch's; SAELens has cast every tensor of a file to the SAE's dtype, and has the buffer replaced by it."""
+        name = f"{prefix}topk_threshold"
+        if name in state_dict:
+            state_dict[name] = state_dict[name].double()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

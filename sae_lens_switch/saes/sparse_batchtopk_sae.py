@@ -9,12 +9,12 @@ from sae_lens_switch_kernels import batch_topk_encode
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_switch.saes.running_thresholds import BeforeStep, least_active, move_thresholds_
+from sae_lens_switch.saes.running_thresholds import BeforeStep, ExactThresholds, least_active, move_thresholds_
 from sae_lens_switch.saes.sparse_topk_sae import Selection, SparseTopKTrainingSAE
 from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput
 
 
-class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
+class SparseBatchTopKTrainingSAE(ExactThresholds, SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     """A BatchTopK SAE in training (Bussmann et al. 2024), under SAELens's trainer or any loop; saved as ``jumprelu``.
 
     Equal to SAELens's ``BatchTopKTrainingSAE`` in outputs, losses, gradients and the running threshold. Exactly the

@@ -71,11 +71,10 @@ class SparseMatryoshkaBatchTopKTrainingSAE(SparseBatchTopKTrainingSAE, Matryoshk
         return self.cfg.aux_loss_coefficient * torch.stack(losses).sum()
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        output = super().training_forward_pass(step_input)
-        if self.has_dense_hooks:
-            for width, sae_out in self._iterable_decode(output.feature_acts):
-                loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-                output.losses[f"inner_mse_loss_{width}"] = loss
-                output.loss = output.loss + loss
+    def _dense_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output = super()._dense_step(step_input)
+        for width, sae_out in self._iterable_decode(output.feature_acts):
+            loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+            output.losses[f"inner_mse_loss_{width}"] = loss
+            output.loss = output.loss + loss
         return output

@@ -1,5 +1,6 @@
 """SAELens's TopK and AbsTopK SAEs on sparse kernels: the same mathematics, files and statistics, no [B, F] tensor."""
 
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -73,6 +74,12 @@ class SparseTopKTrainingSAE(SparseTopK, SparseTrainingSAE, TopKTrainingSAE):
             return TopKTrainingSAE.encode(self, differentiable(x))
         return self.hook_sae_acts_post(self.encode_sparse(x).to_dense())
 
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As SAELens's, dense with use_sparse_activations too, whose products with norms lack gradients on a CPU."""
+        acts, pre = super().encode_with_hidden_pre(x)
+        return acts.to_dense() if acts.is_sparse else acts, pre
+
     def _selection(self, n_tokens: int) -> Selection:  # noqa: ARG002, each token has k
         """How many latents a training step selects, and of what."""
         return Selection(self.cfg.k, self._by_magnitude)
@@ -100,7 +107,17 @@ class SparseTopKTrainingSAE(SparseTopK, SparseTrainingSAE, TopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self._takes_dense_steps or not self.has_dense_hooks:
             return super().training_forward_pass(step_input)
-        activation_rows(step_input.sae_in, self.cfg.d_in)  # which refuses what no SAE can take
+        lead = step_input.sae_in.shape[:-1]
+        output = self._dense_step(replace(step_input, sae_in=activation_rows(step_input.sae_in, self.cfg.d_in)))
+        output.sae_in = step_input.sae_in
+        if len(lead) != 1:
+            for name in ("sae_out", "feature_acts", "hidden_pre"):
+                t = vars(output)[name]
+                setattr(output, name, t.reshape(*lead, t.shape[-1]))
+        return output
+
+    def _dense_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """SAELens's, of rows [B, D]."""
         return TopKTrainingSAE.training_forward_pass(self, step_input)
 
     @override

@@ -7,14 +7,14 @@ from typing_extensions import override
 
 from sae_lens_switch.common.types import StateDict
 from sae_lens_switch.saes.config import SwitchTrainingSAEConfig
-from sae_lens_switch.saes.running_thresholds import BeforeStep, least_active_of, move_thresholds_
+from sae_lens_switch.saes.running_thresholds import BeforeStep, ExactThresholds, least_active_of, move_thresholds_
 from sae_lens_switch.saes.serialization import thresholds_after_training
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.step import SparseStepInput, SparseStepOutput
 from sae_lens_switch.saes.switch_sae import SwitchBase
 
 
-class ThresholdedSwitch(SwitchBase, SparseTrainingSAE):
+class ThresholdedSwitch(ExactThresholds, SwitchBase, SparseTrainingSAE):
     """With activation="batchtopk" every step moves ``topk_threshold`` towards each expert's least active latent.
 
     It is of latents with their gates. Experts without an active latent keep theirs; shared experts have the first entry

@@ -312,8 +312,9 @@ class SwitchTrainingSAE(MatryoshkaSwitch):
             project_out_rows_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
-    def after_optimizer_step(self) -> None:
-        if self.cfg.normalize_decoder and self.W_dec.requires_grad:
+    def after_optimizer_step(self, steps_decoder: bool = True) -> None:
+        """``steps_decoder``: whether that optimiser holds W_dec, as one of several may not."""
+        if steps_decoder and self.cfg.normalize_decoder and self.W_dec.requires_grad:
             normalize_rows_(self.W_dec)
         self.after_own_step()
         if self.expert_bias is not None:

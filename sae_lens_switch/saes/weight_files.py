@@ -16,9 +16,9 @@ from sae_lens.loading.pretrained_sae_loaders import (
     sae_lens_disk_loader,
 )
 
+from sae_lens_switch.common.atomic import INDEX_FILENAME
 from sae_lens_switch.common.types import Json, StateDict
 
-INDEX_FILENAME = f"{SAE_WEIGHTS_FILENAME}.index.json"
 _MAP = "weight_map"
 
 
@@ -29,13 +29,16 @@ def sharded_safetensors(
 
     Raises:
         FileNotFoundError: For missing files.
-        ValueError: If the index is none, or if a file lacks a tensor that it should have.
+        ValueError: If the index is none, if a file lacks a tensor that it should have, or if there are weights in one
+            file beside an index of several.
     """
     folder = Path(path)
     if not (folder / INDEX_FILENAME).exists():
         return sae_lens_disk_loader(folder, device, cfg_overrides)
     cfg = get_sae_lens_config_from_disk(folder, device, cfg_overrides)
     file_of = _read_index(folder / INDEX_FILENAME)
+    if SAE_WEIGHTS_FILENAME not in file_of.values() and (folder / SAE_WEIGHTS_FILENAME).exists():
+        raise ValueError(f"{folder} must hold weights in one form; got {SAE_WEIGHTS_FILENAME} and {INDEX_FILENAME}")
     weights: StateDict = {}
     for name in sorted(set(file_of.values())):
         cfg, part = read_sae_components_from_disk(cfg, folder / name, device)

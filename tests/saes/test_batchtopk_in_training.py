@@ -181,6 +181,20 @@ def test_a_last_width_below_that_of_the_dictionary_is_completed_as_by_saelens():
     assert_same_step(ours, stock, random_input(30, D))
 
 
+def test_widths_may_be_a_tuple_which_saelens_could_not_complete():
+    kind, widths = KINDS[1], (5, 19)
+    with pytest.warns(UserWarning, match="final matryoshka level"):
+        sae = kind.ours(kind.our_config(**options_of(kind, matryoshka_widths=widths)))
+    assert sae.cfg.matryoshka_widths == [5, 19, F]
+    cfg = kind.our_config(**options_of(kind))
+    cfg.matryoshka_widths = widths
+    with pytest.warns(UserWarning, match="final matryoshka level"):
+        assert kind.ours(cfg).cfg.matryoshka_widths == [5, 19, F]
+    stock = kind.stock_config(**options_of(kind, matryoshka_widths=widths)).to_dict()
+    with override(kind.name), pytest.warns(UserWarning, match="final matryoshka level"):
+        assert TrainingSAE.from_dict(stock).cfg.matryoshka_widths == [5, 19, F]
+
+
 @both
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
 def test_a_pickled_or_copied_sae_is_the_same(kind, normalize):

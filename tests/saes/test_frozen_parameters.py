@@ -245,3 +245,41 @@ def test_an_sae_that_is_frozen_as_a_whole_cannot_be_trained(tmp_path):
     sae = make(tmp_path, "switch").requires_grad_(False)
     with pytest.raises(ValueError, match="requires_grad=True; this one has none"):
         fit(sae, "adam", activations(1))
+
+
+# Several optimisers, or one that holds few of the weights
+
+
+def after_steps(*held: tuple[str, ...], frozen: tuple[str, ...] = (), dtype: str = "float64") -> tuple[Any, Tensor]:
+    """An SAE balanced by a bias after two steps of torch's Adam for each set of weights; W_dec as it was before."""
+    sae = training_sae(load_balancing="bias", load_balance_bias_rate=0.25, tie_router_bias=True, dtype=dtype)
+    for name in frozen:
+        getattr(sae, name).requires_grad_(False)
+    optimizers = [torch.optim.Adam([getattr(sae, name) for name in names], lr=0.1) for names in held]
+    before = sae.W_dec.detach().clone()
+    for i in range(2):
+        x = activations(1)[0].to(sae.dtype)
+        sae.training_forward_pass(TrainStepInput(x, {"load_balance": 0.0}, None, i, False)).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        sae.zero_grad()
+    return sae, before
+
+
+@pytest.mark.parametrize("frozen", [("W_dec",), ("W_dec", "b_dec"), ()], ids=str)
+@pytest.mark.parametrize("held", [("W_router",), ("W_router", "b_router"), ("W_enc",)], ids=str)
+def test_an_optimiser_of_any_weights_moves_the_bias_and_leaves_a_decoder_that_it_lacks(held, frozen):
+    sae, before = after_steps(held, frozen=frozen)
+    assert sae.expert_bias.any()
+    assert torch.equal(sae.W_dec, before)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_several_optimisers_do_once_per_step_what_one_does(dtype):
+    router, others = ("W_router", "b_router"), ("W_enc", "W_dec", "b_dec")
+    whole, _ = after_steps((*router, *others), dtype=dtype)
+    for held in ((router, others), (others, router)):
+        parts, _ = after_steps(*held, dtype=dtype)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(parts.state_dict()[name], value), name
+    assert 0 < whole.expert_bias.abs().max() <= 0.5

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import D, E, F, K, random_input, randomize, switch_sae, training_config
 from helpers.inference_saes import ALL
+from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -85,6 +86,22 @@ def test_batchtopk_takes_over_the_threshold(tmp_path):
     torch.testing.assert_close(init_from(levels, tmp_path).encode(x), from_saved.encode(x), **tightly)
 
 
+@torch.no_grad()
+def test_a_threshold_is_scaled_by_the_norms_that_the_new_sae_selects_with(tmp_path):
+    trained = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**SHAPE, k=4.5, rescale_acts_by_decoder_norm=False))
+    randomize(trained).W_dec.copy_(torch.nn.functional.normalize(trained.W_dec, dim=1) * 0.3)
+    trained.topk_threshold.fill_(0.7)
+    made = init_from(SparseBatchTopKTrainingSAEConfig(**SHAPE, k=4.5), trained)
+    assert made.cfg.rescale_acts_by_decoder_norm
+    assert made.topk_threshold.item() == pytest.approx(0.7 * 0.3)
+    x, after = random_input(60, D), []
+    for name, sae in (("made", made), ("trained", trained)):
+        sae.save_inference_model(tmp_path / name)
+        after.append(SAE.load_from_disk(tmp_path / name))
+    assert torch.equal(after[0].encode(x) > 0, after[1].encode(x) > 0)
+    torch.testing.assert_close(after[0](x), after[1](x), **tightly)
+
+
 @pytest.mark.parametrize("kind", ["inference", "training"])
 def test_switch_computes_what_the_source_does_and_its_biases_stay(kind, tmp_path):
     fields = {"normalize_decoder": False, "dtype": "float64"}
@@ -97,6 +114,31 @@ def test_switch_computes_what_the_source_does_and_its_biases_stay(kind, tmp_path
         assert not made.is_fresh
         torch.testing.assert_close(made(x), sae(x), **exactly)
         assert made.W_enc.stride() == (1, D)
+
+
+def test_a_tied_router_starts_from_one_that_subtracts_b_dec_alone(tmp_path):
+    fields = {"normalize_decoder": False, "tie_router_bias": True}
+    sae, x = switch_sae(), random_input(60, D)
+    with pytest.raises(ValueError, match="tie_router_bias must be False for an SAE whose b_router differs"):
+        init_from(training_config(**fields), sae)
+    sae.b_router.data.copy_(sae.b_dec.data)
+    torch.testing.assert_close(init_from(training_config(**fields), sae)(x), sae(x), **exactly)
+    half = randomize(SwitchTrainingSAE(training_config(**fields | {"dtype": "bfloat16"})))
+    half.after_own_step()
+    half.fold_activation_norm_scaling_factor(1.7)  # which rounds b_dec
+    half.save_inference_model(tmp_path)
+    assert not torch.equal(half.b_router, half.b_dec.float())
+    assert torch.equal(init_from(training_config(**fields | {"dtype": "bfloat16"}), tmp_path).b_dec, half.b_dec)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_what_a_tied_router_subtracts_is_what_its_successor_does(tie):
+    fields = {"normalize_decoder": False, "dtype": "float64"}
+    sae = randomize(SwitchTrainingSAE(training_config(**fields, tie_router_bias=True)))
+    assert not torch.equal(sae.b_router, sae.b_dec)
+    x = random_input(60, D)
+    made = init_from(training_config(**fields, tie_router_bias=tie), sae)
+    torch.testing.assert_close(made(x), sae(x), **exactly)
 
 
 def test_it_has_the_dtype_of_its_config():

@@ -72,6 +72,48 @@ def test_a_hook_on_dense_latents_sees_and_edits_them_in_training(kind, hook):
 
 
 @each
+@pytest.mark.parametrize("hook", ["hook_sae_acts_pre", "hook_sae_acts_post"])
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse activations", "dense"])
+@pytest.mark.parametrize("shape", [(4, 6), (24,), (2, 3, 4)], ids=str)
+def test_a_step_with_such_a_hook_takes_activations_of_any_shape_as_their_rows(kind, hook, sparse, shape):
+    levels = {"use_matryoshka_aux_loss": True} if "matryoshka_widths" in kind.options else {}
+    ours, _ = pair(kind, use_sparse_activations=sparse, **levels)
+    ours.add_hook(hook, lambda acts, hook: acts * 0.5)  # noqa: ARG005
+    x, dead = random_input(24, D), dead_latents(9)
+    (a, a_grads), (b, b_grads) = (loss_and_gradients(ours, rows, dead) for rows in (x.view(*shape, D), x))
+    assert list(a.losses) == list(b.losses)
+    torch.testing.assert_close(a.losses, b.losses, **tightly)
+    torch.testing.assert_close(a.loss, b.loss, **tightly)
+    torch.testing.assert_close(a_grads, b_grads, **tightly)
+    for name, width in {"sae_in": D, "sae_out": D, "hidden_pre": F, "feature_acts": F}.items():
+        found = vars(a)[name].to_dense()
+        assert found.shape == (*shape, width)
+        torch.testing.assert_close(found.view(24, width), vars(b)[name].to_dense(), **tightly)
+
+
+@each
+def test_one_token_alone_takes_such_a_step_too(kind):
+    ours, _ = pair(kind)
+    ours.add_hook("hook_sae_acts_pre", lambda acts, hook: acts * 0.5)  # noqa: ARG005
+    x = random_input(D)
+    alone, row = (ours.training_forward_pass(step_input(given)) for given in (x, x.view(1, D)))
+    assert (alone.sae_out.shape, alone.feature_acts.shape) == ((D,), (F,))
+    torch.testing.assert_close(alone.loss, row.loss, **tightly)
+
+
+@each
+def test_encode_gives_dense_latents_also_with_a_hook_and_sparse_activations(kind):
+    ours, _ = pair(kind, use_sparse_activations=True)
+    for shape in ((7, D), (3, 4, D)):
+        x = random_input(*shape)
+        latents, out = ours.encode(x), ours(x)
+        with ours.hooks([("hook_sae_acts_pre", lambda acts, hook: None)]):  # noqa: ARG005
+            assert not ours.encode(x).is_sparse
+            torch.testing.assert_close(ours.encode(x), latents, **tightly)
+            torch.testing.assert_close(ours(x), out, **tightly)
+
+
+@each
 @rescaling
 def test_twenty_steps_of_saelens_trainer_end_in_the_same_weights_and_statistics(kind, rescale):
     batches = [batch.double() for batch in activations(20)]  # SAELens's loss takes one dtype in older versions of torch

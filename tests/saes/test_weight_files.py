@@ -1,6 +1,7 @@
 """Weights in one file or in several, read alike; and what is none of either is refused with a reason."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file, save_file
 
+from sae_lens_switch.common.atomic import replace_files
 from sae_lens_switch.converters import sharded_safetensors
 from sae_lens_switch.saes.weight_files import INDEX_FILENAME, file_name, split_by_size, write_index
 
@@ -79,4 +81,35 @@ def test_what_is_no_index_is_refused(folder, content):
 def test_an_index_names_files_of_its_own_folder_alone(folder, name):
     (folder / INDEX_FILENAME).write_text(json.dumps({"weight_map": {"W_dec": name}}))
     with pytest.raises(ValueError, match="must name files of its own folder"):
+        sharded_safetensors(folder)
+
+
+@pytest.mark.parametrize("save", ["save_model", "save_inference_model"])
+def test_an_sae_is_not_saved_beside_weights_in_several_files(folder, save):
+    split(folder, 500)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    message = f"path must be a folder without {INDEX_FILENAME}, of an SAE in other files; got {folder}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(training_sae(seed=1, dtype="float32"), save)(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_weights_in_several_files_are_not_put_beside_those_in_one(folder):
+    def save(new):
+        for name in (file_name(1, 2), file_name(2, 2), INDEX_FILENAME):
+            (new / name).write_text("{}")
+        return new / INDEX_FILENAME, new / file_name(1, 2)
+
+    before = {file.name for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=f"path must be a folder without {SAE_WEIGHTS_FILENAME}, of an SAE in other"):
+        replace_files(folder, save)
+    assert {file.name for file in folder.iterdir()} == before
+
+
+def test_a_folder_with_weights_in_both_forms_is_refused(folder):
+    weights = (folder / SAE_WEIGHTS_FILENAME).read_bytes()
+    split(folder, 500)
+    (folder / SAE_WEIGHTS_FILENAME).write_bytes(weights)
+    message = f"must hold weights in one form; got {SAE_WEIGHTS_FILENAME} and {INDEX_FILENAME}"
+    with pytest.raises(ValueError, match=message):
         sharded_safetensors(folder)

@@ -8,6 +8,7 @@ import stat
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,6 +196,35 @@ def test_what_fails_while_files_are_replaced_leaves_the_old_ones_or_the_new(at, 
     assert is_there == ("old" if at < 3 else "new")
     replace_files(tmp_path, write("newer"))
     assert contents(tmp_path) == {"newer"}
+
+
+class WindowsWithLinks:
+    """The module os of a Windows whose user may make links."""
+
+    name = "nt"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_what_fails_there_on_windows_leaves_an_sae_too(at, tmp_path, monkeypatch):
+    replace_files(tmp_path, write("old"))
+    left, really = [at], os.replace
+
+    def fail(*args):
+        left[0] -= 1
+        if left[0] == -1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        really(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "os", WindowsWithLinks())
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            replace_files(tmp_path, write("new"))
+    assert contents(tmp_path) == {"old" if at == 0 else "new"}
+    assert not any(file.is_symlink() for file in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("architecture", ["switch", "sparse_topk"])

@@ -1,5 +1,6 @@
 """A run's settings that cannot be: refused before a language model is loaded or training begins."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from sae_lens_switch import (
     MultiSAETrainingRunner,
     SwitchTrainingSAEConfig,
 )
+from sae_lens_switch.common import machine
+from sae_lens_switch.saes.weight_files import INDEX_FILENAME
 from sae_lens_switch.train import main
 from sae_lens_switch.training import runners as runner
 from sae_lens_switch.training.hooks import check_hook_name
@@ -177,3 +180,33 @@ def test_the_other_runners_check_their_configs(tmp_path):
 def test_whatever_is_refused_can_be_shown(value):
     with pytest.raises(ValueError, match="lr must be .*; got"):
         trainer_config(lr=value)
+
+
+def many_config(path: Path, hook_names: dict[str, str], **given: Any) -> MultiSAETrainingRunnerConfig:
+    common = {f.name for f in fields(MultiSAETrainingRunnerConfig)}
+    shared = {n: v for n, v in run_fields(path, **given).items() if n in common}
+    saes = {name: SwitchTrainingSAEConfig(**SIZES) for name in hook_names}
+    return MultiSAETrainingRunnerConfig(saes=saes, hook_names=hook_names, **shared)
+
+
+def test_weights_in_several_files_where_a_run_would_save_are_found_before_a_model_is_loaded(tmp_path, monkeypatch):
+    for base in ("LanguageModelSAETrainingRunner", "MultiSAETrainingRunner"):
+        monkeypatch.setattr(getattr(runner.sae_lens, base), "__init__", lambda *_: pytest.fail("loaded"))
+    for folder, make in (
+        ("one/output", lambda: LanguageModelSAETrainingRunner(run_config(tmp_path / "one"))),
+        ("many/output/b", lambda: MultiSAETrainingRunner(many_config(tmp_path / "many", {"a": HOOK, "b": HOOK}))),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / INDEX_FILENAME).write_text("{}")
+        with pytest.raises(ValueError, match=f"output_path must be a folder without {INDEX_FILENAME}.*{folder}"):
+            make()
+
+
+def test_saes_at_one_hook_share_the_memory_of_their_activations(tmp_path, monkeypatch):
+    n_contexts = 10_000
+    one_hook = 4 * SIZES["d_in"] * n_contexts * run_fields(tmp_path)["context_size"]
+    monkeypatch.setattr(machine, "_memory", lambda _: one_hook)
+    for hook, fits in ((HOOK, True), ("blocks.0.hook_resid_pre", False)):
+        cfg = many_config(tmp_path, {"a": HOOK, "b": hook}, n_batches_in_buffer=n_contexts)
+        with nullcontext() if fits else pytest.raises(ValueError, match="n_batches_in_buffer=10000: its activations"):
+            machine.check_run_fits(cfg, *cfg.saes.values())

@@ -122,7 +122,7 @@ def test_a_trainers_settings_are_refused_when_made_and_when_changed(name, value)
         ({"dtype": "float31"}, "dtype must be one of float32, .*; got 'float31'"),
         ({"normalize_activations": []}, r"normalize_activations must be one of .*; got \[\]"),
         ({"reshape_activations": "hook_q"}, "reshape_activations must be one of .*; got 'hook_q'"),
-        ({"metadata": None}, "metadata must be a SAEMetadata or dict; got None"),
+        ({"metadata": None}, "metadata must be a SAEMetadata or dict with names as keys; got None"),
     ],
 )
 def test_an_saes_settings_are_refused_when_made_and_when_changed(given, message):

@@ -10,7 +10,7 @@ from helpers import HOOK, K, switch_config, training_config
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAEConfig
 
-from sae_lens_switch import SwitchSAEConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
+from sae_lens_switch import SwitchSAE, SwitchSAEConfig, SwitchTrainingSAE, SwitchTrainingSAEConfig
 
 OTHER_FIELDS = {
     "n_experts": 5,
@@ -125,3 +125,22 @@ def test_none_that_is_set_after_a_config_is_made_stands_for_the_default():
     sae = SwitchTrainingSAE(cfg)
     assert sae.get_coefficients()["load_balance"].value == training_config().load_balance_coefficient
     assert sae.aux_k == cfg.k
+
+
+@pytest.mark.parametrize("kind", ["inference", "training"])
+def test_metadata_may_be_a_dict_and_is_kept_as_saelens_has_it(kind):
+    make_config = switch_config if kind == "inference" else training_config
+    make_sae = SwitchSAE if kind == "inference" else SwitchTrainingSAE
+    for given in ({}, {"hook_name": HOOK}):
+        cfg = make_config(metadata=given)
+        assert cfg == make_config(metadata=SAEMetadata(**given))
+        assert type(cfg.metadata) is SAEMetadata
+        cfg.metadata = given
+        assert make_sae(cfg).cfg.to_dict() == make_config(metadata=SAEMetadata(**given)).to_dict()
+
+
+@pytest.mark.parametrize("given", [{3: HOOK}, {"self": HOOK}, {"__class__": HOOK}, [("hook_name", HOOK)]], ids=str)
+def test_metadata_that_saelens_cannot_hold_is_refused(given):
+    for make_config in (switch_config, training_config):
+        with pytest.raises(ValueError, match="metadata must be a SAEMetadata or dict with names as keys; got"):
+            make_config(metadata=given)
