@@ -13,7 +13,7 @@ from helpers.processes import on_processes
 from helpers.resumed import make_sae
 
 from sae_lens_switch import CheckpointError, SparseSAETrainer
-from sae_lens_switch.parallel import DataParallelSAETrainer, ParallelSparseSAETrainer
+from sae_lens_switch.parallel import DataParallelSAETrainer, ParallelSparseSAETrainer, data_parallel
 from sae_lens_switch.parallel import checkpoints as parallel_checkpoints
 from sae_lens_switch.parallel import resumable as resumable_module
 from sae_lens_switch.parallel import runner as runner_module
@@ -217,6 +217,14 @@ def test_processes_return_to_their_own_place_and_others_to_none_of_theirs(tmp_pa
     trainer = SparseSAETrainer(config(STEPS), make_sae("sparse_topk"), own := Own())
     trainer.resume(tmp_path / "runs" / "saved")
     assert (own.returned_to, own.at) == ([], 3)
+
+
+def test_the_first_ones_place_is_not_that_of_others_in_checkpoints_of_earlier_versions_either(tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(data_parallel, "_without_place", lambda state: state)
+        written_by_two(tmp_path / "runs")
+    assert resumed_on(3, tmp_path / "runs") == [([], 3)] * 3
+    assert resumed_on(2, tmp_path / "runs") == [([{"of": 0}], 3), ([{"of": 1}], 3)]
 
 
 def test_a_place_that_all_processes_had_is_that_of_any_number(tmp_path):
