@@ -1,5 +1,6 @@
 """The run that a command line asks for: its config, and its course with messages and an exit code."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from sae_lens_switch.common.machine import check_run_fits
 from sae_lens_switch.common.printable import printable_logs, say
 from sae_lens_switch.common.rules import nearest_name
 from sae_lens_switch.parallel.ranks import RankLostError, leave_process_group
-from sae_lens_switch.parallel.runner import ParallelLanguageModelSAETrainingRunner, is_parallel
+from sae_lens_switch.parallel.runner import ParallelLanguageModelSAETrainingRunner, is_parallel, use_local_devices
 from sae_lens_switch.saes.registration import register
 from sae_lens_switch.training.hooks import check_hook_name
 from sae_lens_switch.training.interruption import INTERRUPTIONS, exit_code
@@ -62,7 +63,8 @@ class Request:
         cfg = LanguageModelSAERunnerConfig(
             architecture=self.architecture, logger=LoggingConfig(**logger), sae_kwargs=own, **others
         )
-        check_run_fits(cfg, cfg.sae)
+        here = _as_computed_here(cfg)
+        check_run_fits(here, here.sae)
         if cfg.model_class_name == "HookedTransformer" and not cfg.use_cached_activations:
             check_hook_name(cfg.hook_name)
         return cfg
@@ -102,6 +104,15 @@ def train(cfg: LanguageModelSAERunnerConfig, overrides: Mapping[str, Any]) -> in
         again = "" if code == 0 else "; to resume, run the same command with --resume latest"
         say(f"checkpoints: {cfg.checkpoint_path}{again}")
     return code
+
+
+def _as_computed_here(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """The config with the devices of this process, where torchrun has started several on one machine."""
+    here = copy.copy(cfg)
+    here.sae = copy.copy(cfg.sae)
+    if is_parallel(cfg):
+        use_local_devices(here)
+    return here
 
 
 def _is_unicode(text: str) -> bool:

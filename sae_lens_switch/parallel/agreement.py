@@ -3,14 +3,18 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 import sae_lens_switch
 from sae_lens_switch.common.types import Json
 from sae_lens_switch.parallel.ranks import Ranks
+from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.interruption import Interruption
+from sae_lens_switch.training.manifest import CheckpointError, check_files
 
 T = TypeVar("T")
 
@@ -52,21 +56,62 @@ class AgreedInterruption(Interruption):
 
 
 def first_does(ranks: Ranks, action: Callable[[], T]) -> T:
-    """What it returns on the first process, for all.
+    """What it returns on the first process, for all, which share the work where it verifies checkpoints.
 
     Raises:
         ValueError: On every process, if it does there.
     """
-    result, error = None, None
     if ranks.is_first:
-        try:
-            result = action()
-        except ValueError as failure:
-            error = failure
-    result, error = ranks.first_says((result, error))
+        with checkpoints.checking_files_by(partial(_check_files_together, ranks)):
+            told = ranks.first_says(_outcome(action))
+    else:
+        nothing = cast(Any, None)
+        while isinstance(told := ranks.first_says(nothing), _Files):
+            _first_damage(ranks, told)
+    result, error = told
     if error is not None:
         raise error
     return cast(T, result)
+
+
+def _outcome(action: Callable[[], T]) -> tuple[T | None, ValueError | None]:
+    try:
+        return action(), None
+    except ValueError as failure:
+        return None, failure
+
+
+class _Files(NamedTuple):
+    """Of a checkpoint, to be compared with its manifest."""
+
+    path: Path
+    expected: Json
+
+
+def _check_files_together(ranks: Ranks, path: Path, manifest: Json) -> None:
+    """``check_files`` by all processes; called by the first, in ``first_does``."""
+    files = ranks.first_says(_Files(path, manifest["files"]))
+    damage = _first_damage(ranks, files)
+    if damage is not None:
+        raise CheckpointError(damage)
+
+
+def _first_damage(ranks: Ranks, files: _Files) -> str | None:
+    """What is wrong with the first damaged file.
+
+    Each process reads one file between two messages, so that none waits longer than that takes.
+    """
+    names = list(files.expected)
+    for i in range(ranks.rank, len(names) + ranks.rank, ranks.size):
+        mine, damage = {name: files.expected[name] for name in names[i : i + 1]}, None
+        try:
+            check_files(files.path, {"files": mine})
+        except CheckpointError as error:
+            damage = str(error)
+        found = [told for told in ranks.gather_objects(damage) if told is not None]
+        if found:
+            return found[0]
+    return None
 
 
 def refuse_differences(ranks: Ranks, settings: Json) -> None:

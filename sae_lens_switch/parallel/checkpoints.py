@@ -14,7 +14,7 @@ training/weights/       where activations are scaled: the weights that training 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -51,31 +51,54 @@ def write_together(ranks: Ranks, path: Path, facts: Json, write: Callable[[Path]
         OSError: On every process, if one could not write; there is no checkpoint then.
     """
     fingerprints: dict[str, Json] = {}
+    what = f"checkpoint {path}"
     with ExitStack() as stack:
 
         def begin() -> Path | None:
             return stack.enter_context(checkpoints.whole_folder(path, facts, fingerprints)) if ranks.is_first else None
 
-        folder = ranks.first_says(_all_do(ranks, path, begin))
+        folder = ranks.first_says(all_do(ranks, what, begin))
         assert folder is not None
-        _all_do(ranks, path, lambda: write(folder))
-        mine = sorted(f for f in folder.rglob("*") if f.is_file())[ranks.rank :: ranks.size]
-        for known in ranks.gather_objects({f.relative_to(folder).as_posix(): fingerprint(f) for f in mine}):
+        all_do(ranks, what, lambda: write(folder))
+
+        def read_back() -> dict[str, Json]:
+            mine = sorted(f for f in folder.rglob("*") if f.is_file())[ranks.rank :: ranks.size]
+            return {f.relative_to(folder).as_posix(): fingerprint(f) for f in mine}
+
+        for known in ranks.gather_objects(all_do(ranks, what, read_back)):
             fingerprints.update(known)
-        _all_do(ranks, path, stack.close)
+        all_do(ranks, what, stack.close)
 
 
-def _all_do(ranks: Ranks, path: Path, action: Callable[[], T]) -> T | None:
-    """What it returns here. Raises OSError on every process, if it fails on one."""
+class _AgreedError(OSError):
+    """What one process could not do, raised by all."""
+
+
+def all_do(ranks: Ranks, what: str, action: Callable[[], T]) -> T:
+    """What it returns here; an error on one process is one on all, which so stay in step.
+
+    What can fail on one process alone, for want of memory or of room on the disk, belongs in such an action. Messages
+    in it must fail on all alike, as those of ``all_do`` and ``write_parts`` do.
+
+    Args:
+        ranks: All processes must take part.
+        what: Is to be written; for the message.
+        action: This process's part.
+
+    Raises:
+        OSError: On every process, if it fails on one.
+    """
     result, error = None, None
     try:
         result = action()
+    except _AgreedError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as failure:  # the latter two are names for a full disk
         error = f"rank {ranks.rank}: {failure}"
     errors = [told for told in ranks.gather_objects(error) if told is not None]
     if errors:
-        raise OSError(f"checkpoint {path} could not be written: {'; '.join(errors)}")
-    return result
+        raise _AgreedError(f"{what} could not be written: {'; '.join(errors)}")
+    return cast(T, result)
 
 
 # What of a run is whose

@@ -1,6 +1,7 @@
 """DataParallelSAETrainer: any SAE on several processes, each with all of it and its own part of every batch."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from typing_extensions import override
 
 from sae_lens_switch.common.types import Metrics, StateDict
 from sae_lens_switch.parallel.batch_of_all import over_batch_of_all
+from sae_lens_switch.parallel.checkpoints import RANKS
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of, compare_settings, join, require
 from sae_lens_switch.parallel.reduction import firings_over_data, sum_gradients_over_data_, sum_together_
 from sae_lens_switch.parallel.shard_classes import OVER_BATCH
+from sae_lens_switch.parallel.share import Share
 from sae_lens_switch.saes.sparse_sae import SparseTrainingSAE
 from sae_lens_switch.saes.switch_training_sae import SwitchTrainingSAE
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.checkpoints import SHARED, CheckpointError
 from sae_lens_switch.training.config import SparseSAETrainerConfig
 from sae_lens_switch.training.firing import Firings
-from sae_lens_switch.training.resumable_trainer import STATE_FILENAME
 
 
 class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -65,6 +67,8 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         require(cfg, only, "for an SAE whose data alone is divided")
         cfg = cfg.resolved(sae.cfg.d_sae)
         ranks = join(cfg)
+        cfg = replace(cfg, device=str(ranks.device))
+        sae.to(cfg.device)
         compare_settings(ranks, cfg, sae.cfg.to_dict())
         super().__init__(cfg, sae, data_provider, save_checkpoint_fn, ranks, evaluator)
         for t in sae.state_dict().values():
@@ -135,10 +139,21 @@ class DataParallelSAETrainer(RankedTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
             super().write_checkpoint(folder)
 
     @override
+    def _state_beyond_saelens(self) -> StateDict:
+        """Without a place in activations of this process alone: another number of processes would all go there."""
+        state = super()._state_beyond_saelens()
+        return state if isinstance(self.data_provider, Share) else _without_place(state)
+
+    @override
     def _read_state_beyond_saelens(self, folder: Path) -> StateDict:
-        state = super()._read_state_beyond_saelens(folder)
-        own = self._read_own_state(checkpoint_of(folder))
-        return state | own if own or not (folder / STATE_FILENAME).exists() else state
+        state, path = super()._read_state_beyond_saelens(folder), checkpoint_of(folder)
+        own = self._read_own_state(path)
+        # Of several processes, the state that one resumes from was the first's.
+        return (_without_place(state) if (path / RANKS).is_dir() else state) | own
+
+
+def _without_place(state: StateDict) -> StateDict:
+    return {name: value for name, value in state.items() if name != "data"}
 
 
 def _tensors(row_grads: RowGrads | None) -> list[Tensor | None]:

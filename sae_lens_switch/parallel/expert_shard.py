@@ -8,6 +8,7 @@ from sae_lens_switch_kernels import RowGrads
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_switch.common.types import AnyTrainingSAE
 from sae_lens_switch.parallel.exchange import RoutedBatch, send_to_owners
 from sae_lens_switch.parallel.ranks import Ranks
 from sae_lens_switch.parallel.shard import Shard
@@ -72,8 +73,8 @@ class ExpertShard(Shard, SwitchTrainingSAE):
         self.is_fresh = value
 
     @override
-    def gathered(self) -> SwitchTrainingSAE:
-        sae = super().gathered()
+    def gathered_into(self, sae: AnyTrainingSAE) -> AnyTrainingSAE:
+        super().gathered_into(sae)
         assert isinstance(sae, SwitchTrainingSAE)
         sae.is_fresh = self.is_fresh
         return sae

@@ -31,7 +31,8 @@ class MatryoshkaLatentShard(BatchLatentShard, SparseMatryoshkaBatchTopKTrainingS
         self._widths = [*widths] if widths[-1] == F else [*widths, F]  # as SAELens completes them
         ends = [min(max(width - self.first_latent, 0), self.cfg.d_sae) for width in self._widths]
         self._sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        self._own_ends_L = torch.tensor(ends, device=self.device)
+        self._own_ends = ends
+        self._own_ends_L: Tensor | None = None  # these, where the weights are
 
     @classmethod
     @override
@@ -62,6 +63,8 @@ class MatryoshkaLatentShard(BatchLatentShard, SparseMatryoshkaBatchTopKTrainingS
     @override
     def _choose(self, x_BD: Tensor, scale_F: Tensor | None, dead: DeadLatents) -> tuple[Codes, Dead | None]:
         codes, dead_codes = super()._choose(x_BD, scale_F, dead)
+        if self._own_ends_L is None or self._own_ends_L.device != self.W_dec.device:
+            self._own_ends_L = torch.tensor(self._own_ends, device=self.W_dec.device)
         return codes.in_levels(self._own_ends_L, self.cfg.d_sae), dead_codes
 
     @override

@@ -25,6 +25,7 @@ from sae_lens_switch.training import checkpoints
 from sae_lens_switch.training.activations import ActivationSource
 from sae_lens_switch.training.checkpoints import TRAINING_FOLDER
 from sae_lens_switch.training.config import SparseSAETrainerConfig
+from sae_lens_switch.training.resumable_trainer import ResumableData
 from sae_lens_switch.training.trainer import SparseSAETrainer
 
 # Of the state beyond SAELens's, what each process has of its own.
@@ -55,6 +56,7 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """A process's part of a trainer on several; all of them draw, step, save and end together."""
 
     _is_parallel = True
+    _verified: Path | None = None  # a checkpoint that is to be loaded next
 
     def __init__(
         self,
@@ -78,6 +80,15 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.n_frac_active_samples += n_tokens - mine
 
     # The loop
+
+    @override
+    def _parts_of(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """As many on every process, each with tokens of every process: all take part in each."""
+        sizes = [len(batch)]
+        if self.cfg.gradient_accumulation_steps > 1:
+            sizes = self.ranks.gather_objects(len(batch))
+        self._n_tokens = sum(sizes)
+        return batch.tensor_split(max(1, min(self.cfg.gradient_accumulation_steps, *sizes)))
 
     @override
     def _next_batch(self) -> Tensor | None:
@@ -173,6 +184,8 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Write what only this process has; returns the rest of the state beyond SAELens's."""
         state = self._state_beyond_saelens()
         own = {name: state.pop(name) for name in _OF_EACH_RANK if name in state}
+        if isinstance(self.data_provider, ResumableData):
+            own["data"] = self.data_provider.state_dict()
         mine = folder / RANKS / f"{self.ranks.rank:05}"
         mine.mkdir(parents=True, exist_ok=True)
         torch.save(own | {"size": self.ranks.size}, mine / "state.pt")
@@ -190,22 +203,36 @@ class RankedTrainer(SparseSAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if sizes == [self.ranks.size] * self.ranks.size:
             return states[self.ranks.rank]
         places = [state.get("data") for state in states]
-        return {} if places[0] is None or any(place != places[0] for place in places) else {"data": places[0]}
+        return {"data": places[0]} if places[0] is not None and all(_same(place, places[0]) for place in places) else {}
 
     # Resuming
 
     @override
     def _latest(self, base: str) -> Path | None:
-        return first_does(self.ranks, lambda: SparseSAETrainer._latest(self, base))
+        self._verified = first_does(self.ranks, lambda: SparseSAETrainer._latest(self, base))
+        return self._verified
 
     @override
     def _verify(self, path: Path) -> None:
-        first_does(self.ranks, lambda: SparseSAETrainer._verify(self, path))
+        """Not again what ``_latest`` has just found."""
+        verified, self._verified = self._verified, None
+        if path != verified:
+            first_does(self.ranks, lambda: SparseSAETrainer._verify(self, path))
 
 
 def checkpoint_of(folder: Path) -> Path:
     """The checkpoint, of which ``folder`` may be the part that training resumes from."""
     return folder.parent if folder.name == TRAINING_FOLDER else folder
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(value, b[name]) for name, value in a.items())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
 
 
 def _load(file: Path) -> StateDict:

@@ -21,6 +21,9 @@ T = TypeVar("T")
 # Host and device tensors each have their own library of collectives within one process group.
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
+# RuntimeErrors of this process alone, also where they are raised within a message.
+_LOCAL = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
+
 
 class RankLostError(Exception):
     """Another process of the run has died, or has not answered within the time allowed."""
@@ -30,7 +33,7 @@ def start_process_group(device: str | torch.device, timeout: float) -> bool:
     """Join the processes that torchrun has started, unless the script already has.
 
     Args:
-        device: What this process computes on; a GPU becomes its current device.
+        device: What this process computes on, as in ``local_device``; a GPU becomes its current device.
         timeout: Seconds after which a process that does not answer counts as lost.
 
     Returns:
@@ -39,7 +42,7 @@ def start_process_group(device: str | torch.device, timeout: float) -> bool:
     Raises:
         ValueError: If this process was not started by torchrun, or the device has no collectives.
     """
-    device = torch.device(device)
+    device = torch.device(local_device(device))
     if device.type not in _BACKENDS:
         raise ValueError(f"device must be one of {', '.join(_BACKENDS)} in a parallel run; got {str(device)!r}")
     if device.type == "cuda":
@@ -82,9 +85,9 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def local_device(device: str) -> str:
+def local_device(device: str | torch.device) -> str:
     """ "cuda" as the GPU of this process, by torchrun's LOCAL_RANK; any other device as it is."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if str(device) == "cuda" else str(device)
 
 
 class Ranks:
@@ -95,7 +98,7 @@ class Ranks:
 
     Args:
         row_size: P.
-        device: What this process computes on.
+        device: What this process computes on, as in ``local_device``.
         timeout: Seconds that a message of a row or column may take.
         field: What P is called in the config.
 
@@ -114,7 +117,7 @@ class Ranks:
     def __init__(
         self, row_size: int, device: str | torch.device, timeout: float, field: str = "expert_parallel"
     ) -> None:
-        self.device = torch.device(device)
+        self.device = torch.device(local_device(device))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.row_size = row_size
         if self.size % row_size:
@@ -164,7 +167,7 @@ class Ranks:
             return t.unsqueeze(0)
         everybodys = t.new_empty(n, *t.shape)
         with self.heard(what, (n - 1) * t.nbytes):
-            dist.all_gather(list(everybodys.unbind(0)), t.contiguous(), group=group)
+            dist.all_gather_into_tensor(everybodys.view(-1), t.contiguous().view(-1), group=group)
         return everybodys
 
     def gather_rows(self, t_BD: Tensor, what: str) -> Tensor:
@@ -199,8 +202,16 @@ class Ranks:
 
     def broadcast_(self, t: Tensor, what: str) -> None:
         """``t`` of the first process for all, in place."""
-        with self.heard(what, (self.size - 1) * t.nbytes if self.is_first else 0):
-            dist.broadcast(t, src=0)
+        self._broadcast_(t, 0, self.size, None, what)
+
+    def broadcast_over_data_(self, t: Tensor, what: str) -> None:
+        """``t`` of the process of the first row for all that hold the same latents, in place."""
+        self._broadcast_(t, self.row_rank, self.n_rows, self._data_group, what)
+
+    def _broadcast_(self, t: Tensor, source: int, n: int, group: dist.ProcessGroup | None, what: str) -> None:
+        if n > 1:
+            with self.heard(what, (n - 1) * t.nbytes if self.rank == source else 0):
+                dist.broadcast(t, src=source, group=group)
 
     def __deepcopy__(self, _: dict[int, object]) -> "Ranks":
         return self
@@ -220,11 +231,13 @@ class Ranks:
 
     @contextmanager
     def heard(self, what: str, n_bytes: int = 0) -> Iterator[None]:
-        """Turn what the collectives raise when a process is gone into a RankLostError."""
+        """Turn what the collectives raise when a process is gone into a RankLostError; what is amiss here stays."""
         self.bytes_sent[what] += n_bytes
         began = time.perf_counter()
         try:
             yield
+        except _LOCAL:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]
             raise RankLostError(

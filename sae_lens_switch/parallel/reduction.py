@@ -75,7 +75,8 @@ def _sum_of_rows(mine: RowGrads, ranks: Ranks, like: nn.Parameter) -> RowGrads:
     """Over the latents that are active on any of the processes, in the order of these."""
     dtype, D = torch.promote_types(like.dtype, torch.float32), like.shape[1]
     n = 0 if mine.rows_R is None else len(mine.rows_R)
-    sizes = [ranks.gather_objects(n)[rank] for rank in ranks.column]
+    everybodys_n = ranks.gather_objects(n)
+    sizes = [everybodys_n[rank] for rank in ranks.column]
     packed = like.new_zeros(max(sizes), 2 * D + 1, dtype=dtype)
     rows_R = torch.zeros(max(sizes), dtype=torch.long, device=like.device)
     if mine.rows_R is not None and mine.dW_enc_RD is not None and mine.dW_dec_RD is not None:

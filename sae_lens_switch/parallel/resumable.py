@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +22,7 @@ from sae_lens_switch.parallel.checkpoints import (
     OPTIMIZER,
     STATISTICS,
     WEIGHTS,
+    all_do,
     load_optimizer,
     optimizer_parts,
     read_optimizer_parts,
@@ -28,7 +31,7 @@ from sae_lens_switch.parallel.checkpoints import (
 )
 from sae_lens_switch.parallel.ranked_trainer import RankedTrainer, checkpoint_of, compare_settings, join, require
 from sae_lens_switch.parallel.reduction import firings_over_data, norm_of_all, sum_gradients_over_data_
-from sae_lens_switch.parallel.shard import LATENT_DIM, Shard
+from sae_lens_switch.parallel.shard import Shard
 from sae_lens_switch.parallel.sharded_files import Part, write_parts
 from sae_lens_switch.parallel.step_log import step_log
 from sae_lens_switch.saes.serialization import fold_activation_scaler
@@ -61,6 +64,7 @@ def divided(
     require(cfg, ONLY, "in a parallel run")
     require(cfg, {other: 1}, f"for a {whole.architecture()} SAE, whose {what} are divided")
     ranks = sae.ranks if isinstance(sae, Shard) else join(cfg, vars(cfg)[field], field)
+    cfg = replace(cfg, device=str(ranks.device))
     compare_settings(ranks, cfg, whole.to_dict())
     return cfg, sae if isinstance(sae, shard_class) else shard_class.of(sae, ranks)
 
@@ -85,13 +89,8 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
 
     @override
     def _parts_of(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """As many on every process, each with tokens of every process: all take part in each."""
         self._batches_of_parts = []
-        sizes = [len(batch)]
-        if self.cfg.gradient_accumulation_steps > 1:
-            sizes = self.ranks.gather_objects(len(batch))
-        self._n_tokens = sum(sizes)
-        return batch.tensor_split(max(1, min(self.cfg.gradient_accumulation_steps, *sizes)))
+        return super()._parts_of(batch)
 
     @override
     def _share_of(self, part: Tensor, batch: Tensor) -> float:
@@ -102,8 +101,7 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
     @override
     def _over_ranks(self, output: TrainStepOutput, firings: list[Firings]) -> tuple[TrainStepOutput, list[Firings]]:
         self.sae.batch = type(self.sae.batch).of_parts(self._batches_of_parts)
-        own = [p for name, p in self.sae.named_parameters() if name in LATENT_DIM]
-        sum_gradients_over_data_(own, self.optimizer.row_grads, self.ranks, self.sae.W_dec)
+        sum_gradients_over_data_(self.sae.divided_parameters(), self.optimizer.row_grads, self.ranks, self.sae.W_dec)
         return output, firings_over_data(firings, self.sae.cfg.d_sae, self.ranks)
 
     # What is logged and shown
@@ -128,8 +126,11 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
     @property
     @override
     def feature_sparsity(self) -> Tensor:
-        """Share of the tokens for which each latent fired, of all latents; every process must take part."""
-        return self.sae.gathered_latents(super().feature_sparsity)
+        """Share of the tokens for which each latent fired, of all latents; every process must take part.
+
+        It is put together on the host: no message may fail for want of memory on one GPU.
+        """
+        return self.sae.gathered_latents(super().feature_sparsity.cpu())
 
     @override
     @torch.no_grad()
@@ -146,11 +147,16 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
 
     @override
     def _whole_sae(self) -> AnyTrainingSAE | None:
-        """Put together on every process, which takes twice its memory: the weights, and one matrix in parts."""
-        sae = self.sae
-        own = sum(p.nbytes for name, p in sae.named_parameters() if name in LATENT_DIM)
-        fits = 2 * own * self.ranks.row_size < free_memory(self.ranks.device)
-        return sae.gathered() if all(self.ranks.gather_objects(fits)) else None
+        """Put together on every process, in at most twice its memory: with one matrix in parts, and a part of it."""
+        sae, whole = self.sae, None
+        own = sum(p.nbytes for p in sae.divided_parameters())
+        if 2 * own * self.ranks.row_size < free_memory(self.ranks.device):
+            try:
+                whole = sae.new_whole()
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        is_there = all(self.ranks.gather_objects(whole is not None))
+        return sae.gathered_into(whole) if is_there and whole is not None else None
 
     # Saving
 
@@ -167,19 +173,32 @@ class ShardedTrainer(RankedTrainer[S, TrainingSAEConfig]):
     @override
     def write_checkpoint(self, folder: Path) -> None:
         sae, scaler = self.sae, self.activation_scaler
+
+        def write(name: str, parts: Callable[[], dict[str, Part]]) -> None:
+            # A process may lack the memory for its parts: all know that before they write them together.
+            write_parts(folder / name, all_do(self.ranks, str(folder / name), parts), self.ranks)
+
         if scaler.scaling_factor is not None or scaler.whitening is not None:
             # As in one process: the SAE takes raw activations, and training resumes from weights that take scaled ones.
-            write_parts(folder / TRAINING_FOLDER / WEIGHTS, weight_parts(sae), self.ranks)
-            sae = copy.deepcopy(sae)
-            fold_activation_scaler(sae, copy.copy(scaler))
-        write_parts(folder / WEIGHTS, weight_parts(sae), self.ranks)
-        statistics = (self.act_freq_scores, self.firing.passes_since_fired_F)
-        of_latents = {name: Part(torch.as_tensor(t), 0) for name, t in zip(STATISTICS, statistics, strict=True)}
-        write_parts(folder / OPTIMIZER, optimizer_parts(self.sae, self.optimizer) | of_latents, self.ranks)
+            write(f"{TRAINING_FOLDER}/{WEIGHTS}", lambda: weight_parts(self.sae))
+            sae = all_do(self.ranks, str(folder), self._folded)
+        write(WEIGHTS, lambda: weight_parts(sae))
+        write(OPTIMIZER, self._optimizer_parts)
         sparsity_F = self.log_feature_sparsity
         state = self._write_own_state(folder)
         if self.ranks.is_first:
             self._write_shared(folder, sae, sparsity_F, state)
+
+    def _folded(self) -> S:
+        """This process's part of the SAE, with the activations' scaling in its weights."""
+        sae = copy.deepcopy(self.sae)
+        fold_activation_scaler(sae, copy.copy(self.activation_scaler))
+        return sae
+
+    def _optimizer_parts(self) -> dict[str, Part]:
+        statistics = (self.act_freq_scores, self.firing.passes_since_fired_F)
+        of_latents = {name: Part(torch.as_tensor(t), 0) for name, t in zip(STATISTICS, statistics, strict=True)}
+        return optimizer_parts(self.sae, self.optimizer) | of_latents
 
     def _refuse_to_be_apart(self) -> None:
         """Raises RuntimeError if what all processes share is not the same: machines that round differently."""

@@ -19,7 +19,7 @@ from typing_extensions import override
 from sae_lens_switch.common.atomic import replace_files, scratch
 from sae_lens_switch.common.types import AnyTrainingSAE
 from sae_lens_switch.parallel.agreement import first_does
-from sae_lens_switch.parallel.checkpoints import weight_parts
+from sae_lens_switch.parallel.checkpoints import all_do, weight_parts
 from sae_lens_switch.parallel.consolidate import write_whole
 from sae_lens_switch.parallel.data_parallel import DataParallelSAETrainer
 from sae_lens_switch.parallel.latent_trainer import LatentParallelSAETrainer
@@ -75,9 +75,7 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: AnyTrainingSAE | None = None,
     ) -> None:
         division = _division_of(cfg)
-        cfg.device = cfg.sae.device = local_device(cfg.device)
-        cfg.llm_device = local_device(cfg.llm_device or cfg.device)
-        cfg.act_store_device = local_device(cfg.act_store_device or cfg.device)
+        use_local_devices(cfg)
         start_process_group(cfg.device, cfg.rank_timeout)
         row_size, field = (1, "expert_parallel") if division is None else (vars(cfg)[division.field], division.field)
         self.ranks = Ranks(row_size, cfg.device, cfg.rank_timeout, field)
@@ -137,7 +135,8 @@ class ParallelLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
         Path(output_path).mkdir(parents=True, exist_ok=True)
         weights = self.ranks.first_says(scratch(Path(output_path), "saving", "weights"))
         try:
-            write_parts(weights, weight_parts(sae, for_inference=True), self.ranks)
+            parts = all_do(self.ranks, output_path, lambda: weight_parts(sae, for_inference=True))
+            write_parts(weights, parts, self.ranks)
             if self.ranks.is_first:
                 self._save_whole(sae, weights, Path(output_path), log_feature_sparsity)
         finally:
@@ -171,6 +170,13 @@ def find_together(ranks: Ranks, cfg: LanguageModelRun, find: Callable[[], None])
     checkpoint, cfg.checkpoint_path = first_does(ranks, found)
     cfg.resume_from_checkpoint = None
     return checkpoint
+
+
+def use_local_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Make "cuda" in a config the GPU of this process."""
+    cfg.device = cfg.sae.device = local_device(cfg.device)
+    cfg.llm_device = local_device(cfg.llm_device or cfg.device)
+    cfg.act_store_device = local_device(cfg.act_store_device or cfg.device)
 
 
 def is_parallel(cfg: sae_lens.LanguageModelSAERunnerConfig[Any]) -> bool:

@@ -39,8 +39,8 @@ class Shard(SparseTrainingSAE, ABC):
     batch: Any
 
     def __init__(self, whole: Any, ranks: Ranks) -> None:
-        self.whole, self.ranks = whole, ranks
-        super().__init__(self._part_of(whole, ranks.row_size))
+        self.whole, self.ranks = replace(whole, device=str(ranks.device)), ranks
+        super().__init__(self._part_of(self.whole, ranks.row_size))
 
     @classmethod
     @abstractmethod
@@ -73,7 +73,10 @@ class Shard(SparseTrainingSAE, ABC):
 
     @classmethod
     def of(cls, sae: AnyTrainingSAE, ranks: Ranks) -> Self:
-        """This process's part of an SAE that all processes have; what they share is taken from the first of them."""
+        """This process's part of an SAE that all processes have.
+
+        Where their weights differ, those of the first process that holds them count.
+        """
         shard = cls(sae.cfg, ranks)
         with torch.no_grad():
             for name, p in shard.named_parameters():
@@ -82,8 +85,10 @@ class Shard(SparseTrainingSAE, ABC):
                 p.requires_grad = whole.requires_grad
             for name, buffer in shard.named_buffers():
                 buffer.copy_(sae.get_buffer(name))
+        for p in shard.divided_parameters():
+            ranks.broadcast_over_data_(p.data if p.is_contiguous() else p.data.T, "latents")
         shard.copy_shared_from_first()
-        shard._set_fresh(isinstance(sae, SparseTrainingSAE) and sae.is_fresh)
+        shard._set_fresh(ranks.first_says(isinstance(sae, SparseTrainingSAE) and sae.is_fresh))
         return shard
 
     @classmethod
@@ -115,11 +120,18 @@ class Shard(SparseTrainingSAE, ABC):
         """Of this process, among all."""
         return self.ranks.row_rank * self.cfg.d_sae
 
-    @torch.no_grad()
     def gathered(self) -> AnyTrainingSAE:
         """The whole SAE, in the memory of every process; random numbers stay as they are."""
+        return self.gathered_into(self.new_whole())
+
+    def new_whole(self) -> AnyTrainingSAE:
+        """A new SAE as large as the whole, where this process computes. The others need not take part."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            sae: AnyTrainingSAE = get_sae_training_class(self.whole.architecture())[0](self.config_of_whole())
+            return get_sae_training_class(self.whole.architecture())[0](self.config_of_whole())
+
+    @torch.no_grad()
+    def gathered_into(self, sae: AnyTrainingSAE) -> AnyTrainingSAE:
+        """``sae``, as ``new_whole`` makes it, with the weights of all processes."""
         for name, p in self.named_parameters():
             dim = LATENT_DIM.get(name)
             whole = p if dim is None else self.gathered_latents(p.movedim(dim, 0)).movedim(0, dim)
@@ -139,6 +151,9 @@ class Shard(SparseTrainingSAE, ABC):
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of the parameter ``name``."""
         return whole.narrow(LATENT_DIM[name], self.first_latent, self.cfg.d_sae) if name in LATENT_DIM else whole
+
+    def divided_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if name in LATENT_DIM]
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if name not in LATENT_DIM]

@@ -34,10 +34,10 @@ def share_of(source: ActivationSource, batch_size: int, ranks: Ranks) -> Iterato
         return iter(source)
     if batch_size < ranks.size:
         raise ValueError(f"train_batch_size_samples must be at least the {ranks.size} processes; got {batch_size}")
-    return _Share(activation_batches(source, batch_size), ranks)
+    return Share(activation_batches(source, batch_size), ranks)
 
 
-class _Share(Iterator[Tensor]):
+class Share(Iterator[Tensor]):
     """The place in the activations is that of the whole batches, and holds for any number of processes."""
 
     def __init__(self, batches: Iterator[Tensor], ranks: Ranks) -> None:

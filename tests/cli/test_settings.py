@@ -13,6 +13,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_switch import LanguageModelSAERunnerConfig, TrainerOptions
+from sae_lens_switch.cli import run
 from sae_lens_switch.cli.flags import request_parser, settings_parser, with_dashes
 from sae_lens_switch.cli.run import Request
 from sae_lens_switch.cli.settings import settings_of
@@ -145,3 +146,18 @@ def test_widths_inside_experts_and_the_selection_over_a_batch_by_flags(tmp_path,
     assert table["matryoshka_widths"] == [4, F // E]
     assert shown(capsys, "--config", file_of(tmp_path / "run.json", json.dumps(table))) == table
     assert shown(capsys, *SWITCH, "--matryoshka-widths", "none")["matryoshka_widths"] is None
+
+
+def test_each_process_of_torchrun_looks_at_its_own_gpu_alone(monkeypatch):
+    """A look at the first GPU would take memory there, on behalf of every process."""
+    looked_at: list[str | None] = []
+
+    def look(cfg, sae) -> None:
+        looked_at.extend([cfg.device, cfg.llm_device, cfg.act_store_device, sae.device])
+
+    monkeypatch.setattr(run, "check_run_fits", look)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = configure([*SWITCH, "--device", "cuda"])
+    assert looked_at == ["cuda:1"] * 4
+    assert (cfg.device, cfg.sae.device) == ("cuda", "cuda")  # which a dry run is to print

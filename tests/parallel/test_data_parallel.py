@@ -109,6 +109,22 @@ def test_a_batchtopk_sae_of_saelens_chooses_from_the_batch_of_all(kind, n, field
     assert any(row["losses/auxiliary_reconstruction_loss"] > 0 for row in expected["rows"])
 
 
+def test_processes_with_other_numbers_of_tokens_have_as_many_parts(tmp_path):
+    """Of 4 and 5 tokens ``chunk`` makes 4 parts and 3, of which all processes must take part in each."""
+
+    def run() -> dict:
+        mine = [batch[: 4 + torch.distributed.get_rank()] for batch in activations(3)]
+        trainer = DataParallelSAETrainer(config(3, gradient_accumulation_steps=4), make_stock(KINDS[0]), iter(mine))
+        for batch in mine:
+            trainer.step(batch)
+        weights = {name: t.detach().clone() for name, t in trainer.sae.state_dict().items()}
+        return {"weights": weights, "buffers": {}, "samples": trainer.n_training_samples}
+
+    first, second = on_processes(2, run, tmp_path, timeout=30)
+    assert first["samples"] == second["samples"] == 3 * 9
+    assert shared_bits(first) == shared_bits(second)
+
+
 def chosen_of_all(sae, batch, folder) -> Tensor:
     """The latents of a batch of which two processes have a half each."""
 

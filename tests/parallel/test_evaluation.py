@@ -106,6 +106,27 @@ def test_an_sae_that_one_process_cannot_hold_is_not_put_together(tmp_path, monke
     assert on_processes(2, lambda: run(2.0 * whole + 1), tmp_path / "b") == [2, 2]
 
 
+def test_an_sae_for_which_one_process_lacks_memory_after_all_ends_the_evaluations(tmp_path, monkeypatch, caplog):
+    new_whole = Shard.new_whole
+
+    def run() -> tuple[int, list[str]]:
+        calls, attempts = [], []
+
+        def full_at_first(shard):
+            attempts.append(1)
+            if torch.distributed.get_rank() == 1 and len(attempts) == 1:
+                raise torch.OutOfMemoryError("none left")
+            return new_whole(shard)
+
+        monkeypatch.setattr(Shard, "new_whole", full_at_first)
+        trained("experts", lambda *_: calls.append(1) or {})
+        return len(calls), caplog.messages
+
+    (first, said), (second, _) = on_processes(2, run, tmp_path)
+    assert (first, second) == (0, 0)
+    assert sum("there is no evaluation by the language model" in message for message in said) == 1
+
+
 @pytest.mark.parametrize(
     "sae",
     [
