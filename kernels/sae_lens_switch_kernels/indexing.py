@@ -156,12 +156,15 @@ class ExpertGroups(NamedTuple):
     def unsorted(self, t: Tensor) -> Tensor:
         return t if self.order_B is None else torch.empty_like(t).index_copy_(0, self.order_B, t)
 
-    def first_latents(self, n_tokens: int, n_latents: int) -> Tensor:
-        """[B, 1], the first latent of the expert that owns each sorted row."""
+    def owners(self, n_tokens: int) -> Tensor:
+        """[B], the expert that owns each sorted row."""
         E1 = self.offsets_E1
         rows_B = torch.arange(n_tokens, device=E1.device, dtype=E1.dtype)
-        expert_B = torch.searchsorted(E1, rows_B, right=True) - 1
-        return (expert_B * (n_latents // (len(E1) - 1))).unsqueeze(1)
+        return torch.searchsorted(E1, rows_B, right=True) - 1
+
+    def first_latents(self, n_tokens: int, n_latents: int) -> Tensor:
+        """[B, 1], the first latent of the expert that owns each sorted row."""
+        return (self.owners(n_tokens) * (n_latents // (len(self.offsets_E1) - 1))).unsqueeze(1)
 
 
 def by_level(
