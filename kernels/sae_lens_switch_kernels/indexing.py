@@ -20,7 +20,14 @@ class LatentIndex(NamedTuple):
 
     def sums(self, values_S: Tensor) -> Tensor:
         """The sum of each latent's values, [F]; values are in the order of ``order_S``."""
+        # In the dtype of the values, in which checkpoints of earlier versions resume bit-identically.
         return torch.segment_reduce(values_S, "sum", offsets=self.starts_F1, initial=0, unsafe=True)
+
+
+def segment_sums(values_S: Tensor, starts_F1: Tensor) -> Tensor:
+    """The sum of each segment, in the order of its values and added in float32 at least."""
+    wide_S = values_S.to(torch.promote_types(values_S.dtype, torch.float32))  # torch would add in their own dtype
+    return torch.segment_reduce(wide_S, "sum", offsets=starts_F1, initial=0, unsafe=True).to(values_S.dtype)
 
 
 def latent_index(indices_BK: Tensor, n_latents: int) -> LatentIndex:

@@ -102,7 +102,9 @@ def count_codes(
 def latent_sums(t_BK: Tensor, indices_BK: Tensor, n_latents: int) -> Tensor:
     """The sum of each latent's entries, [F], in a fixed order, which index_add_ has on a CPU alone."""
     if t_BK.device.type == "cpu":
-        return t_BK.new_zeros(n_latents).index_add_(0, indices_BK.flatten(), t_BK.flatten())
+        wide_BK = t_BK.to(torch.promote_types(t_BK.dtype, torch.float32))  # torch would add in their own dtype
+        sums_F = wide_BK.new_zeros(n_latents).index_add_(0, indices_BK.flatten(), wide_BK.flatten())
+        return sums_F.to(t_BK.dtype)
     index = latent_index(indices_BK, n_latents)
     return index.sums(t_BK.flatten()[index.order_S])
 
