@@ -97,7 +97,7 @@ def lost_backward(
 
 @lost_backward.register_fake
 def _(out_BD: Tensor, x_BD: Tensor, factor: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(out_BD), out_BD.new_empty(out_BD.shape[1]), torch.empty_like(factor)
+    return out_BD.new_empty(out_BD.shape), out_BD.new_empty(out_BD.shape[1]), torch.empty_like(factor)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -86,7 +86,7 @@ def router_logits(x_BD: Tensor, W_DE: Tensor, bias_D: Tensor) -> Tensor:
 def logits_of(x_BD: Tensor, W_DE: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
     """The logits, and x - bias."""
     with torch.autocast(x_BD.device.type, enabled=False):
-        centered_BD = x_BD.to(W_DE.dtype) - bias_D
+        centered_BD = (x_BD.to(W_DE.dtype) - bias_D).contiguous()
         return centered_BD @ W_DE, centered_BD
 
 

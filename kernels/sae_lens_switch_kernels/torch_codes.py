@@ -20,7 +20,7 @@ def sorted_rows(t_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype
     if bias_D is None:
         return groups.sorted(t_BD).contiguous()
     if groups.order_B is None:
-        return t_BD - bias_D
+        return (t_BD - bias_D).contiguous()
     return groups.sorted(t_BD).sub_(bias_D)
 
 

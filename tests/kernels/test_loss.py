@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sae_lens_switch_kernels import reconstruction_loss, torch_loss
-from sae_lens_switch_kernels.loss import lost
+from sae_lens_switch_kernels.loss import lost, lost_backward
 from torch import Tensor
 
 B, D = 13, 7
@@ -89,6 +89,12 @@ def test_it_is_an_operator_of_torch():
     out, bias, x, balance = inputs(torch.float32, torch.float32)
     for given in ((balance, None, 0.5, None), (None, None, 1.0, 1.0), (balance, torch.tensor(2.0), 1.0, 3.0)):
         torch.library.opcheck(lost, (out, bias, x, *given))
+    out, x = (t.detach().T.contiguous().T.requires_grad_() for t in (out, x))  # of any strides
+    torch.library.opcheck(lost, (out, bias, x, balance, None, 0.5, None))
+    found = lost(out, bias, x, balance, None, 0.5, None)
+    grads = torch.ones_like(out), *(torch.ones(()) for _ in range(3))
+    given = (found[0].detach(), x.detach(), found[4].detach(), found[5], *grads)
+    torch.library.opcheck(lost_backward, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_cannot_be_compared_is_refused():
