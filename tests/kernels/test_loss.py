@@ -100,3 +100,20 @@ def test_it_is_an_operator_of_torch():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match=r"x_BD must have shape \(3, 2\); got \(2, 2\)"):
         reconstruction_loss(torch.zeros(3, 2), torch.zeros(2), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias_D": torch.zeros(3)}, r"bias_D must have shape \(2,\); got \(3,\)"),
+        ({"bias_D": torch.zeros(1)}, r"bias_D must have shape \(2,\); got \(1,\)"),
+        ({"bias_D": torch.zeros(2, device="meta")}, "bias_D and out_BD must share a device; got meta and cpu"),
+        ({"x_BD": torch.zeros(3, 2, device="meta")}, "x_BD and out_BD must share a device; got meta and cpu"),
+        ({"balance": torch.zeros(1)}, r"balance must have shape \(\); got \(1,\)"),
+        ({"balance": torch.zeros((), device="meta")}, "balance and out_BD must share a device; got meta and cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    given = {"out_BD": torch.zeros(3, 2), "bias_D": torch.zeros(2), "x_BD": torch.zeros(3, 2)}
+    with pytest.raises(ValueError, match=message):
+        reconstruction_loss(**given | change)
