@@ -128,18 +128,20 @@ def codes_above(
     R, P = pre_RP.shape
     rows = max(1, SEARCH_ELEMENTS.get(pre_RP.device.type, _SEARCH_ELEMENTS_ON_GPU) // max(P, 1))
     scratch = threshold_P.new_empty(min(R, rows), P)
-    places, values = [scratch.new_empty(0, dtype=torch.long)], [scratch.new_empty(0)]
+    none = threshold_P.new_empty(0, dtype=torch.long)
+    found = [(none, none, threshold_P.new_empty(0))]
     for start in range(0, R, rows):
         part = pre_RP[start : start + rows].to(threshold_P.dtype)
         part = part if bias_P is None else part.add_(bias_P)
-        gated = part
-        if gates_R1 is not None:
-            gates = gates_R1[start : start + rows].to(part.dtype)
-            gated = torch.mul(part, gates, out=scratch[: len(part)])
+        gates = None if gates_R1 is None else gates_R1[start : start + rows].to(part.dtype)
+        gated = part if gates is None else torch.mul(part, gates, out=scratch[: len(part)])
         # A difference is positive exactly where the first number is larger; torch subtracts faster than it compares.
         place_S = above(torch.sub(gated, threshold_P, out=scratch[: len(part)]), 0.0).sort().values
-        places.append(place_S + start * P)
-        values.append(part.take(place_S))
-    place_S = torch.cat(places)
-    row_S = torch.div(place_S, max(P, 1), rounding_mode="floor")
-    return row_S, place_S - row_S * P, torch.cat(values)
+        row_S = torch.div(place_S, max(P, 1), rounding_mode="floor")
+        latent_S, values_S = place_S - row_S * P, part.take(place_S)
+        gated_S = values_S if gates is None else values_S * gates.flatten()[row_S]
+        # The difference of equal infinities is NaN too.
+        is_above_S = ~(gated_S <= threshold_P[latent_S])
+        found.append((row_S[is_above_S] + start, latent_S[is_above_S], values_S[is_above_S]))
+    row_S, latent_S, values_S = (torch.cat(t) for t in zip(*found, strict=True))
+    return row_S, latent_S, values_S
