@@ -50,6 +50,9 @@ def checked(inputs: EncoderInputs, encoder_precision: EncoderPrecision) -> Encod
         check_device("gates_B", inputs.gates_B, "W_enc_FD", W_FD)
     check_vector("pre_bias_D", inputs.pre_bias_D, x_BD.shape[1], W_FD)
     check_vector("bias_F", inputs.bias_F, F, W_FD)
+    if inputs.scale_F is not None and (n_active > 1 or n_shared):
+        what = f"n_active={n_active}, n_shared={n_shared}"  # of which each has its own best, ranked by gates alone
+        raise ValueError(f"scale_F must be None with several experts per token or shared latents; got it with {what}")
     check_vector("scale_F", inputs.scale_F, F, W_FD)
     device_type = x_BD.device.type
     if torch.is_autocast_enabled(device_type) and W_FD.dtype != torch.float64:
@@ -78,6 +81,13 @@ def check_over_batch(inputs: EncoderInputs) -> None:
     for name in ("bias_F", "scale_F") if has_experts else ():
         if inputs._asdict()[name] is not None:
             raise ValueError(f"{name} must be None with expert_B where tokens differ in number of codes; got a tensor")
+
+
+def check_lone_gates(inputs: EncoderInputs, ends_L: Tensor | None, dead_counts: Sequence[int]) -> None:
+    """Gates of tokens without experts have no form of their own for codes [S]."""
+    name = "ends_L" if ends_L is not None else "dead_counts" if dead_counts else ""
+    if name and inputs.gates_B is not None and inputs.expert_B is None:
+        raise ValueError(f"gates_B must be None with {name}, unless expert_B is given; got a tensor")
 
 
 def check_levels(ends_L: Tensor, width: int, x_BD: Tensor) -> None:

@@ -71,6 +71,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
             gates_BA = own_gates(inputs.gates_B, inputs.expert_B, aux_slots_BA, dead.slots, groups)
             aux_out_BD = aux.decode(_gated(aux_values_BA, gates_BA), dead.rows(W_dec_FD))
     none, is_given = x_BD.new_empty, inputs.given_groups is not None
+    is_changed = inputs.pre_bias_D is not None or groups.order_B is not None
     return Outputs(
         out_BD,
         values_BK,
@@ -78,7 +79,7 @@ def forward(inputs: EncoderInputs, decoder: DecoderInputs) -> Outputs:
         aux_out_BD,
         aux_values_BA,
         aux_slots_BA,
-        none(0) if centered_BD is x_BD or isinstance(p, SelfChecked) else centered_BD,
+        centered_BD if is_changed and not isinstance(p, SelfChecked) else none(0),
         none(0, dtype=torch.long) if groups.order_B is None or is_given else groups.order_B,
         none(0, dtype=torch.long) if is_given else groups.offsets_E1,
         doubtful_B if inputs.candidate_dtype is None else groups.unsorted(doubtful_B),
@@ -93,9 +94,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, decoder = _split(arguments)
     x_BD, W_enc_FD, W_dec_FD = inputs.x_BD, inputs.W_enc_FD, decoder.W_dec_FD
     B, long, has_aux = x_BD.shape[0], torch.long, decoder.dead_N is not None
-    is_sorted = inputs.expert_B is not None and not are_several(inputs.expert_B)
-    has_centered, is_given = inputs.pre_bias_D is not None or is_sorted, inputs.given_groups is not None
-    has_centered = has_centered and not isinstance(primitives(x_BD), SelfChecked)
+    is_given = inputs.given_groups is not None
+    is_sorted = (inputs.sorted_B if is_given else inputs.expert_B) is not None and not are_several(inputs.expert_B)
+    has_centered = (inputs.pre_bias_D is not None or is_sorted) and not isinstance(primitives(x_BD), SelfChecked)
     shape, Q = (inputs.k,) if inputs.over_batch else (B, inputs.k), B
     if decoder.ends_L is not None:
         shape, Q = (inputs.k if inputs.over_batch else B * inputs.k,), B * decoder.ends_L.shape[0]
@@ -129,11 +130,11 @@ def autoencode_backward(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     b = BackwardInputs(*arguments)
     empty = b.x_BD.new_empty
-    return (
+    return (  # contiguous, whatever the strides of the inputs
         empty(b.x_BD.shape if b.needs_x else 0),
-        torch.empty_like(b.W_enc_FD),
-        torch.empty_like(b.W_dec_FD),
-        empty(0) if b.gates_B is None else torch.empty_like(b.gates_B),
+        b.W_enc_FD.new_empty(b.W_enc_FD.shape),
+        b.W_dec_FD.new_empty(b.W_dec_FD.shape),
+        empty(0) if b.gates_B is None else b.gates_B.new_empty(b.gates_B.shape),
         empty(b.x_BD.shape[1] if b.needs_pre_bias else 0),
         empty(len(b.W_enc_FD)),
     )
@@ -186,6 +187,8 @@ def backward(b: BackwardInputs, row_grads: RowGrads | None = None) -> InputGrads
         dead = dead_latents(b.dead_N, b.blocks, b.aux_slots_BA.shape[-1])
         aux_rows = _code_rows(b.aux_offsets_Q1, len(b.aux_slots_BA), len(b.x_BD))
         aux = CodeProducts(p, b.aux_slots_BA, dead.slots.n_latents, groups, b.dtype, active_only, aux_rows)
+        if not aux.dense and centered_BD.dtype != b.x_BD.dtype:  # it was for dense products in low precision
+            centered_BD = b.centered(groups, b.x_BD.dtype)
         dead_R, dead_grads, d_dead_x_BD = _aux_backward(b, b.grad_aux_BD, groups, dead, aux, centered_BD, has_radial)
         rows_R, grads = merge_rows(rows_R, grads, dead_R, dead_grads)
         d_x_BD = d_x_BD + d_dead_x_BD if b.needs_x else d_x_BD

@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
         aux_out_BD: Reconstruction from dead latents alone; with ``dead_counts``, a row per token and group of them.
         aux_values_BA: Pre-activations of the chosen dead latents, rows sorted by expert; with ``dead_counts`` [B * A].
         aux_slots_BA: Their slots in ``DeadLatents``, likewise.
-        centered_BD: The encoder's input, rows sorted by expert; empty if it is x itself, which an operator may not
+        centered_BD: The encoder's input, rows sorted by expert; empty if that is x, which an operator may not
             return, and on a GPU, which makes it anew in less time than it takes to save it.
         order_B: Of the ``ExpertGroups``; empty if there is one group, or if the groups were given.
         offsets_E1: Likewise; empty if they were given.

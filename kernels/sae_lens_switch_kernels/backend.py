@@ -165,8 +165,9 @@ def _compare_on(arguments: tuple[Any, ...], name: str, dtype: torch.dtype) -> st
     ours, plain = (_results(m, name, arguments) for m in (_triton_ops(), torch_backend))
     if name == "topk_encode":  # nearly equal latents may win either way: compare what was selected
         (values_BK, indices_BK), (plain_BK, _) = ours, plain
-        x_BD, W_FD, *_ = arguments
+        x_BD, W_FD, _, _, bias_F, *_ = arguments
         chosen_BK = torch_backend.matmul_at_indices(x_BD, W_FD, indices_BK)
+        chosen_BK += 0 if bias_F is None else bias_F[indices_BK]
         ours, plain = [values_BK.sort(1).values, values_BK], [plain_BK.sort(1).values, chosen_BK]
     for a, b in zip(ours, plain, strict=True):
         if torch.equal(a, b) or not b.numel():  # zero has no size; and some by-products the plain form does not have

@@ -77,6 +77,7 @@ def _cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "codes_above, gated": (normal(B, M), normal(M).abs(), None, gates_B.unsqueeze(1)),
         "count_codes": (values_BK, indices_BK, values_BK[0, 0] < 9, 7, *counts),
         "code_grads": (values_BK, d_pre_BK, gates_B, normal(B, K), mixed),
+        "topk_encode, biased": (x_BD, W_FD, K, groups, normal(E * M), None, dtype),
     }
 
 

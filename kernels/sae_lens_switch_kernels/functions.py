@@ -14,6 +14,7 @@ from sae_lens_switch_kernels.arguments import (
     check_indices,
     check_levels,
     check_like,
+    check_lone_gates,
     check_matrix,
     checked,
 )
@@ -261,10 +262,12 @@ def sparse_autoencode(
         groups: The tokens of each expert, as ``route`` has sorted them; None: they are sorted here.
         n_experts: Number of experts.
         n_shared: Latents of no expert, as in ``switch_encode``.
-        gates_B: Multiplies the values of each token, or of each of its experts, before decoding.
+        gates_B: Multiplies the values of each token, or of each of its experts, before decoding; without experts,
+            neither with ``ends_L`` nor with ``dead_counts``.
         pre_bias_D: Subtracted from x.
         bias_F: Added to the pre-activations.
-        scale_F: Multiplies the pre-activations during selection only.
+        scale_F: Multiplies the pre-activations during selection only; with one expert per token at most, and no
+            shared latents.
         dead_N: Dead latents, whose own aux_k largest pre-activations reconstruct into aux_out (AuxK, Gao et al. 2024,
             A.2); or a mask of them, [F]: all latents are then encoded, so that nobody need know how many are dead. Of
             indices only their rows of the weights are read, and get a gradient from it. With ``expert_B``: those of the
@@ -294,6 +297,7 @@ def sparse_autoencode(
     inputs = EncoderInputs(x_BD, W_enc_FD, pre_bias_D, bias_F, scale_F, expert_B, gates_B, k, n_experts, W_enc_FD.dtype)
     inputs = inputs._replace(n_shared=n_shared, by_magnitude=by_magnitude, over_batch=over_batch)
     inputs = checked(inputs, encoder_precision)
+    check_lone_gates(inputs, ends_L, dead_counts)
     if ends_L is not None:
         check_levels(ends_L, inputs.blocks.width, x_BD)
         inputs = inputs.by_pairs()
@@ -314,11 +318,12 @@ def sparse_autoencode(
     if ends_L is not None and not over_batch:  # each token has k, one level's after another's
         codes = {name: found._asdict()[name].view(B, k) for name in ("values_BK", "indices_BK")}
         found = found._replace(**codes, acts_BK=found.acts_BK if gates_B is None else found.acts_BK.view(B, k))
+    aux_out_BD = found.aux_out_BD.view(B, len(dead_counts), D) if dead_counts else found.aux_out_BD
     return Reconstruction(
         found.out_BD if ends_L is None else found.out_BD.view(B, L, D),
         found.values_BK,
         found.indices_BK,
-        (found.aux_out_BD.view(B, -1, D) if dead_counts else found.aux_out_BD) if dead_N is not None else None,
+        None if dead_N is None else aux_out_BD,
         None if inputs.candidate_dtype is None else found.doubtful_B,
         found.offsets_Q1[::L] if over_batch else None,
         found.values_BK if gates_B is None else found.acts_BK,

@@ -20,7 +20,14 @@ class LatentIndex(NamedTuple):
 
     def sums(self, values_S: Tensor) -> Tensor:
         """The sum of each latent's values, [F]; values are in the order of ``order_S``."""
+        # In the dtype of the values, in which checkpoints of earlier versions resume bit-identically.
         return torch.segment_reduce(values_S, "sum", offsets=self.starts_F1, initial=0, unsafe=True)
+
+
+def segment_sums(values_S: Tensor, starts_F1: Tensor) -> Tensor:
+    """The sum of each segment, in the order of its values and added in float32 at least."""
+    wide_S = values_S.to(torch.promote_types(values_S.dtype, torch.float32))  # torch would add in their own dtype
+    return torch.segment_reduce(wide_S, "sum", offsets=starts_F1, initial=0, unsafe=True).to(values_S.dtype)
 
 
 def latent_index(indices_BK: Tensor, n_latents: int) -> LatentIndex:
@@ -156,12 +163,15 @@ class ExpertGroups(NamedTuple):
     def unsorted(self, t: Tensor) -> Tensor:
         return t if self.order_B is None else torch.empty_like(t).index_copy_(0, self.order_B, t)
 
-    def first_latents(self, n_tokens: int, n_latents: int) -> Tensor:
-        """[B, 1], the first latent of the expert that owns each sorted row."""
+    def owners(self, n_tokens: int) -> Tensor:
+        """[B], the expert that owns each sorted row."""
         E1 = self.offsets_E1
         rows_B = torch.arange(n_tokens, device=E1.device, dtype=E1.dtype)
-        expert_B = torch.searchsorted(E1, rows_B, right=True) - 1
-        return (expert_B * (n_latents // (len(E1) - 1))).unsqueeze(1)
+        return torch.searchsorted(E1, rows_B, right=True) - 1
+
+    def first_latents(self, n_tokens: int, n_latents: int) -> Tensor:
+        """[B, 1], the first latent of the expert that owns each sorted row."""
+        return (self.owners(n_tokens) * (n_latents // (len(self.offsets_E1) - 1))).unsqueeze(1)
 
 
 def by_level(

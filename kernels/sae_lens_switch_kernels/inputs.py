@@ -131,8 +131,10 @@ def check_range(name: str, t: Tensor, end: int) -> None:
     if not _is_readable(t):
         assert_on_device(((t >= 0) & (t < end)).all(), f"{name} must lie in [0, {end})")
         return
-    low, high = (int(v) for v in t.aminmax()) if t.numel() else (0, 0)
-    if low < 0 or high >= max(end, 1):
+    if t.numel() == 0:
+        return
+    low, high = (int(v) for v in t.aminmax())
+    if low < 0 or high >= end:
         raise ValueError(f"{name} must lie in [0, {end}); got values from {low} to {high}")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from sae_lens_switch_kernels.arguments import check_matrix
+from sae_lens_switch_kernels.arguments import check_device, check_matrix
 from sae_lens_switch_kernels.backend import SelfChecked, primitives
 from sae_lens_switch_kernels.torch_loss import Loss, n_parts, target_grad
 
@@ -35,10 +35,17 @@ def reconstruction_loss(
         See ``Loss``.
 
     Raises:
-        ValueError: Unless out and x are matrices of one shape.
+        ValueError: Unless out and x are matrices of one shape, the bias a vector as long as their rows, the balance one
+            number, and all on one device.
     """
     check_matrix("out_BD", out_BD)
     check_matrix("x_BD", x_BD, *out_BD.shape)
+    given_shapes = ("bias_D", bias_D, out_BD.shape[1:]), ("x_BD", x_BD, out_BD.shape), ("balance", balance, ())
+    for name, t, shape in given_shapes:
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(t.shape)}")
+        if t is not None:
+            check_device(name, t, "out_BD", out_BD)
     given = (coefficient, 1.0) if isinstance(coefficient, Tensor) else (None, float(coefficient))
     return Loss(*lost(out_BD, bias_D, x_BD, balance, *given, scale))
 
@@ -97,7 +104,7 @@ def lost_backward(
 
 @lost_backward.register_fake
 def _(out_BD: Tensor, x_BD: Tensor, factor: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(out_BD), out_BD.new_empty(out_BD.shape[1]), torch.empty_like(factor)
+    return out_BD.new_empty(out_BD.shape), out_BD.new_empty(out_BD.shape[1]), torch.empty_like(factor)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -170,7 +170,10 @@ def _encode_backward(ctx: Any, grad_BK: Tensor, *grads_of_indices: None) -> Grad
     needs_x, needs_W, needs_pre_bias, needs_bias = ctx.needs_input_grad[:4]
     # ReLU comes before top-k: a token with fewer than k positive latents carries zeros, and no gradient.
     d_pre_BK = grad_BK * (values_BK != 0)
-    d_bias_F = d_pre_BK.new_zeros(len(W_FD)).index_add(0, indices_BK.flatten(), d_pre_BK.flatten())
+    d_bias_F = None
+    if needs_pre_bias or needs_bias:
+        ones_B1 = d_pre_BK.new_ones(len(x_BD), 1)  # in the order of the tokens, which index_add_ has on a CPU alone
+        d_bias_F = latent_weight_grad(d_pre_BK, indices_BK, ones_B1, len(W_FD), offsets_B1).squeeze(1)
     return (
         sparse_decode(d_pre_BK, indices_BK, W_FD, offsets_B1) if needs_x else None,
         latent_weight_grad(
@@ -179,7 +182,7 @@ def _encode_backward(ctx: Any, grad_BK: Tensor, *grads_of_indices: None) -> Grad
         if needs_W
         else None,
         # The pre-bias is shared by all tokens, so its gradient needs the sum over the batch only: one mat-vec.
-        -(d_bias_F @ W_FD) if needs_pre_bias else None,
+        None if d_bias_F is None or not needs_pre_bias else -(d_bias_F @ W_FD),
         d_bias_F if needs_bias else None,
         *[None] * (len(EncoderInputs._fields) - 4),
     )

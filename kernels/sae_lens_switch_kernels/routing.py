@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from sae_lens_switch_kernels.arguments import check_device
 from sae_lens_switch_kernels.backend import primitives
 from sae_lens_switch_kernels.torch_routing import Routed
 
 # Where the bias's gradient is summed over that of every token: so it was in checkpoints, which resume bit-identically.
 _BY_TOKEN = {"cpu"}
+# Loads are counted in the dtype of the logits: 16 bits are exact up to 256, or 2,048, tokens.
+_DTYPES = (torch.float32, torch.float64)
 
 
 def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
@@ -26,18 +29,21 @@ def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
         See ``Routed``.
 
     Raises:
-        ValueError: Unless the logits are a floating-point matrix with at least one column, and the bias has as many.
+        ValueError: Unless the logits are a matrix of one of these dtypes with at least one column, and the bias has as
+            many, on their device.
     """
-    if logits_BE.ndim != 2 or not logits_BE.is_floating_point() or logits_BE.shape[1] == 0:
+    if logits_BE.ndim != 2 or logits_BE.shape[1] == 0 or logits_BE.dtype not in _DTYPES:
         shape = tuple(logits_BE.shape)
         raise ValueError(
-            f"logits_BE must be a floating-point matrix of tokens by experts; got {logits_BE.dtype} {shape}"
+            f"logits_BE must be a float32 or float64 matrix of tokens by experts; got {logits_BE.dtype} {shape}"
         )
     if bias_E is not None and (bias_E.shape != logits_BE.shape[1:] or bias_E.dtype != logits_BE.dtype):
         raise ValueError(
             f"bias_E must have shape ({logits_BE.shape[1]},) in {logits_BE.dtype}; got {tuple(bias_E.shape)} in "
             f"{bias_E.dtype}"
         )
+    if bias_E is not None:
+        check_device("bias_E", bias_E, "logits_BE", logits_BE)
     return Routed(*routed(logits_BE, bias_E))
 
 
@@ -86,7 +92,7 @@ def router_logits(x_BD: Tensor, W_DE: Tensor, bias_D: Tensor) -> Tensor:
 def logits_of(x_BD: Tensor, W_DE: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
     """The logits, and x - bias."""
     with torch.autocast(x_BD.device.type, enabled=False):
-        centered_BD = x_BD.to(W_DE.dtype) - bias_D
+        centered_BD = (x_BD.to(W_DE.dtype) - bias_D).contiguous()
         return centered_BD @ W_DE, centered_BD
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_lens_switch_kernels import torch_codes
 from sae_lens_switch_kernels.backend import SelfChecked
-from sae_lens_switch_kernels.indexing import CodeRows, ExpertBlocks, ExpertGroups
+from sae_lens_switch_kernels.indexing import CodeRows, ExpertBlocks, ExpertGroups, segment_sums
 
 
 class Pairs(NamedTuple):
@@ -164,10 +164,7 @@ def gates_of_codes(gates_BA: Tensor | None, expert_BA: Tensor, expert_S: Tensor,
 def _sums_of_rows(t_SA: Tensor, offsets_B1: Tensor) -> Tensor:
     """[B, A], each in the order of its codes."""
 
-    def sums(t_S: Tensor) -> Tensor:
-        return torch.segment_reduce(t_S.contiguous(), "sum", offsets=offsets_B1, initial=0, unsafe=True)
-
-    return torch.stack([sums(t_S) for t_S in t_SA.unbind(1)], dim=1)
+    return torch.stack([segment_sums(t_S.contiguous(), offsets_B1) for t_S in t_SA.unbind(1)], dim=1)
 
 
 def own_gates(

@@ -20,7 +20,7 @@ def sorted_rows(t_BD: Tensor, bias_D: Tensor | None, groups: ExpertGroups, dtype
     if bias_D is None:
         return groups.sorted(t_BD).contiguous()
     if groups.order_B is None:
-        return t_BD - bias_D
+        return (t_BD - bias_D).contiguous()
     return groups.sorted(t_BD).sub_(bias_D)
 
 
@@ -102,7 +102,9 @@ def count_codes(
 def latent_sums(t_BK: Tensor, indices_BK: Tensor, n_latents: int) -> Tensor:
     """The sum of each latent's entries, [F], in a fixed order, which index_add_ has on a CPU alone."""
     if t_BK.device.type == "cpu":
-        return t_BK.new_zeros(n_latents).index_add_(0, indices_BK.flatten(), t_BK.flatten())
+        wide_BK = t_BK.to(torch.promote_types(t_BK.dtype, torch.float32))  # torch would add in their own dtype
+        sums_F = wide_BK.new_zeros(n_latents).index_add_(0, indices_BK.flatten(), wide_BK.flatten())
+        return sums_F.to(t_BK.dtype)
     index = latent_index(indices_BK, n_latents)
     return index.sums(t_BK.flatten()[index.order_S])
 
@@ -126,18 +128,20 @@ def codes_above(
     R, P = pre_RP.shape
     rows = max(1, SEARCH_ELEMENTS.get(pre_RP.device.type, _SEARCH_ELEMENTS_ON_GPU) // max(P, 1))
     scratch = threshold_P.new_empty(min(R, rows), P)
-    places, values = [scratch.new_empty(0, dtype=torch.long)], [scratch.new_empty(0)]
+    none = threshold_P.new_empty(0, dtype=torch.long)
+    found = [(none, none, threshold_P.new_empty(0))]
     for start in range(0, R, rows):
         part = pre_RP[start : start + rows].to(threshold_P.dtype)
         part = part if bias_P is None else part.add_(bias_P)
-        gated = part
-        if gates_R1 is not None:
-            gates = gates_R1[start : start + rows].to(part.dtype)
-            gated = torch.mul(part, gates, out=scratch[: len(part)])
+        gates = None if gates_R1 is None else gates_R1[start : start + rows].to(part.dtype)
+        gated = part if gates is None else torch.mul(part, gates, out=scratch[: len(part)])
         # A difference is positive exactly where the first number is larger; torch subtracts faster than it compares.
         place_S = above(torch.sub(gated, threshold_P, out=scratch[: len(part)]), 0.0).sort().values
-        places.append(place_S + start * P)
-        values.append(part.take(place_S))
-    place_S = torch.cat(places)
-    row_S = torch.div(place_S, max(P, 1), rounding_mode="floor")
-    return row_S, place_S - row_S * P, torch.cat(values)
+        row_S = torch.div(place_S, max(P, 1), rounding_mode="floor")
+        latent_S, values_S = place_S - row_S * P, part.take(place_S)
+        gated_S = values_S if gates is None else values_S * gates.flatten()[row_S]
+        # The difference of equal infinities is NaN too.
+        is_above_S = ~(gated_S <= threshold_P[latent_S])
+        found.append((row_S[is_above_S] + start, latent_S[is_above_S], values_S[is_above_S]))
+    row_S, latent_S, values_S = (torch.cat(t) for t in zip(*found, strict=True))
+    return row_S, latent_S, values_S

@@ -57,7 +57,7 @@ def loss(
         coefficient: See above.
         scale: Likewise; None: the spread of x.
     """
-    out_BD = out_BD + bias_D
+    out_BD = (out_BD + bias_D).contiguous()
     dtype = torch.promote_types(out_BD.dtype, x_BD.dtype)
     squares_BD = torch.nn.functional.mse_loss(out_BD.to(dtype), x_BD.to(dtype), reduction="none")
     error, columns_PD = squares_BD.sum(dim=-1).mean(), x_BD.new_empty(0, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_lens_switch_kernels import sparse_autoencode, sparse_decode, switch_encode
+from sae_lens_switch_kernels import latent_weight_grad, sparse_autoencode, sparse_decode, switch_encode
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,22 @@ def test_bad_encoder_arguments_are_refused(change, message):
             "dead latents, which are indices",
         ),
         ({"scale_F": torch.zeros(9, device="meta")}, "must share a device"),
+        (
+            {"scale_F": torch.ones(9), "expert_B": torch.tensor([[0, 1]] * 4), "n_experts": 3},
+            "scale_F must be None with several experts per token or shared latents; got it with n_active=2, n_shared=0",
+        ),
+        (
+            {"scale_F": torch.ones(9), "expert_B": torch.zeros(4, dtype=torch.long), "n_experts": 2, "n_shared": 1},
+            "scale_F must be None .* got it with n_active=1, n_shared=1",
+        ),
+        (
+            {"gates_B": torch.ones(4), "ends_L": torch.tensor([3, 9])},
+            "gates_B must be None with ends_L, unless expert_B is given; got a tensor",
+        ),
+        (
+            {"gates_B": torch.ones(4), "dead_N": torch.arange(3), "aux_k": 1, "dead_counts": [1, 2]},
+            "gates_B must be None with dead_counts, unless expert_B is given; got a tensor",
+        ),
     ],
 )
 def test_bad_arguments_of_the_joint_operator_are_refused(change, message):
@@ -97,3 +113,32 @@ def test_an_empty_batch_gives_empty_codes_and_zero_gradients():
     assert joint.out_BD.shape == (0, 5)
     joint.out_BD.sum().backward()
     assert torch.equal(W.grad, torch.zeros(9, 5))
+
+
+@pytest.mark.parametrize("ends_L", [None, torch.tensor([4, 9])], ids=["", "in levels"])
+def test_an_empty_batch_has_no_reconstruction_from_each_group_of_dead_latents(ends_L):
+    W = torch.randn(9, 5, requires_grad=True)
+    dead = {"dead_N": torch.arange(6), "aux_k": 2, "dead_counts": [1, 2, 3]}
+    found = sparse_autoencode(torch.zeros(0, 5), W, W, 2, **dead, ends_L=ends_L)
+    assert found.aux_out_BD.shape == (0, 3, 5)
+    (found.out_BD.sum() + found.aux_out_BD.sum()).backward()
+    assert torch.equal(W.grad, torch.zeros(9, 5))
+
+
+def test_of_no_latents_there_is_no_index():
+    none = torch.zeros(0, 5)
+    assert torch.equal(sparse_decode(torch.ones(4, 0), torch.zeros(4, 0, dtype=torch.long), none), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=r"indices_BK must lie in \[0, 0\); got values from 0 to 0"):
+        sparse_decode(torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.long), none)
+    with pytest.raises(ValueError, match=r"indices_BK must lie in \[0, 0\)"):
+        latent_weight_grad(torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 5), 0)
+
+
+def test_gates_of_tokens_with_experts_apply_in_levels():
+    generator = torch.Generator().manual_seed(0)
+    x, W, V = (torch.randn(*n, generator=generator, dtype=torch.float64) for n in ((4, 5), (9, 5), (9, 5)))
+    expert, gates = torch.tensor([0, 2, 1, 0]), torch.rand(4, generator=generator, dtype=torch.float64)
+    options = {"expert_B": expert, "n_experts": 3, "gates_B": gates}
+    whole = sparse_autoencode(x, W, V, 2, **options).out_BD
+    parts = sparse_autoencode(x, W, V, 2, **options, ends_L=torch.tensor([1, 3])).out_BD
+    torch.testing.assert_close(parts.sum(1), whole)

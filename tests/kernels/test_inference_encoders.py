@@ -82,6 +82,14 @@ def test_a_latent_at_its_threshold_is_not_active_and_nan_always_is():
     torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_of_equal_infinities_neither_exceeds_the_other():
+    x, W, inf = torch.tensor([[torch.inf]]), torch.tensor([[1.0], [-1.0], [1.0]]), torch.inf
+    thresholds = torch.tensor([inf, -inf, 0.0])
+    found, expected = threshold_encode(x, W, thresholds), reference.threshold_encode(x, W, thresholds)
+    assert all(map(torch.equal, found, expected))
+    assert found[1].tolist() == [2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precisions_select_by_their_own_products(dtype):
     x, W, bias = (t.to(dtype) for t in (normal(40, 32), normal(100, 32, seed=1), normal(100, seed=2)))

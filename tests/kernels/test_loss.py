@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sae_lens_switch_kernels import reconstruction_loss, torch_loss
-from sae_lens_switch_kernels.loss import lost
+from sae_lens_switch_kernels.loss import lost, lost_backward
 from torch import Tensor
 
 B, D = 13, 7
@@ -89,8 +89,31 @@ def test_it_is_an_operator_of_torch():
     out, bias, x, balance = inputs(torch.float32, torch.float32)
     for given in ((balance, None, 0.5, None), (None, None, 1.0, 1.0), (balance, torch.tensor(2.0), 1.0, 3.0)):
         torch.library.opcheck(lost, (out, bias, x, *given))
+    out, x = (t.detach().T.contiguous().T.requires_grad_() for t in (out, x))  # of any strides
+    torch.library.opcheck(lost, (out, bias, x, balance, None, 0.5, None))
+    found = lost(out, bias, x, balance, None, 0.5, None)
+    grads = torch.ones_like(out), *(torch.ones(()) for _ in range(3))
+    given = (found[0].detach(), x.detach(), found[4].detach(), found[5], *grads)
+    torch.library.opcheck(lost_backward, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match=r"x_BD must have shape \(3, 2\); got \(2, 2\)"):
         reconstruction_loss(torch.zeros(3, 2), torch.zeros(2), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias_D": torch.zeros(3)}, r"bias_D must have shape \(2,\); got \(3,\)"),
+        ({"bias_D": torch.zeros(1)}, r"bias_D must have shape \(2,\); got \(1,\)"),
+        ({"bias_D": torch.zeros(2, device="meta")}, "bias_D and out_BD must share a device; got meta and cpu"),
+        ({"x_BD": torch.zeros(3, 2, device="meta")}, "x_BD and out_BD must share a device; got meta and cpu"),
+        ({"balance": torch.zeros(1)}, r"balance must have shape \(\); got \(1,\)"),
+        ({"balance": torch.zeros((), device="meta")}, "balance and out_BD must share a device; got meta and cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    given = {"out_BD": torch.zeros(3, 2), "bias_D": torch.zeros(2), "x_BD": torch.zeros(3, 2)}
+    with pytest.raises(ValueError, match=message):
+        reconstruction_loss(**given | change)

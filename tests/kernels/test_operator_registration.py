@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers.kernel_cases import autoencoder_inputs, make_codes
-from sae_lens_switch_kernels import autoencode, operators, reference, sparse_autoencode, sparse_decode
+from sae_lens_switch_kernels import autoencode, operators, products, reference, sparse_autoencode, sparse_decode
+from torch import Tensor
 
 OPERATORS = {
     "sparse_decode": lambda t: (t["values"], t["indices"], t["W"], None),
@@ -47,6 +48,10 @@ OPERATORS = {
             False,
         ),
         *(None, None, t["W_dec"], torch.arange(4), 2, [], None),
+    ),
+    "autoencode without a bias": lambda t: (
+        *(t["x"], t["W"], None, None, None, None, None, 3, 1, torch.float64, None, 0, 0, False, False, None, None),
+        *(t["W_dec"], torch.arange(4), 2, [], None),
     ),
     "encode shared latents": lambda t: (
         *(t["x"], t["W"], t["bias"], None, None, t["experts"][:, None], t["gates"][:, None], 3, 2, torch.float64),
@@ -109,19 +114,50 @@ OPERATORS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", OPERATORS)
-def test_the_operators_are_torchs_own_citizens(name):
-    """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
+LAYOUTS = {"contiguous": lambda t: t, "transposed": lambda t: t.mT.contiguous().mT if t.ndim == 2 else t}
+layouts = pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+def tensors_of(lay_out) -> dict[str, Tensor]:
     values, indices, W, g = make_codes(6, 5, 8, 3)
-    tensors = {"values": values, "W": W, "g": g, "W_dec": W + 1, "x": g - 1, "bias": g[0].clone()}
-    tensors["values_S"] = values.flatten()[:16]
-    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
-    tensors |= {"indices": indices, "scale": W.exp()[:, 0].detach(), "gates": values[:, 0].detach()}
-    tensors |= {"indices_S": indices.flatten()[:16], "offsets": torch.tensor([0, 2, 2, 9, 10, 15, 16])}
-    arguments = OPERATORS[name](tensors | {"experts": torch.arange(6) % 2})
+    leaves = {"values": values, "W": W, "g": g, "W_dec": W + 1, "x": g - 1, "bias": g[0].clone()}
+    leaves["values_S"] = values.flatten()[:16]
+    leaves = {name: lay_out(t.detach()).requires_grad_() for name, t in leaves.items()}
+    others = {"indices": lay_out(indices), "scale": W.exp()[:, 0], "gates": values[:, 0]}
+    others |= {"experts": torch.arange(6) % 2, "indices_S": indices.flatten()[:16]}
+    others["offsets"] = torch.tensor([0, 2, 2, 9, 10, 15, 16])
+    return leaves | others
+
+
+@pytest.mark.filterwarnings("ignore")
+@layouts
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_operators_are_torchs_own_citizens(name, lay_out):
+    """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
+    arguments = OPERATORS[name](tensors_of(lay_out))
     operator = name.split()[0]
     torch.library.opcheck(getattr(autoencode if operator == "autoencode" else operators, operator), arguments)
+
+
+@layouts
+@pytest.mark.parametrize("name", [n for n in OPERATORS if n.startswith("autoencode") and "is sorted" not in n])
+@pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
+def test_the_joint_operators_gradients_have_the_strides_that_the_compiler_expects(
+    name, dense_up_to, lay_out, monkeypatch
+):
+    monkeypatch.setitem(products._DENSE_UP_TO, "cpu", dense_up_to)
+    with torch.no_grad():
+        arguments = OPERATORS[name](tensors_of(lay_out))
+        outputs = autoencode.Outputs(*autoencode.autoencode(*arguments))
+    known = dict(zip(autoencode._ARGUMENTS, arguments, strict=True)) | outputs._asdict()
+    given = {name: known.get(name) for name in autoencode.BackwardInputs._fields}
+    given |= {"grad_out_BD": lay_out(torch.ones_like(outputs.out_BD))}
+    given |= {"grad_values_BK": lay_out(torch.ones_like(outputs.values_BK))}
+    if known["dead_N"] is not None:
+        given["grad_aux_BD"] = lay_out(torch.ones_like(outputs.aux_out_BD))
+    given |= {"needs_x": True, "needs_pre_bias": known["pre_bias_D"] is not None}
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(autoencode.autoencode_backward, tuple(given.values()), test_utils=checks)
 
 
 @pytest.mark.parametrize("more", [set(), {"shared"}], ids=["routed", "shared"])

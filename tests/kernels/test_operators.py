@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.kernel_cases import assert_close, compare, make_codes, shapes
 from sae_lens_switch_kernels import (
+    batch_topk_encode,
     latent_weight_grad,
     matmul_at_indices,
     reference,
@@ -12,6 +13,7 @@ from sae_lens_switch_kernels import (
     topk_encode,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @shapes
@@ -199,3 +201,57 @@ def test_two_runs_give_the_same_bits():
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+ENCODERS = {
+    "topk": lambda x, W, b, c: topk_encode(x, W, 2, pre_bias_D=b, bias_F=c)[0],
+    "of the batch": lambda x, W, b, c: batch_topk_encode(x, W, 11, pre_bias_D=b, bias_F=c)[0],
+    "switch": lambda x, W, b, _: switch_encode(x, torch.arange(6) % 3, W, 2, 3, pre_bias_D=b)[0],
+}
+
+
+def encoder_leaves() -> list[Tensor]:
+    _, _, W, x = make_codes(6, 4, 9, 3)
+    generator = torch.Generator().manual_seed(4)
+    biases = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (4, 9))
+    return [t.requires_grad_() for t in (x, W, *biases)]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_no_gradient_of_an_encoder_is_summed_by_atomics_on_a_gpu(name):
+    leaves = encoder_leaves()
+    values = ENCODERS[name](*leaves)
+    with Dispatched() as dispatched:
+        torch.autograd.grad(values.sum(), leaves[: 3 if name == "switch" else 4])
+    assert "latent_weight_grad" in dispatched.names
+    assert not {n for n in dispatched.names if n.startswith(("index_add", "index_put", "scatter", "_index_put"))}
+
+
+def test_an_encoder_makes_only_the_gradients_that_are_needed():
+    x, *others = encoder_leaves()
+    values = ENCODERS["topk"](x, *(t.detach() for t in others))
+    with Dispatched() as dispatched:
+        torch.autograd.grad(values.sum(), x)
+    assert "sparse_decode" in dispatched.names
+    assert not dispatched.names & {"latent_weight_grad", "index_add"}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_gradients_of_an_encoders_gradients(name):
+    *leaves, bias = encoder_leaves()
+    if name == "switch":
+        assert torch.autograd.gradgradcheck(lambda *given: ENCODERS[name](*given, None), leaves)
+    else:
+        assert torch.autograd.gradgradcheck(ENCODERS[name], (*leaves, bias))

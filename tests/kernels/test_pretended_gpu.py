@@ -20,6 +20,20 @@ def test_a_copy_from_the_host_is_seen(copies):
     assert copies == ["tensor", "as_tensor", "_to_copy", "copy_"]
 
 
+def forward_and_backward(encoder, decoder, monkeypatch):
+    """What the forward pass returns, and the gradients, also from dead latents if there are any."""
+    with pretended_gpu(monkeypatch) as launches:
+        outputs = autoencode.forward(encoder, decoder)
+        known = encoder._asdict() | decoder._asdict() | outputs._asdict()
+        saved = {name: known[name] for name in autoencode._SAVED}
+        upstream = outputs.out_BD, None, None if decoder.dead_N is None else outputs.aux_out_BD
+        constants = {"n_experts": encoder.n_experts, "n_shared": encoder.n_shared, "dtype": encoder.dtype}
+        inputs = autoencode.BackwardInputs(*upstream, **saved, **constants, needs_x=True, needs_pre_bias=True)
+        grads = autoencode.backward(inputs, RowGrads(active_only=False))
+    assert launches.n
+    return outputs, grads
+
+
 @pytest.mark.parametrize("low_precision", [(None, 0), (torch.bfloat16, 7)], ids=["full", "bfloat16"])
 @pytest.mark.parametrize(("n_experts", "n_shared"), [(1, 0), (4, 0), (4, 16)])
 @pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
@@ -36,26 +50,35 @@ def test_forward_and_backward_copy_nothing_and_wait_for_nothing(
     pre_bias, bias = on_device(D), None if several else on_device(F)
     encoder = EncoderInputs(x, W_enc, pre_bias, bias, None, expert, gates, K, n_experts, torch.float32, *low_precision)
     encoder = encoder._replace(n_shared=n_shared)
-    decoder = autoencode.DecoderInputs(W_dec, None, 0)
-    with pretended_gpu(monkeypatch) as launches:
-        outputs = autoencode.forward(encoder, decoder)
-        known = encoder._asdict() | decoder._asdict() | outputs._asdict()
-        saved = {name: known[name] for name in autoencode._SAVED}
-        grads = autoencode.backward(
-            autoencode.BackwardInputs(
-                outputs.out_BD,
-                None,
-                None,
-                **saved,
-                n_experts=n_experts,
-                n_shared=n_shared,
-                dtype=torch.float32,
-                needs_x=True,
-                needs_pre_bias=True,
-            ),
-            RowGrads(active_only=False),
-        )
-    assert launches.n
+    _, grads = forward_and_backward(encoder, autoencode.DecoderInputs(W_dec, None, 0), monkeypatch)
+    assert [tuple(g.shape) for g in grads[:3]] == [(B, D), (F, D), (F, D)]
+    assert copies == []
+
+
+PER_LATENT = [
+    (what, *routing)
+    for what in ("dead latents as a mask", "a bias", "a scale")
+    for routing in ((1, 0, 0), (4, 0, 0), (4, 1, 16), (4, 2, 0))
+    if what != "a scale" or routing[1] == 0
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("what", "n_experts", "n_active", "n_shared"), PER_LATENT)
+@pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
+def test_what_differs_by_latent_is_not_waited_for(
+    copies, what, n_experts, n_active, n_shared, dense_up_to, dtype, monkeypatch
+):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(products, "_DENSE_UP_TO", {"meta": dense_up_to})
+    shape = (B, n_active) if n_active else (B,)
+    routed = (on_device(*shape, dtype=torch.int64), on_device(*shape)) if n_experts > 1 else (None, None)
+    bias, scale = (on_device(F) if what == name else None for name in ("a bias", "a scale"))
+    encoder = EncoderInputs(on_device(B, D), on_device(F, D), on_device(D), bias, scale, *routed, K, n_experts, dtype)
+    mask = on_device(F, dtype=torch.bool) if what == "dead latents as a mask" else None
+    decoder = autoencode.DecoderInputs(on_device(F, D), mask, 0 if mask is None else 5)
+    outputs, grads = forward_and_backward(encoder._replace(n_shared=n_shared), decoder, monkeypatch)
+    assert mask is None or outputs.aux_out_BD.shape == (B, D)
     assert [tuple(g.shape) for g in grads[:3]] == [(B, D), (F, D), (F, D)]
     assert copies == []
 
@@ -72,15 +95,7 @@ def test_forward_and_backward_over_a_batch_copy_nothing_and_wait_for_nothing(cop
         over_batch=True,
     )
     decoder = autoencode.DecoderInputs(W_dec, None, 0, ends_L=ends_L)
-    with pretended_gpu(monkeypatch) as launches:
-        outputs = autoencode.forward(encoder, decoder)
-        known = encoder._asdict() | decoder._asdict() | outputs._asdict()
-        saved = {name: known[name] for name in autoencode._SAVED}
-        needs = {"needs_x": True, "needs_pre_bias": True}
-        upstream = outputs.out_BD, None, None
-        inputs = autoencode.BackwardInputs(*upstream, **saved, n_experts=1, n_shared=0, dtype=torch.float32, **needs)
-        grads = autoencode.backward(inputs, RowGrads(active_only=False))
-    assert launches.n
+    outputs, grads = forward_and_backward(encoder, decoder, monkeypatch)
     assert outputs.out_BD.shape == (B * (1 if ends is None else len(ends)), D)
     assert outputs.values_BK.shape == (k,)
     assert [tuple(g.shape) for g in grads[:3]] == [(B, D), (F, D), (F, D)]

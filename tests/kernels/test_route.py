@@ -79,9 +79,13 @@ def test_it_is_an_operator_of_torch():
     torch.library.opcheck(routed, (logits_of(6, 4).requires_grad_(), logits_of(1, 4)[0]))
 
 
-@pytest.mark.parametrize("logits", [torch.zeros(3), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 0)], ids=str)
+NO_LOGITS = [torch.zeros(3), torch.zeros(3, 0)]
+NO_LOGITS += [torch.zeros(3, 2, dtype=dtype) for dtype in (torch.long, torch.half, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("logits", NO_LOGITS, ids=str)
 def test_what_cannot_be_logits_is_refused(logits):
-    with pytest.raises(ValueError, match="logits_BE must be a floating-point matrix of tokens by experts"):
+    with pytest.raises(ValueError, match="logits_BE must be a float32 or float64 matrix of tokens by experts"):
         route(logits)
 
 
@@ -89,6 +93,11 @@ def test_what_cannot_be_logits_is_refused(logits):
 def test_a_bias_that_does_not_fit_is_refused(bias):
     with pytest.raises(ValueError, match=r"bias_E must have shape \(3,\) in torch.float64; got"):
         route(logits_of(4, 3), bias)
+
+
+def test_a_bias_on_another_device_is_refused():
+    with pytest.raises(ValueError, match="bias_E and logits_BE must share a device; got meta and cpu"):
+        route(logits_of(4, 3), torch.zeros(3, dtype=torch.float64, device="meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -146,4 +155,6 @@ def test_logits_and_every_gradient(dtype, by_token, needs_x, monkeypatch):
 
 def test_the_logits_are_an_operator_of_torch():
     leaves = [logits_of(6, 4), logits_of(4, 3), logits_of(4, 1)[:, 0]]
+    torch.library.opcheck(routing.logits_of, tuple(t.requires_grad_() for t in leaves))
+    leaves[:2] = (t.detach().T.contiguous().T for t in leaves[:2])  # of any strides
     torch.library.opcheck(routing.logits_of, tuple(t.requires_grad_() for t in leaves))

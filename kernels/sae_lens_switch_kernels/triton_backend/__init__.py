@@ -80,10 +80,23 @@ def topk_encode(
     by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """With one expert, select_topk over tiles of torch's own matrix product; with several, one grouped product."""
-    if len(groups.offsets_E1) == 2 or bias_F is not None or scale_F is not None:
+    if len(groups.offsets_E1) == 2:
         return torch_backend.topk_encode(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, relu, by_magnitude, select_topk)
     pre_BM = grouped_encode(x_BD, W_FD, groups, dtype)
-    return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype, relu=relu, by_magnitude=by_magnitude)
+    if bias_F is not None:
+        pre_BM = pre_BM.float() + _of_owners(bias_F, groups, len(x_BD))
+    if scale_F is None:
+        return select_topk(pre_BM, k, groups=groups, dtype=W_FD.dtype, relu=relu, by_magnitude=by_magnitude)
+    ranked_BM = pre_BM.float() * _of_owners(scale_F, groups, len(x_BD))
+    _, places_BK = select_topk(ranked_BM, k, by_magnitude=by_magnitude)
+    values_BK = pre_BM.gather(1, places_BK).to(W_FD.dtype)
+    indices_BK = places_BK + groups.first_latents(len(x_BD), len(W_FD))
+    return values_BK.relu_() if relu else values_BK, indices_BK
+
+
+def _of_owners(t_F: Tensor, groups: ExpertGroups, n_rows: int) -> Tensor:
+    """[B, M], of each sorted row what the latents of its expert have."""
+    return t_F.reshape(len(groups.offsets_E1) - 1, -1)[groups.owners(n_rows)]
 
 
 def grouped_encode(x_BD: Tensor, W_FD: Tensor, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:

@@ -75,3 +75,17 @@ def test_nan_exceeds_everything_and_what_equals_its_threshold_nothing(codes_abov
     assert values[1] == 1
     assert values[3] == inf
     assert values[[0, 2, 4, 5, 6]].isnan().all()
+
+
+@pytest.mark.parametrize("codes_above", IMPLEMENTATIONS, ids=["torch", "triton"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_infinity_does_not_exceed_itself(gated, codes_above):
+    inf, nan = torch.inf, torch.nan
+    pre = torch.tensor([[inf, -inf, 1.0, inf], [nan, nan, -inf, 2.0]], device=DEVICE)
+    thresholds = torch.tensor([inf, -inf, -inf, 1.0], device=DEVICE)
+    gates = torch.full((2, 1), 2.0, device=DEVICE) if gated else None
+    row, latent, values = codes_above(pre.repeat(1, 9), thresholds.repeat(9), None, gates)
+    found = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 3)]
+    expected = sorted((row, 4 * part + latent) for row, latent in found for part in range(9))
+    assert list(zip(row.tolist(), latent.tolist(), strict=True)) == expected
+    assert torch.equal(values.nan_to_num(7.0), pre.repeat(1, 9)[row, latent].nan_to_num(7.0))

@@ -119,3 +119,23 @@ def test_a_selection_in_low_precision_is_that_of_plain_torch(dtype, E):
     tolerance = {torch.bfloat16: 2**-5, torch.float8_e4m3fn: 0.5}[dtype]
     torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
     assert all(len(set(row)) == K for row in where.tolist())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("by_magnitude", [False, True])
+@pytest.mark.parametrize("names", [("bias",), ("scale",), ("bias", "scale")], ids=" and ".join)
+def test_experts_with_a_bias_or_a_scale_choose_as_in_plain_torch(names, by_magnitude, relu):
+    B, D, M, E, K = 40, 32, 48, 3, 6
+    x, W = random(B, D), random(E * M, D)
+    groups = ExpertGroups(None, torch.tensor([0, 25, 25, B], device=DEVICE))
+    bias = 3 * random(E * M, seed=2) if "bias" in names else None
+    scale = random(E * M, seed=3).exp() if "scale" in names else None
+    if bias is not None and not by_magnitude:
+        bias[::2] = -torch.inf  # never chosen, like padding
+    arguments = x, W, K, groups, bias, scale, torch.float32, relu, by_magnitude
+    dense = []
+    for module in (triton_backend, torch_backend):
+        values, indices = module.topk_encode(*arguments)
+        assert all(len(set(row)) == K for row in indices.tolist())
+        dense.append(torch.full((B, E * M), torch.nan, device=DEVICE).scatter_(1, indices, values))
+    torch.testing.assert_close(*dense, rtol=1e-5, atol=1e-5, equal_nan=True)
