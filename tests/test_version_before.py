@@ -51,11 +51,11 @@ def data(tmp_path, monkeypatch) -> Path:
     torch.set_num_threads(before)
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], same_bits: bool = SAME_BITS) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype
-        if SAME_BITS:
+        if same_bits:
             assert torch.equal(tensor, expected[name]), name
         else:
             tolerance = 1e-2 if tensor.dtype == torch.bfloat16 else 1e-5
@@ -83,7 +83,8 @@ def test_its_checkpoints_resume_and_end_at_the_same_bits(run, data, expected, tm
     trainer = make_trainer(run, tmp_path, resume=str(data / run))
     trainer.fit()
     assert trainer.n_training_steps == before_rooms.STEPS
-    assert_same(weights(trainer.sae), expected[f"end of {run}"])
+    # Since that version, gradients of bfloat16 are summed in float32.
+    assert_same(weights(trainer.sae), expected[f"end of {run}"], SAME_BITS and "bfloat16" not in run)
 
 
 def test_a_runners_checkpoint_resumes_and_ends_at_the_same_bits(data, expected, tmp_path):

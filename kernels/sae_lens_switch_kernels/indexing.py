@@ -20,8 +20,7 @@ class LatentIndex(NamedTuple):
 
     def sums(self, values_S: Tensor) -> Tensor:
         """The sum of each latent's values, [F]; values are in the order of ``order_S``."""
-        # In the dtype of the values, in which checkpoints of earlier versions resume bit-identically.
-        return torch.segment_reduce(values_S, "sum", offsets=self.starts_F1, initial=0, unsafe=True)
+        return segment_sums(values_S, self.starts_F1)
 
 
 def segment_sums(values_S: Tensor, starts_F1: Tensor) -> Tensor:

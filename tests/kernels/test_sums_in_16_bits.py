@@ -6,12 +6,14 @@ Latent 0 is active on every token. Its value, and the gradient of its pre-activa
 import pytest
 import torch
 from sae_lens_switch_kernels import (
+    RowGrads,
     batch_topk_encode,
     products,
     sparse_autoencode,
     switch_encode,
     topk_encode,
 )
+from sae_lens_switch_kernels.chosen import Codes, decode_chosen
 from torch import Tensor
 
 B, D, F = 4096, 2, 3
@@ -24,9 +26,14 @@ ENCODERS = {
 }
 JOINT = {
     "every token has k": {},
+    "over the batch": {"k": B, "over_batch": True},
+    "in levels": {"ends_L": torch.tensor([1, F])},
     "dead latents": {"dead_N": torch.tensor([0, 1]), "aux_k": 1},
     "dead latents as a mask": {"dead_N": torch.tensor([True, False, False]), "aux_k": 1},
+    "dead latents in groups": {"dead_N": torch.tensor([0, 1]), "aux_k": 1, "dead_counts": [1, 1]},
     "experts": {"expert_B": torch.zeros(B, dtype=torch.long)},
+    "several experts": {"expert_B": torch.arange(2).expand(B, 2), "n_experts": 3},
+    "shared latents": {"expert_B": torch.zeros(B, dtype=torch.long), "n_experts": 2, "n_shared": 1},
 }
 
 
@@ -57,13 +64,30 @@ def test_encoders(name, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("dense_up_to", [0, 10**9], ids=["sparse", "dense within experts"])
 @pytest.mark.parametrize("name", JOINT)
-def test_dense_products_within_experts(name, dtype, monkeypatch):
-    monkeypatch.setitem(products._DENSE_UP_TO, "cpu", 10**9)
+@pytest.mark.parametrize("row_grads", [False, True])
+def test_encoder_and_decoder(name, dense_up_to, row_grads, dtype, monkeypatch):
+    monkeypatch.setitem(products._DENSE_UP_TO, "cpu", dense_up_to)
     x, W, pre_bias, bias = leaves(dtype)
-    found = sparse_autoencode(x, W, decoder(dtype), 1, pre_bias_D=pre_bias, bias_F=bias, **JOINT[name])
+    rows = RowGrads() if row_grads else None
+    options = {"k": 1, "pre_bias_D": pre_bias, "bias_F": bias, **JOINT[name], "row_grads": rows}
+    found = sparse_autoencode(x, W, decoder(dtype), **options)
     out = found.out_BD if found.aux_out_BD is None else found.aux_out_BD
     out[..., 0].sum().backward()
+    d_bias = bias.grad
+    if rows is not None:
+        assert rows.rows_R is not None
+        d_bias = torch.zeros(F, dtype=dtype).index_copy(0, rows.rows_R, rows.d_bias_R)
+    assert_sums(bias, d_bias, pre_bias.grad)
+
+
+@dtypes
+def test_a_decoder_of_chosen_latents(dtype):
+    x, W, pre_bias, bias = leaves(dtype)
+    codes = Codes(torch.ones(B, dtype=dtype), torch.zeros(B, dtype=torch.long), torch.arange(B + 1))
+    out, _ = decode_chosen(x, W, decoder(dtype), codes, pre_bias_D=pre_bias, bias_F=bias)
+    out[:, 0].sum().backward()
     assert_sums(bias, bias.grad, pre_bias.grad)
 
 
