@@ -46,7 +46,7 @@ def _route_kernel(
     total = tl.zeros([BLOCK_E], tl.float32)
     factor = tl.zeros([BLOCK_E], tl.float32)
     if bias is not None:
-        shift = tl.load(bias + e, mask=e < E, other=float("-inf"))
+        shift = tl.load(bias + e, mask=e < E, other=float("-inf")).to(tl.float32)
         factor = tl.exp(shift - tl.max(shift, 0))
     end = tl.minimum(B, (p + 1) * per_program)
     for first in range(p * per_program, end, ROWS):
@@ -234,7 +234,7 @@ def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
     load_E, importance_E, balance = empty(E), empty(E), empty(())
     per_program = max(1, cdiv(cdiv(B, ROWS), _PROGRAMS)) * ROWS
     P = max(1, cdiv(B, per_program))
-    parts = empty(P, 2, E)
+    parts = empty(P, 2, E, dtype=torch.float32)  # counts, which low precision would round
     sizes = {"B": B, "E": E, "per_program": per_program, "ROWS": ROWS, "BLOCK_E": BLOCK_E}
     found = {"probs": probs_BE, "expert": expert_B, "gates": gates_B, "parts": parts}
     given = {"logits": logits_BE.contiguous(), "bias": None if bias_E is None else bias_E.contiguous()}
