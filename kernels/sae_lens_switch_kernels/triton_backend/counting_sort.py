@@ -38,7 +38,7 @@ def _digits(keys, at, end, n, SHIFT: tl.constexpr, RADIX: tl.constexpr):
     return key, (digit[:, None] == tl.arange(0, RADIX)[None, :]).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n", "per_program"])
 def _count_digits_kernel(
     keys,  # [N]
     counts,  # [P, RADIX]
@@ -58,7 +58,7 @@ def _count_digits_kernel(
     tl.store(counts + p * RADIX + tl.arange(0, RADIX), tl.sum(found, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n", "P", "per_program"])
 def _place_by_digit_kernel(
     keys,  # [N]
     order,  # [N], what the keys belong to; None: their own places
@@ -106,7 +106,7 @@ def _place_by_digit_kernel(
         place += tl.sum(ones, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n", "steps"])
 def _find_starts_kernel(
     keys,  # [N], sorted
     starts,  # [n + 1]

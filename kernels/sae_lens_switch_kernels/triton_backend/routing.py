@@ -26,7 +26,7 @@ _SORTED = 128  # up to so many experts
 _EXPERTS = 32  # per program, of those that add up the shares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "per_program"])
 def _route_kernel(
     logits,  # [B, E]
     bias,  # [E] or None
@@ -75,7 +75,7 @@ def _route_kernel(
     tl.store(parts + (2 * p + 1) * E + e, total, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "B"])
 def _shares_kernel(
     parts,  # [P, 2, E]
     load,  # [E]
@@ -99,7 +99,7 @@ def _shares_kernel(
     tl.store(importance + e, total / B, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "B", "per_program"])
 def _place_tokens_kernel(
     expert,  # [B]
     parts,  # [P, 2, E]
@@ -150,7 +150,7 @@ def _place_tokens_kernel(
         place += tl.sum(ones, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _route_backward_kernel(
     probs,  # [B, E]
     expert,  # [B]
