@@ -6,7 +6,8 @@
 
 Four stages, each in a separate process: `correctness`, `primitives`, `steps`, `training`. Each writes one JSON file to
 --output, atomically after every case, and resumes where an earlier call stopped. A case that fails, crashes or hangs is
-recorded, and the others still run. Requires only Python, torch, Triton and the packages that SAELens imports.
+recorded, and the others still run; what their processes print is in gpu_check.log. Requires only
+Python, torch, Triton and the packages that SAELens imports.
 """
 
 from __future__ import annotations

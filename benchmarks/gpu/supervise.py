@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,8 +17,12 @@ from gpu.record import DEVICE_LOST, Record
 
 # Stopped stages are asked once, then killed.
 _GRACE_S = 5.0
+# Stopped tests first say what has failed; with xdist, after the ten seconds that it gives its processes to end.
+_SUMMARY_S = 30.0
 _POLL_S = 0.1
 _STARTS = 6
+# What all stages say: few files are easier to bring home.
+LOG = "gpu_check.log"
 # What runs on the device: neither compiles ahead of time nor pretends that a device is there.
 KERNEL_TESTS = (
     "tests/kernels",
@@ -50,12 +55,14 @@ def supervise(
     A case that takes longer than ``case_seconds``, or ends the process, is marked as such in ``file``; a new process
     goes on with the next. The process learns from ``--deadline`` when to stop by itself.
     """
-    deadline = time.time() + seconds
+    deadline, log = time.time() + seconds, file.with_name(LOG)
     for _ in range(_STARTS):
         if time.time() >= deadline:
             return
-        log = file.with_suffix(".log")
         with log.open("a") as output:
+            output.write(f"== {file.stem}\n")
+            output.flush()
+            begin = log.stat().st_size
             process = subprocess.Popen(
                 [*command, "--deadline", str(deadline)], stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd
             )
@@ -64,10 +71,10 @@ def supervise(
         case = record.running()
         if case is not None:
             fate = why or "crashed"
-            tail = "" if fate == "unfinished" else _tail(log)
+            tail = "" if fate == "unfinished" else _tail(log, begin)
             record.set(case, status=fate, error=f"exit status {process.returncode}", traceback=tail)
         elif process.returncode not in (0, DEVICE_LOST) and not why:
-            record.data["error"] = f"exit status {process.returncode}\n{_tail(log)}"
+            record.data["error"] = f"exit status {process.returncode}\n{_tail(log, begin)}"
             record.write()
             return
         if process.returncode == 0 or why == "unfinished":
@@ -82,9 +89,10 @@ def supervise_shares(
     What they find is gathered in ``file`` all the time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        parts = [Path(folder) / f"{i}.json" for i in range(jobs)]
+        parts = [Path(folder) / str(i) / file.name for i in range(jobs)]
         threads = []
         for i, part in enumerate(parts):
+            part.parent.mkdir()
             shutil.copy(file, part)
             share = [*command, "--record", str(part), "--share", str(i), "--jobs", str(jobs)]
             threads.append(Thread(target=supervise, args=(share, part, seconds, case_seconds, env, cwd)))
@@ -93,8 +101,9 @@ def supervise_shares(
             time.sleep(5 * _POLL_S)
             _gather(file, parts)
         _gather(file, parts)
-        with file.with_suffix(".log").open("a") as log:
-            log.writelines(part.with_suffix(".log").read_text(errors="replace") for part in parts)
+        logs = [part.with_name(LOG) for part in parts]
+        with file.with_name(LOG).open("a") as log:
+            log.writelines(part.read_text(errors="replace") for part in logs if part.exists())
 
 
 def _gather(file: Path, parts: Sequence[Path]) -> None:
@@ -130,28 +139,44 @@ def _stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-3000:]
+def _tail(log: Path, begin: int) -> str:
+    return log.read_bytes()[begin:][-3000:].decode(errors="replace")
 
 
 def kernel_tests(root: Path, output: Path, env: dict[str, str]) -> subprocess.Popen:
-    """pytest on the kernels, in the background, by as many processes as pay if xdist is there."""
-    from importlib.util import find_spec
-
-    parallel = ["-n", str(min(10, os.cpu_count() or 1))] if find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *parallel, *KERNEL_TESTS]
+    """pytest on the kernels, in the background."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command += [*_several_processes(), *KERNEL_TESTS]
     with (output / "kernel-tests.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=root)
 
 
+def _several_processes() -> list[str]:
+    """As many as pay, if xdist is there."""
+    from importlib.util import find_spec
+
+    return ["-n", str(min(10, os.cpu_count() or 1))] if find_spec("xdist") else []
+
+
 def finish_tests(process: subprocess.Popen, output: Path, deadline: float) -> None:
-    """Wait for the tests until ``deadline``; what they said goes into kernel-tests.json."""
+    """Wait for the tests until ``deadline``; how they ended goes into kernel-tests.json, the log stays if not well."""
     while process.poll() is None and time.time() < deadline:
         time.sleep(_POLL_S)
     fate = "failed" if process.poll() else "ok"
     if process.poll() is None:
-        _stop(process)
+        _interrupt(process)
         fate = "unfinished"
-    record = Record(output / "kernel-tests.json")
-    lines = (output / "kernel-tests.log").read_text(errors="replace").strip().split("\n")
+    record, log = Record(output / "kernel-tests.json"), output / "kernel-tests.log"
+    lines = log.read_text(errors="replace").strip().split("\n")
     record.set("kernel tests", status=fate, error=lines[-1][:300], traceback="\n".join(lines[-60:]))
+    if fate == "ok":
+        log.unlink()
+
+
+def _interrupt(process: subprocess.Popen) -> None:
+    """As Ctrl-C does, upon which pytest says which tests have failed so far; it says nothing if it is terminated."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_SUMMARY_S)
+    except subprocess.TimeoutExpired:
+        _stop(process)

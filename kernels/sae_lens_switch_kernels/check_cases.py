@@ -35,6 +35,10 @@ def _cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
+    def high(*shape: int) -> Tensor:
+        """Of the router, which is float32 in every precision."""
+        return torch.randn(*shape, generator=generator).to(device)
+
     expert_B = torch.randint(0, E, (B,), generator=generator).clamp(max=E - 2)  # the last has no token
     order_B, offsets_E1 = expert_groups(expert_B.to(device), E)
     groups, mixed = ExpertGroups(None, offsets_E1), ExpertGroups(order_B, offsets_E1)
@@ -44,8 +48,9 @@ def _cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
     indices_BK += first_B1
     values_BK, x_BD, g_BD, W_FD = normal(B, K), normal(B, D), normal(B, D), normal(E * M, D)
     d_pre_BK, gates_B = normal(B, K), normal(B)
-    index, probs_BE, more_BK = latent_index(indices_BK, E * M), normal(B, E).softmax(1), normal(B, K)
+    index, probs_BE, more_BK = latent_index(indices_BK, E * M), high(B, E).softmax(1), normal(B, K)
     counts = index.starts_F1[:-1].int() % 5, index.starts_F1[:-1].clone()
+    shares = high(B, E), high(B), high(E), high(1)[0], high(E)  # gradients of what the router returns, and loads
     # In the order of the tokens.
     unsorted_BK = mixed.unsorted(values_BK), mixed.unsorted(indices_BK)
     return {
@@ -67,11 +72,13 @@ def _cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "unsorted_codes": (values_BK, indices_BK, gates_B, mixed),
         "loss": (g_BD, normal(D), x_BD, gates_B[0], 3.0, None),
         "loss_backward": (g_BD, x_BD, gates_B[1], _parts(g_BD - x_BD), None, gates_B[0], None, None),
-        "route": (normal(B, E), None),
-        "route, biased": (normal(B, E), normal(E)),
-        "route_backward": (probs_BE, expert_B.to(device), normal(B, E), gates_B, normal(E), gates_B[0], normal(E)),
-        "update_loads": (normal(E).relu(), normal(E), normal(E), normal(1)[0] + 1, 0.02, -9.0),
-        "update_expert_bias": (normal(E), normal(E).round(), normal(1)[0] < 9, 0.1),
+        "route": (high(B, E), None),
+        "route, biased": (high(B, E), high(E)),
+        # Numbers of tokens that low precision cannot count.
+        "route, to one expert": (high(1501, 2), torch.tensor([9.0, 0.0], device=device)),
+        "route_backward": (probs_BE, expert_B.to(device), *shares),
+        "update_loads": (high(E).relu(), high(E), high(E), high(1)[0] + 1, 0.02, -9.0),
+        "update_expert_bias": (high(E), high(E).round(), high(1)[0] < 9, 0.1),
         "clip": ([normal(B, D), normal(D, B).T, normal(K)], normal(1)[0], 0.5, indices_BK[0, :2], [gates_B[0]]),
         "codes_above": (normal(B, M)[:, 1:], normal(M - 1), normal(M - 1), None),
         "codes_above, gated": (normal(B, M), normal(M).abs(), None, gates_B.unsqueeze(1)),

@@ -92,7 +92,8 @@ def minus_weighted_sum(weights_R: Tensor, rows_R: Tensor | None, W_FD: Tensor) -
     if rows_R is None:
         return torch.addmv(weights_R.new_empty(W_FD.shape[1]), W_FD.T, weights_R, beta=0, alpha=-1)
     parts = max(1, len(rows_R) // 256)
-    pad = -len(rows_R) % parts
+    # A GPU's kernel is compiled for whether parts are a multiple of 16: there they always are, however long.
+    pad = -len(rows_R) % (parts if rows_R.device.type == "cpu" else 16 * parts)
     rows = torch.nn.functional.pad(rows_R, (0, pad)).view(parts, -1)
     weights = torch.nn.functional.pad(weights_R, (0, pad)).view(parts, -1)
     return -primitives(W_FD).sparse_decode(weights, rows, W_FD).sum(0)

@@ -37,12 +37,19 @@ def rehearsal(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 def test_every_case_of_a_rehearsed_stage_ends_well(stage, rehearsal):
     output, done = rehearsal
     found = json.loads((output / f"{stage}.json").read_text())
-    assert done.returncode == 0, done.stdout + done.stderr + (output / f"{stage}.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + (output / supervise.LOG).read_text()
     assert "error" not in found
     assert {case["status"] for case in found["cases"].values()} == {"ok"}
     assert found["about"]["torch"] == version("torch")
     assert f"== {stage}: {len(found['cases'])} ok" in done.stdout
     assert len(done.stdout.strip().split("\n")) <= LINES
+
+
+def test_a_call_leaves_few_files(rehearsal):
+    """With the two of the kernels' tests, eight."""
+    found = {p.name for p in rehearsal[0].iterdir()}
+    assert found == {*(f"{stage}.json" for stage in STAGES), "training.csv", supervise.LOG}
+    assert all(f"== {stage}\n" in (rehearsal[0] / supervise.LOG).read_text() for stage in STAGES)
 
 
 def test_what_the_stages_measure(rehearsal):
@@ -176,8 +183,8 @@ def test_cases_dealt_out_to_several_processes_end_up_in_one_file(tmp_path):
     assert fates == {"good": "ok", "crash": "crashed", "hang": "hung", "last": "ok"}
     assert record.cases["good"]["kept"]
     assert record.data["about"] == {"device": "none"}
-    assert "illegal instruction" in file.with_suffix(".log").read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "found.log", "stage.py"]
+    assert "illegal instruction" in file.with_name(supervise.LOG).read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", supervise.LOG, "stage.py"]
 
 
 def test_a_stage_that_does_not_start_is_reported(tmp_path):
@@ -187,6 +194,57 @@ def test_a_stage_that_does_not_start_is_reported(tmp_path):
     supervise.supervise(command, file, 30, 1.0, supervise.environment("cpu", ROOT), ROOT)
     assert "No module named 'no_such_package'" in Record(file).data["error"]
     assert "STOPPED: ModuleNotFoundError" in table(tmp_path, ["stage"])
+
+
+KERNEL_TESTS = """
+import time
+def test_passes():
+    pass
+def test_fails():
+    assert 1 + 1 == 3
+def test_hangs():
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(params=[[], ["-n", "2"]], ids=["one process", "xdist"])
+def start_tests(request, tmp_path, monkeypatch):
+    """Starts some of these tests, by name, as the kernels' tests are."""
+    if request.param:
+        pytest.importorskip("xdist")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "test_kernels.py").write_text(KERNEL_TESTS)
+    monkeypatch.setattr(supervise, "_several_processes", lambda: request.param)
+
+    def start(*names: str) -> tuple[subprocess.Popen, Path]:
+        monkeypatch.setattr(supervise, "KERNEL_TESTS", [f"test_kernels.py::{name}" for name in names])
+        process = supervise.kernel_tests(tmp_path, tmp_path / "output", supervise.environment("cpu", ROOT))
+        return process, tmp_path / "output"
+
+    return start
+
+
+def test_tests_that_run_out_of_time_say_which_have_failed(start_tests):
+    process, output = start_tests("test_fails", "test_hangs")
+    log, deadline = output / "kernel-tests.log", time.time() + 120
+    while "F" not in log.read_text() and time.time() < deadline:
+        time.sleep(0.1)
+    supervise.finish_tests(process, output, time.time())
+    (found,) = Record(output / "kernel-tests.json").cases.values()
+    assert found["status"] == "unfinished"
+    assert "FAILED test_kernels.py::test_fails - assert (1 + 1) == 3" in found["traceback"]
+    assert found["error"].startswith("1 failed")
+    assert log.exists()
+    assert "UNFINISHED: kernel tests: 1 failed" in table(output, [])
+
+
+@pytest.mark.parametrize(("names", "status"), [(["test_passes"], "ok"), (["test_passes", "test_fails"], "failed")])
+def test_a_log_is_kept_of_tests_that_did_not_all_pass(names, status, start_tests):
+    process, output = start_tests(*names)
+    supervise.finish_tests(process, output, time.time() + 120)
+    (found,) = Record(output / "kernel-tests.json").cases.values()
+    assert found["status"] == status
+    assert (output / "kernel-tests.log").exists() == (status == "failed")
 
 
 def test_the_kernels_tests_that_a_gpu_runs_are_there():

@@ -96,7 +96,7 @@ def _to_unit(squares):
     return tl.where(tl.abs(norm - 1.0) <= 8 * 1.1920928955078125e-07, 1.0, inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _adam_rows_kernel(
     W,  # [F, D]
     copy,  # [F, D] or None

@@ -16,10 +16,11 @@ from sae_lens_switch_kernels.triton_backend.blocks import cdiv
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, launch, load_row
 
 _TILE, _PROGRAMS = 2048, 1024
+_REST = 16  # at most so many numbers are read one by one
 _AT_ONCE = 8  # tensors that a launch takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "P"])
 def _squares_kernel(
     t0,
     t1,  # each of the others a tensor or None
@@ -40,6 +41,7 @@ def _squares_kernel(
     parts,  # [8, P]
     P,
     TILE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     which = tl.program_id(1)
     t, n = t0, tl.program_id(0).to(tl.int64) * 0 + n0
@@ -67,12 +69,16 @@ def _squares_kernel(
     span = tl.cdiv(tl.cdiv(n, P), TILE) * TILE
     begin = tl.program_id(0) * span
     end = tl.minimum(n, begin + span)
+    whole = end // REST * REST  # loads are wide up to here, whatever n is
     squares = tl.zeros([TILE], tl.float32)
-    for first in range(begin, end, TILE):
+    for first in range(begin, whole, TILE):
         at = first + tl.arange(0, TILE)
-        number = load_row(t + at, at < end).to(tl.float32)
+        number = load_row(t + at, at < whole).to(tl.float32)
         squares += number * number
-    tl.store(parts + which * P + tl.program_id(0), tl.sum(squares, 0))
+    at = whole + tl.arange(0, REST)
+    number = tl.load(t + at, mask=(at >= begin) & (at < end), other=0.0).to(tl.float32)
+    total = tl.sum(squares, 0) + tl.sum(number * number, 0)
+    tl.store(parts + which * P + tl.program_id(0), total)
 
 
 @triton.jit
@@ -81,7 +87,7 @@ def _count_if(step, finite):
         tl.store(step, tl.load(step) + finite.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_parts"])
 def _clip_kernel(
     parts,  # [n_parts]
     loss,
@@ -169,7 +175,7 @@ def _squares(grads: Sequence[Tensor]) -> Tensor:
         some = flat[first : first + _AT_ONCE]
         tensors = {f"t{i}": some[i] if i < len(some) else None for i in range(_AT_ONCE)}
         sizes = {f"n{i}": some[i].numel() if i < len(some) else 0 for i in range(_AT_ONCE)}
-        launch(_squares_kernel, (P, len(some)), 4, **tensors, **sizes, parts=parts[first:], P=P, TILE=_TILE)
+        launch(_squares_kernel, (P, len(some)), 4, **tensors, **sizes, parts=parts[first:], P=P, TILE=_TILE, REST=_REST)
     return parts
 
 

@@ -48,7 +48,7 @@ def _sorted_rows_kernel(
         tl.store(more_out + row * D + d, number.to(more_out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _gated_codes_kernel(
     values,  # [B, K]
     indices,  # [B, K]
@@ -57,11 +57,12 @@ def _gated_codes_kernel(
     acts,  # [B, K], sorted
     values_out,  # [B, K]
     indices_out,  # [B, K]
-    S,
+    B,
     K,
     UNSORT: tl.constexpr,  # whether values and indices go from sorted to original rows, or the other way
     BLOCK: tl.constexpr,
 ):
+    S = B.to(tl.int64) * K  # a multiple of 16 if K is, which makes loads wide
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b = tl.load(order + at // K, mask=at < S, other=0).to(tl.int64)
     away = b * K + at % K
@@ -79,7 +80,7 @@ def _gated_codes_kernel(
         tl.store(acts + at, act.to(acts.dtype.element_ty), mask=at < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _code_grads_kernel(
     values,  # [B, K], sorted
     d_acts,  # [B, K], sorted
@@ -236,7 +237,7 @@ def _gated_codes(
         acts=acts_BK,
         values_out=values_out_BK,
         indices_out=indices_out_BK,
-        S=values_BK.numel(),
+        B=len(values_BK),
         K=max(1, values_BK.shape[1]),
         UNSORT=unsort,
         BLOCK=_BLOCK,

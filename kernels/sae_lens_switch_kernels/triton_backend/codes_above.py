@@ -114,7 +114,8 @@ def write_above(
     n_codes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row, latent and value of each, [S], where ``offsets_R1`` says."""
-    row_S, latent_S = torch.empty(2, n_codes, dtype=torch.int64, device=pre_RP.device)
+    # Not as two rows of one tensor, the second of which is aligned for an even number of codes only.
+    row_S, latent_S = (torch.empty(n_codes, dtype=torch.int64, device=pre_RP.device) for _ in range(2))
     values_S = threshold_P.new_empty(n_codes)
     launch(
         _write_above_kernel,

@@ -51,6 +51,8 @@ def specialise(launch: Launch, backend: str) -> Specialisation:
         kind, aligned = "constexpr", False
         if isinstance(argument, Tensor):
             kind, aligned = f"*{_TYPES[argument.dtype]}", True
+        elif isinstance(argument, int) and parameter.do_not_specialize:
+            kind = "i32" if argument < 2**31 else "i64"
         elif isinstance(argument, int) and not parameter.is_constexpr and argument != 1:
             kind, aligned = "i32" if argument < 2**31 else "i64", argument % 16 == 0
         elif isinstance(argument, float) and not parameter.is_constexpr:

@@ -16,18 +16,20 @@ from sae_lens_switch_kernels.triton_backend.launch import Traffic, launch
 _BLOCK = 1024  # codes per program
 
 
-@triton.jit(do_not_specialize=["number"])  # or a step whose number is a multiple of 16 would be compiled anew
+@triton.jit(do_not_specialize=["number", "B"])
 def _count_codes_kernel(
-    values,  # [S]
-    indices,  # [S]
+    values,  # [B, K], or [S] with K = 1
+    indices,
     is_finite,
     number,  # or where it is
     last,  # [F]
     total,  # [F]
-    S,
+    B,
+    K,
     ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    S = B.to(tl.int64) * K  # a multiple of 16 if K is, which makes loads wide
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(values + at, mask=at < S, other=0.0).to(tl.float32)
     active = (tl.where(tl.load(is_finite) != 0, tl.abs(value), 0.0) > 0) & (at < S)
@@ -46,6 +48,7 @@ def count_codes(
     total_F: Tensor,
 ) -> None:
     """As torch_codes's."""
+    K = values_BK.shape[-1] if values_BK.ndim > 1 else 1
     launch(
         _count_codes_kernel,
         (cdiv(values_BK.numel(), _BLOCK),),
@@ -56,7 +59,8 @@ def count_codes(
         number=number,
         last=last_F,
         total=total_F,
-        S=values_BK.numel(),
+        B=values_BK.numel() // max(1, K),
+        K=K,
         ON_DEVICE=isinstance(number, Tensor),
         BLOCK=_BLOCK,
     )

@@ -56,7 +56,7 @@ def _sparse_decode_kernel(
     tl.store(out + b * D + d, acc.to(out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _matmul_at_indices_kernel(
     g,  # [B, D]
     W,  # [F, D]
@@ -106,7 +106,7 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, offsets_B
         offsets=None if offsets_B1 is None else offsets_B1.contiguous(),
         W=W_FD.contiguous(),
         out=out_BD,
-        K=indices_BK.shape[-1],
+        K=indices_BK.shape[-1] if offsets_B1 is None else 0,  # codes per row; the number of all codes differs by step
         D=D,
         ROWS=rows_in_flight(W_FD.itemsize),
         BLOCK_D=BLOCK_D,

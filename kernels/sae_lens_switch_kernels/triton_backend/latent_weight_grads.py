@@ -42,7 +42,8 @@ def _sum_entries(
     end,
     d,
     D,
-    K: tl.constexpr,
+    multiplier,  # see reciprocal
+    shift,
     L: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,7 +57,7 @@ def _sum_entries(
         live = entry < end
         position = tl.load(order + entry, mask=live, other=0).to(tl.int64)
         value = tl.load(values + position, mask=live, other=0.0).to(tl.float32)
-        row = position // K
+        row = position * multiplier >> shift
         if row_of is not None:
             row = tl.load(row_of + position, mask=live, other=0).to(tl.int64)
         rows = row[:, None] * D + d[None, :]
@@ -71,7 +72,7 @@ def _sum_entries(
     return dec, enc, bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["multiplier", "shift", "F"])
 def _latent_weight_grads_pieces_kernel(
     order,  # [S]
     starts,  # [F + 1]
@@ -85,7 +86,8 @@ def _latent_weight_grads_pieces_kernel(
     part_bias,  # [P] or None
     F,
     D,
-    K: tl.constexpr,
+    multiplier,
+    shift,
     L: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -107,7 +109,9 @@ def _latent_weight_grads_pieces_kernel(
         return
     end = tl.minimum(end, begin + PIECE)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    dec, enc, bias = _sum_entries(order, values, row_of, g, d_pre, x, begin, end, d, D, K, L, ROWS, BLOCK_D)
+    dec, enc, bias = _sum_entries(
+        order, values, row_of, g, d_pre, x, begin, end, d, D, multiplier, shift, L, ROWS, BLOCK_D
+    )
     tl.store(part_dec + p * D + d, dec, mask=d < D)
     if d_pre is not None:
         tl.store(part_enc + p * D + d, enc, mask=d < D)
@@ -115,7 +119,7 @@ def _latent_weight_grads_pieces_kernel(
             tl.store(part_bias + p, bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["multiplier", "shift"])
 def _latent_weight_grads_kernel(
     order,  # [S]
     starts,  # [F + 1]
@@ -131,7 +135,8 @@ def _latent_weight_grads_kernel(
     dW_enc,  # [F, D] or None
     d_b_enc,  # [F] or None
     D,
-    K: tl.constexpr,
+    multiplier,
+    shift,
     L: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -142,7 +147,9 @@ def _latent_weight_grads_kernel(
     start = tl.load(starts + f).to(tl.int64)
     end = tl.load(starts + f + 1).to(tl.int64)
     first_end = tl.minimum(end, start + PIECE)
-    dec, enc, bias = _sum_entries(order, values, row_of, g, d_pre, x, start, first_end, d, D, K, L, ROWS, BLOCK_D)
+    dec, enc, bias = _sum_entries(
+        order, values, row_of, g, d_pre, x, start, first_end, d, D, multiplier, shift, L, ROWS, BLOCK_D
+    )
     first_part = start // PIECE
     end_part = first_part + tl.maximum(end - start - 1, 0) // PIECE
     for first in range(first_part, end_part, ROWS):
@@ -161,6 +168,15 @@ def _latent_weight_grads_kernel(
             tl.store(d_b_enc + f, bias.to(d_b_enc.dtype.element_ty))
 
 
+def reciprocal(K: int) -> tuple[int, int]:
+    """Multiplier and shift: position // K is position * multiplier >> shift, of positions below 2^31.
+
+    As fast as by a constant, and no K is compiled for: with AuxK it is the number of dead latents if those are few.
+    """
+    shift = 31 + (K - 1).bit_length()
+    return cdiv(1 << shift, K), shift
+
+
 def latent_weight_grads(
     index: LatentIndex,
     values_BK: Tensor,
@@ -175,7 +191,8 @@ def latent_weight_grads(
     """
     if d_pre_BK is not None and x_BD is not None and x_BD.shape[1] != g_BD.shape[1]:
         return _in_two_walks(index, values_BK, g_BD, d_pre_BK, x_BD, rows)
-    K, D, F = values_BK.shape[-1], g_BD.shape[1], len(index.starts_F1) - 1
+    D, F = g_BD.shape[1], len(index.starts_F1) - 1
+    multiplier, shift = reciprocal(max(1, values_BK.shape[-1]))  # where there is nothing to divide, K may be 0
     n_pieces = max(0, values_BK.numel() - 1) // PIECE
     encoder = d_pre_BK is not None and x_BD is not None
     BLOCK_D, num_warps = row_block(D, arch_of(g_BD.device).lanes, max_warps=4)
@@ -202,7 +219,8 @@ def latent_weight_grads(
         "part_enc": parts.dW_enc_FD,
         "part_bias": parts.d_b_enc_F,
         "D": D,
-        "K": max(1, K) if rows is None else 1,  # a divisor, even where there is nothing to divide
+        "multiplier": multiplier,
+        "shift": shift,
         "L": 1 if rows is None else rows.n_levels,
         "PIECE": PIECE,
         "ROWS": rows_in_flight(g_BD.itemsize) // 2,  # rows of g and of x at a time

@@ -26,7 +26,7 @@ _SORTED = 128  # up to so many experts
 _EXPERTS = 32  # per program, of those that add up the shares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "per_program"])
 def _route_kernel(
     logits,  # [B, E]
     bias,  # [E] or None
@@ -46,7 +46,7 @@ def _route_kernel(
     total = tl.zeros([BLOCK_E], tl.float32)
     factor = tl.zeros([BLOCK_E], tl.float32)
     if bias is not None:
-        shift = tl.load(bias + e, mask=e < E, other=float("-inf"))
+        shift = tl.load(bias + e, mask=e < E, other=float("-inf")).to(tl.float32)
         factor = tl.exp(shift - tl.max(shift, 0))
     end = tl.minimum(B, (p + 1) * per_program)
     for first in range(p * per_program, end, ROWS):
@@ -75,7 +75,7 @@ def _route_kernel(
     tl.store(parts + (2 * p + 1) * E + e, total, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "B"])
 def _shares_kernel(
     parts,  # [P, 2, E]
     load,  # [E]
@@ -99,7 +99,7 @@ def _shares_kernel(
     tl.store(importance + e, total / B, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "B", "per_program"])
 def _place_tokens_kernel(
     expert,  # [B]
     parts,  # [P, 2, E]
@@ -150,7 +150,7 @@ def _place_tokens_kernel(
         place += tl.sum(ones, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _route_backward_kernel(
     probs,  # [B, E]
     expert,  # [B]
@@ -234,7 +234,7 @@ def route(logits_BE: Tensor, bias_E: Tensor | None = None) -> Routed:
     load_E, importance_E, balance = empty(E), empty(E), empty(())
     per_program = max(1, cdiv(cdiv(B, ROWS), _PROGRAMS)) * ROWS
     P = max(1, cdiv(B, per_program))
-    parts = empty(P, 2, E)
+    parts = empty(P, 2, E, dtype=torch.float32)  # counts, which low precision would round
     sizes = {"B": B, "E": E, "per_program": per_program, "ROWS": ROWS, "BLOCK_E": BLOCK_E}
     found = {"probs": probs_BE, "expert": expert_B, "gates": gates_B, "parts": parts}
     given = {"logits": logits_BE.contiguous(), "bias": None if bias_E is None else bias_E.contiguous()}

@@ -46,7 +46,7 @@ def _keys(pre, shift, factor, inside, MAGNITUDE: tl.constexpr):
     return tl.where(inside, keys, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _select_topk_maxima_kernel(
     pre,  # [R, F]
     bias,  # [F] or None

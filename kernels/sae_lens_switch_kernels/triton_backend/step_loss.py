@@ -21,7 +21,7 @@ from sae_lens_switch_kernels.triton_backend.launch import Traffic, launch, load_
 _COLUMNS, _TILE = 256, 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "per_part"])
 def _loss_parts_kernel(
     recon,  # [B, D]
     bias,  # [D]
@@ -71,7 +71,7 @@ def _loss_parts_kernel(
         tl.store(deviations + p * D + d, deviation, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_squares", "P", "B", "per_part"])
 def _loss_kernel(
     squares,  # [n_squares]
     means,  # [P, D] or None
@@ -124,7 +124,7 @@ def _loss_kernel(
     tl.store(factor, times)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "B"])
 def _loss_backward_kernel(
     out,  # [B, D]
     x,  # [B, D]

@@ -94,7 +94,7 @@ def _border(keys, inside, k, SHIFT: tl.constexpr):
     return lo, hi, from_hi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _topk_rows_kernel(
     pre,  # [R, F]
     bias,  # [F] or None

@@ -62,10 +62,16 @@ def test_keys_of_every_kind(case, n):
 
 def test_keys_spread_over_many_programs(monkeypatch):
     """As at real sizes, where each program has several blocks of keys, and reads the counts in several pieces."""
-    monkeypatch.setattr(counting_sort, "_PROGRAMS", 5)
+    monkeypatch.setattr(counting_sort, "_FEWEST", 5)
+    monkeypatch.setattr(counting_sort, "_MOST", 5)
     monkeypatch.setattr(counting_sort, "_TILE", 64)
     for n in (8, 50, 3000):
         check(keys_of(1001, n), n)
+
+
+def test_programs_grow_with_the_root_of_the_number_of_keys():
+    numbers = [1, 8192, 100_000, 262_144, 3_000_000, 2**31 - 1]
+    assert [counting_sort._programs(N) for N in numbers] == [256, 256, 316, 512, 512, 512]
 
 
 def test_a_key_that_is_none_of_them_is_left_out_of_the_count():

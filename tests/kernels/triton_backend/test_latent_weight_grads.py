@@ -15,7 +15,7 @@ from helpers.triton_checks import (
 )
 from sae_lens_switch_kernels import reference
 from sae_lens_switch_kernels.indexing import LatentIndex, latent_index
-from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads
+from sae_lens_switch_kernels.triton_backend.latent_weight_grads import latent_weight_grads, reciprocal
 
 
 @shapes
@@ -72,6 +72,18 @@ def test_pieces_are_a_matter_of_speed_only(monkeypatch):
     for piece in (8, 16):
         monkeypatch.setattr(module, "PIECE", piece)
         assert_as_good_as_torch("dW", latent_weight_grads(index, values, g).dW_dec_FD, exact, exact.float())
+
+
+@pytest.mark.parametrize("K", [*range(1, 70), 384, 1023, 1025, 65537, 2**30 - 1, 2**31 - 1])
+def test_division_by_a_product_is_exact(K):
+    multiplier, shift = reciprocal(K)
+    assert 2**31 <= multiplier <= 2**32  # so that its dtype is the same for every K, and products have 63 bits
+    last = 2**31 - 1
+    for quotient in {0, 1, 2, 12345 % (last // K + 1), last // K - 1, last // K}:
+        for position in (quotient * K - 1, quotient * K, quotient * K + K - 1):
+            if 0 <= position <= last:
+                assert position * multiplier >> shift == position // K
+    assert last * multiplier >> shift == last // K
 
 
 def test_an_index_of_int32():

@@ -137,7 +137,7 @@ def trained(monkeypatch, form: str, dtype: str, frozen: bool) -> list[Tensor]:
         radial = None if frozen else (grads[1] * sae.W_dec[rows]).sum(1).detach()
         optimizer.row_grads.store(rows, *grads, d_bias, radial if i else None)
         sae.b_dec.grad = x.mean(0)
-        optimizer.clipped_step(torch.zeros(()), 1.0)
+        optimizer.clipped_step(torch.zeros((), device=DEVICE), 1.0)
     state = [t for p in sae.parameters() for t in optimizer.state.get(p, {}).values()]
     return [*(p.detach().clone() for p in sae.parameters()), *state]
 

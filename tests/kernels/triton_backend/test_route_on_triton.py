@@ -3,12 +3,17 @@
 import pytest
 import torch
 from helpers.triton_checks import DEVICE, assert_as_good_as_torch, random
-from sae_lens_switch_kernels import torch_routing
+from sae_lens_switch_kernels import indexing, torch_routing
 from sae_lens_switch_kernels.triton_backend import routing
 
 shapes = pytest.mark.parametrize(
     ("B", "E"), [(1, 1), (7, 3), (33, 32), (130, 5), (2100, 128), (5, 130), (2, 1500)], ids=str
 )
+
+
+def assert_same_load(ours: torch_routing.Routed, plain: torch_routing.Routed) -> None:
+    """A count divided by the number of tokens, which on a GPU torch does by a product and rounds twice."""
+    torch.testing.assert_close(ours.load_E, plain.load_E, rtol=1e-6, atol=0)
 
 
 @shapes
@@ -18,8 +23,9 @@ def test_route(B, E, biased):
     ours, plain = routing.route(logits, bias), torch_routing.route(logits, bias)
     exact = torch_routing.route(logits.double(), None if bias is None else bias.double())
     assert torch.equal(ours.expert_B, plain.expert_B)
-    for name in ("load_E", "order_B", "offsets_E1"):
+    for name in ("order_B", "offsets_E1"):
         assert torch.equal(getattr(ours, name), getattr(plain, name)), name
+    assert_same_load(ours, plain)
     assert exact.balance == pytest.approx(E * float(exact.load_E @ exact.importance_E))
     for name in ("probs_BE", "gates_B", "importance_E", "balance"):
         assert_as_good_as_torch(name, *(getattr(found, name) for found in (ours, exact, plain)))
@@ -50,8 +56,22 @@ def test_ties_infinities_and_what_is_not_a_number(bias):
     ours, plain = routing.route(logits, bias), torch_routing.route(logits, bias)
     assert torch.equal(ours.expert_B, plain.expert_B)
     assert torch.equal(ours.gates_B.isnan(), plain.gates_B.isnan())
-    assert torch.equal(ours.load_E, plain.load_E)
+    assert_same_load(ours, plain)
     assert ours.importance_E.isnan().all()
+
+
+@pytest.mark.parametrize("E", [1, 2, 130])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+def test_tokens_are_counted_exactly_whatever_the_dtype_of_the_logits(E, biased):
+    """A program has hundreds of tokens here, nearly all of one expert: more than bfloat16 can count."""
+    logits, bias = random(1501, E, dtype=torch.bfloat16), random(E, dtype=torch.bfloat16, seed=1)
+    logits[:, 0] += 9
+    found = routing.route(logits, bias if biased else None)
+    expected = indexing.expert_groups(found.expert_B, E)
+    assert torch.equal(found.order_B, expected.order_B)
+    assert torch.equal(found.offsets_E1, expected.offsets_E1.int())
+    assert found.probs_BE.dtype == found.load_E.dtype == torch.bfloat16
+    torch.testing.assert_close(found.load_E.float(), expected.offsets_E1.diff() / 1501, rtol=0.01, atol=0)
 
 
 def test_loads_are_followed_as_by_torch():
