@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch):
         launching._recorder.reset(token)
 
 
-def launches_of_a_step(sae: SparseTrainingSAE, n_tokens: int, autocast: bool, monkeypatch: pytest.MonkeyPatch):
+def launches_of_a_step(
+    sae: SparseTrainingSAE, n_tokens: int, autocast: bool, monkeypatch: pytest.MonkeyPatch, **fields: Any
+):
     """Of the third step of a run that is far from any log, on an SAE of the meta device."""
     with pretended_gpu(monkeypatch) as counted:
         cfg = SparseSAETrainerConfig(
@@ -158,6 +161,7 @@ def launches_of_a_step(sae: SparseTrainingSAE, n_tokens: int, autocast: bool, mo
             device="meta",
             autocast=autocast,
             logger=LoggingConfig(log_to_wandb=False),
+            **fields,
         )
         run = SparseSAETrainer(cfg, sae, iter([]))
         for _ in range(3):

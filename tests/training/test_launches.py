@@ -16,15 +16,16 @@ B, SHAPE = 8192, {"d_in": 768, "d_sae": 24576, "k": 32, "device": "meta", "dtype
 OPTIONS = {
     "biased": {"load_balancing": "bias"},
     "overlap": {"expert_overlap_coefficient": 0.01},
-    "with a shared expert": {"n_shared_experts": 1, "shared_width": 768},
+    "a shared expert": {"n_shared_experts": 1, "shared_width": 768},
+    "two per token": {"n_active_experts": 2},
 }
 
 
-def make_sae(architecture: str):
-    options = {**SHAPE, "aux_loss_coefficient": 0.0}
+def make_sae(architecture: str, **fields):
+    options = {**SHAPE, "aux_loss_coefficient": 0.0, **fields}
     if architecture.startswith("switch"):
         _, n_experts, *which = architecture.split(maxsplit=2)
-        options |= {} if not which else OPTIONS[which[0]]
+        options |= {} if not which else OPTIONS[which[0].removeprefix("with ")]
         return SwitchTrainingSAE(SwitchTrainingSAEConfig(**options, n_experts=int(n_experts)))
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(**options))
 
@@ -62,3 +63,13 @@ def test_a_step_launches_few_kernels_and_never_waits(architecture, at_most, auto
     assert launches.n <= at_most, f"{launches.n} launches, at most {at_most} so far; by place:\n{launches.table()}"
     assert launches.waits == []
     assert launches.n > at_most - 10, "fewer launches than ever: lower the bound"
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("architecture", ["switch 32", "switch 32 with two per token", "switch 32 with a shared expert"])
+def test_a_captured_step_with_dead_latents_never_waits(architecture, autocast, monkeypatch):
+    sae = make_sae(architecture, aux_loss_coefficient=1 / 32)
+    assert sae.can_mask_dead
+    launches = launches_of_a_step(sae, B, autocast, monkeypatch, cuda_graph=True)
+    assert any("dead_latents" in place for place, _ in launches.places)
+    assert launches.waits == []
