@@ -168,7 +168,7 @@ def finish_tests(process: subprocess.Popen, output: Path, deadline: float) -> No
         fate = "unfinished"
     record, log = Record(output / "kernel-tests.json"), output / "kernel-tests.log"
     lines = log.read_text(errors="replace").strip().split("\n")
-    record.set("kernel tests", status=fate, error=lines[-1][:300], traceback="\n".join(lines[-60:]))
+    record.set("kernel tests", status=fate, result=lines[-1][:300], traceback="\n".join(lines[-60:]))
     if fate == "ok":
         log.unlink()
 

@@ -36,7 +36,7 @@ def of_stage(name: str, record: Record) -> list[str]:
         lines.append("STOPPED: " + record.data["error"].strip().split("\n")[-1])
     for case, found in record.cases.items():
         if found["status"] != "ok":
-            lines.append(f"{found['status'].upper()}: {case}: {found.get('error', '')}")
+            lines.append(f"{found['status'].upper()}: {case}: {found.get('error') or found.get('result', '')}")
         lines += [f"WARNED: {case}: {message}" for message in found.get("warnings", [])]
     rows = (ROW.get(name, empty)(case, found, record.cases) for case, found in record.cases.items())
     return lines + [row for row in rows if row]
