@@ -25,6 +25,7 @@ OVERRIDDEN: dict[str, dict[str, str]] = {
         "_checkpoint_if_needed": "a full disk must not end a run",
         "_run_and_log_evals": "histograms of the routing are logged beside the evaluation",
         "_estimate_scaling_factors": "processes that divide SAEs draw the batches together",
+        "_maybe_log_sparsity": "the last moment at which a signal makes a run save what it has trained",
         "_update_pbar": "progress without a terminal is written as sentences",
     },
     "sae_lens.multi_sae_training_runner.MultiSAETrainingRunner": {

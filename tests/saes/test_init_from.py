@@ -161,7 +161,7 @@ def test_it_has_the_dtype_of_its_config():
         (topk_config(), "abstopk", "must start from a topk.*; got a AbsTopKSAE"),
         (SparseAbsTopKTrainingSAEConfig(**SHAPE, k=TOPK_K), "topk", "must start from a abstopk SAE; got a TopKSAE"),
         (SparseTopKTrainingTranscoderConfig(**SHAPE, k=TOPK_K), "topk", "cfg must not be a transcoder"),
-        (topk_config(), "transcoder", "got a Transcoder"),
+        (topk_config(), "transcoder", "source must not be a transcoder; got transcoder"),
         (training_config(), "topk", "a switch SAE must start from another, or by split_topk; got a TopKSAE"),
         (
             StandardTrainingSAEConfig(d_in=D, d_sae=F),

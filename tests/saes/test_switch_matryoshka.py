@@ -192,7 +192,7 @@ def test_a_normalisation_per_token_is_refused():
 )
 def test_experts_on_several_processes_are_refused(fields, message):
     class OfOne:
-        row_size, row_rank = 1, 0
+        row_size, row_rank, device = 1, 0, "cpu"
 
     cfg = SwitchTrainingSAEConfig(**FIELDS, **fields)
     with pytest.raises(ValueError, match=message):
