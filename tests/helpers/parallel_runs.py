@@ -1,6 +1,7 @@
 """Small runs on one process and on several, to be held against each other."""
 
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,18 @@ BATCH = 64
 def config(steps: int, **fields: Any) -> SparseSAETrainerConfig:
     fields = {"lr": 3e-3, "device": "cpu", "dead_feature_window": 2, "feature_sampling_window": 7, **fields}
     return SparseSAETrainerConfig(total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, **fields)
+
+
+def signal_in_step(trainer: Any, number: int) -> None:
+    """The second process gets SIGTERM as it begins the step with this number, from 0."""
+    step = trainer.step
+
+    def signalled(batch: Tensor):
+        if trainer.n_training_steps == number and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch)
+
+    trainer.step = signalled
 
 
 def tokens() -> Tensor:

@@ -7,7 +7,16 @@ import time
 import pytest
 import torch
 from helpers import D, E, F, activations
-from helpers.parallel_runs import BATCH, alone, assert_same_run, config, shared_bits, together, tokens
+from helpers.parallel_runs import (
+    BATCH,
+    alone,
+    assert_same_run,
+    config,
+    shared_bits,
+    signal_in_step,
+    together,
+    tokens,
+)
 from helpers.processes import PATIENCE, ended_processes, on_processes
 from helpers.resumed import make_sae
 
@@ -228,14 +237,7 @@ def test_training_ends_for_all_when_the_activations_of_one_process_do(tmp_path):
 def test_a_signal_to_one_process_stops_all_before_the_same_step(tmp_path):
     def run() -> tuple[str, int]:
         trainer = ParallelSparseSAETrainer(config(50, expert_parallel=2), make_sae(), tokens())
-        step = trainer.step
-
-        def stopped_at_four(batch):
-            if trainer.n_training_steps == 4 and trainer.ranks.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(batch)
-
-        trainer.step = stopped_at_four
+        signal_in_step(trainer, 4)
         with pytest.raises(SignalledError) as error:
             trainer.fit()
         return str(error.value), trainer.n_training_steps

@@ -1,11 +1,7 @@
 """A signal in the last step of a run on several processes: all of them save what they have trained."""
 
-import os
-import signal
-
 import pytest
-import torch
-from helpers.parallel_runs import BATCH, config, tokens
+from helpers.parallel_runs import BATCH, config, signal_in_step, tokens
 from helpers.processes import on_processes
 from helpers.resumed import make_sae
 
@@ -21,14 +17,7 @@ def test_a_signal_to_one_process_in_the_last_step_saves_on_all(tmp_path):
     def run() -> tuple[str, int]:
         cfg = config(STEPS, expert_parallel=2, checkpoint_path=str(saved))
         trainer = ParallelSparseSAETrainer(cfg, make_sae(), tokens())
-        step = trainer.step
-
-        def signalled(batch):
-            if trainer.n_training_steps == STEPS - 1 and torch.distributed.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(batch)
-
-        trainer.step = signalled
+        signal_in_step(trainer, STEPS - 1)
         with pytest.raises(SignalledError) as error:
             trainer.fit()
         return str(error.value), trainer.n_training_steps

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
@@ -177,19 +178,24 @@ def test_killed_at_any_file_operation_an_sae_is_the_old_or_the_new(links, tmp_pa
     assert found.count("nothing") == (0 if links else 2)
 
 
-@pytest.mark.parametrize("at", range(5))
-def test_what_fails_while_files_are_replaced_leaves_the_old_ones_or_the_new(at, tmp_path, monkeypatch):
-    replace_files(tmp_path, write("old"))
+def failing_replace(at: int) -> Callable[..., None]:
+    """``os.replace``, whose call number ``at`` fails."""
     left, really = [at], os.replace
 
-    def fail(*args):
+    def replace(*args: Any) -> None:
         left[0] -= 1
         if left[0] == -1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         really(*args)
 
+    return replace
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_what_fails_while_files_are_replaced_leaves_the_old_ones_or_the_new(at, tmp_path, monkeypatch):
+    replace_files(tmp_path, write("old"))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
+        patch.setattr(os, "replace", failing_replace(at))
         with pytest.raises(OSError, match="Input/output error"):
             replace_files(tmp_path, write("new"))
     (is_there,) = contents(tmp_path)
@@ -210,17 +216,9 @@ class WindowsWithLinks:
 @pytest.mark.parametrize("at", range(3))
 def test_what_fails_there_on_windows_leaves_an_sae_too(at, tmp_path, monkeypatch):
     replace_files(tmp_path, write("old"))
-    left, really = [at], os.replace
-
-    def fail(*args):
-        left[0] -= 1
-        if left[0] == -1:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        really(*args)
-
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "os", WindowsWithLinks())
-        patch.setattr(os, "replace", fail)
+        patch.setattr(os, "replace", failing_replace(at))
         with pytest.raises(OSError, match="Input/output error"):
             replace_files(tmp_path, write("new"))
     assert contents(tmp_path) == {"old" if at == 0 else "new"}
