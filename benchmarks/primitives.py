@@ -5,6 +5,7 @@ python benchmarks/primitives.py    # about a minute on two cores; B 4096, D 768,
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -35,11 +36,22 @@ def main() -> None:
     x, g = torch.randn(B, D), torch.randn(B, D)
     W_enc, W_dec = (torch.randn(N_LATENTS, D).div_(D**0.5).requires_grad_() for _ in range(2))
 
-    pre = torch.randn(512, N_LATENTS)
-    compare(
-        "top-k of 512 rows",
-        {"torch.topk": lambda: pre.topk(K, sorted=False), "pruned": lambda: torch_backend.select_topk(pre, K)},
-    )
+    pre = torch.randn(B, N_LATENTS)
+
+    def pruned(t: torch.Tensor) -> None:
+        os.environ["SAE_LENS_SWITCH_CPU_SEARCH"] = "torch"
+        torch_backend.select_topk(t, K)
+        del os.environ["SAE_LENS_SWITCH_CPU_SEARCH"]
+
+    for t in (pre.bfloat16(), pre):
+        compare(
+            f"top-k of {B} rows in {t.dtype}",
+            {
+                "torch.topk": lambda t=t: t.topk(K, sorted=False),
+                "pruned": lambda t=t: pruned(t),
+                "compiled": lambda t=t: torch_backend.select_topk(t, K),
+            },
+        )
 
     def step(n_experts: int, k: int, dense_up_to: int) -> None:
         products._DENSE_UP_TO["cpu"] = dense_up_to

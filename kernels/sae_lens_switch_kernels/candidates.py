@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_switch_kernels.backend import SelfChecked
+from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups, code_rows
 from sae_lens_switch_kernels.inputs import EncoderInputs
 from sae_lens_switch_kernels.own_tiles import own_tiles
@@ -37,7 +38,7 @@ _AT_LEAST = {torch.bfloat16: 4, torch.float8_e4m3fn: 16}
 # its candidates show.
 _STANDARD_DEVIATIONS = 4
 # Of the summed dimension, for the product; and rows of weights that are scaled at a time, to stay in cache.
-_MULTIPLE, _ROWS = 32, 1024
+_MULTIPLE, _ROWS = 32, 256
 
 
 class Selected(NamedTuple):
@@ -174,7 +175,7 @@ def folded(inputs: EncoderInputs, x_BD: Tensor, dtype: torch.dtype) -> tuple[Enc
     W_FD, bias_F, scale_F = inputs.W_enc_FD, inputs.bias_F, inputs.scale_F
     F, D = W_FD.shape
     width = D + 1 + -(D + 1) % _MULTIPLE
-    low_FD, low_BD = W_FD.new_empty(F, width, dtype=dtype), x_BD.new_empty(len(x_BD), width, dtype=dtype)
+    low_FD, low_BD = (empty_huge(len(t), width, dtype=dtype, device=t.device) for t in (W_FD, x_BD))
     low_FD[:, D:], low_BD[:, D:] = 0, 0
     for start in range(0, F, _ROWS):
         rows = slice(start, start + _ROWS)

@@ -8,7 +8,6 @@ Letters beside the package's: R here counts the rows of a tile, P the latents of
 """
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch.nn import functional
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import (
     CodeRows,
-    ExpertGroups,
     LatentGrads,
     LatentIndex,
     code_rows,
@@ -45,9 +43,9 @@ from sae_lens_switch_kernels.torch_grouped import (
     grouped_weight_grads,
 )
 from sae_lens_switch_kernels.torch_loss import loss, loss_backward
+from sae_lens_switch_kernels.torch_private import bag_dots, has_bag_dots
 from sae_lens_switch_kernels.torch_routing import route, route_backward, update_expert_bias, update_loads
-from sae_lens_switch_kernels.torch_tiles import pre_activation_tiles
-from sae_lens_switch_kernels.torch_topk import select_topk
+from sae_lens_switch_kernels.torch_topk import select_topk, topk_encode
 
 __all__ = [
     "adam_rows",
@@ -106,11 +104,13 @@ def sparse_decode(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor, offsets_B
 
 def matmul_at_indices(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, offsets_B1: Tensor | None = None) -> Tensor:
     """out[b, j] = <g[b], W[i[b, j]]> (MatmulAtSparseIndices): 2SD flops instead of 2BFD; offsets as above."""
-    if _has_csr(g_BD):
-        starts_B1 = torch.arange(len(g_BD) + 1) * indices_BK.shape[1] if offsets_B1 is None else offsets_B1
-        indices_S = indices_BK.flatten().to(starts_B1.dtype)
-        pattern = _csr(starts_B1, indices_S, g_BD.new_zeros(len(indices_S)), (len(g_BD), len(W_FD)))
-        return torch.sparse.sampled_addmm(pattern, g_BD, W_FD.T, beta=0).values().view(indices_BK.shape)
+    if has_bag_dots(W_FD):
+        n, dtype = indices_BK.numel(), indices_BK.dtype
+        if offsets_B1 is None:
+            rows_S = torch.arange(len(g_BD), dtype=dtype).repeat_interleave(indices_BK.shape[1], output_size=n)
+        else:
+            rows_S = code_rows(offsets_B1, n).row_S.to(dtype)
+        return bag_dots(g_BD, W_FD, indices_BK.flatten(), rows_S).view(indices_BK.shape)
     if offsets_B1 is not None:  # the same with one code per row
         g_BD, indices_BK = g_BD[code_rows(offsets_B1, len(indices_BK)).row_S], indices_BK.unsqueeze(1)
     out_BK = g_BD.new_empty(indices_BK.shape)
@@ -167,57 +167,3 @@ def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
     with warnings.catch_warnings():  # torch warns once per process that the layout is in beta
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-
-
-def topk_encode(
-    x_BD: Tensor,
-    W_FD: Tensor,
-    k: int,
-    groups: ExpertGroups,
-    bias_F: Tensor | None,
-    scale_F: Tensor | None,
-    dtype: torch.dtype,
-    relu: bool = False,
-    by_magnitude: bool = False,
-    select: Callable[..., tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k largest of (x W_e^T + bias) * scale per row: pre-activations without the scale, and indices over all F.
-
-    2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. With ``relu``
-    pre-activations that are chosen, and negative, are 0. ``by_magnitude``: the k farthest from 0. ``select`` searches a
-    tile; default: ``select_topk``.
-    """
-    M = len(W_FD) // (len(groups.offsets_E1) - 1)
-    values_BK = W_FD.new_empty(len(x_BD), k)
-    indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
-    alone = bias_F is not None or scale_F is not None
-    found = []
-    # Triton's selection adds the bias itself; here that would be one more pass over the tile.
-    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, bias_F if select is None else None):
-        n = min(k, tile.pre_RP.shape[1])
-        bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
-        if select is None:
-            values, indices = select_topk(tile.pre_RP, n, scale, by_magnitude)
-        else:
-            values, indices = select(tile.pre_RP, n, bias, scale, by_magnitude=by_magnitude)
-        first = tile.expert * M
-        found.append((values.to(W_FD.dtype), indices.add_(tile.latents.start - first)))
-        if tile.latents.stop == first + M:
-            scale = None if scale_F is None else scale_F[first : first + M]
-            values_BK[tile.rows], indices_BK[tile.rows] = (
-                found[0] if len(found) == 1 else _best(found, k, scale, by_magnitude)
-            )
-            found = []
-    if len(groups.offsets_E1) > 2:
-        indices_BK += groups.first_latents(len(x_BD), len(W_FD))
-    return values_BK.relu_() if relu else values_BK, indices_BK
-
-
-def _best(
-    found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None, by_magnitude: bool
-) -> tuple[Tensor, Tensor]:
-    """The k best overall, which are among the k best of each part."""
-    values, indices = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
-    ranked = values if scale_F is None else values * scale_F[indices]
-    best_RK = (ranked.abs() if by_magnitude else ranked).topk(k, dim=1, sorted=False).indices
-    return values.gather(1, best_RK), indices.gather(1, best_RK)

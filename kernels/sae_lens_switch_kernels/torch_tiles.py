@@ -22,8 +22,9 @@ from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_line
 TILE_ROWS = {"cpu": 512}
 _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
-# Where a tile need not have all latents of a row, it is small enough to be searched in cache.
-_NARROW_TILE_LATENTS = {"cpu": 2048}
+# Rows and latents of tiles that need not have all latents of a row, by the bytes of a number: few enough to be searched
+# in cache. oneDNN's products in 16 bits want many rows, and are slower where rows of the result are 4,096 bytes apart.
+_NARROW_TILES = {"cpu": {2: (2048, 3072), 4: (512, 2048)}}
 _PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
 _MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
 
@@ -66,12 +67,11 @@ def pre_activation_tiles(
     """
     E, device = len(groups.offsets_E1) - 1, x_BD.device
     M = len(W_FD) // E
-    rows = tile_rows(device)
+    rows, widest = narrow_tile(device, dtype) if narrow else (tile_rows(device), _TILE_LATENTS)
     # In low precision, the whole of W is converted once: less than half of it is then read once per tile.
     float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
     x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
     bias_F = None if bias_F is None else bias_F.to(product_dtype(dtype))
-    widest = min(_TILE_LATENTS, _NARROW_TILE_LATENTS.get(device.type, _TILE_LATENTS) if narrow else _TILE_LATENTS)
     buffer = empty_huge(min(rows, len(x_BD)), min(M, widest), dtype=product_dtype(dtype), device=device)
     for tile in row_tiles(group_offsets(groups, len(x_BD)), rows, alone or E == 1 or widest < M):
         low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
@@ -92,6 +92,12 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def tile_rows(device: torch.device) -> int:
     return TILE_ROWS.get(device.type, _TILE_ROWS_ON_GPU)
+
+
+def narrow_tile(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """The most rows and latents of narrow tiles of a product in ``dtype``."""
+    rows, latents = _NARROW_TILES.get(device.type, {}).get(product_dtype(dtype).itemsize, (tile_rows(device), 1 << 62))
+    return rows, min(latents, _TILE_LATENTS)
 
 
 class Rows(NamedTuple):

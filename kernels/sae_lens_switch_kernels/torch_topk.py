@@ -1,12 +1,122 @@
-"""The k largest of every row in plain torch, exact.
+"""Encoders whose k largest pre-activations per row are kept: exact, compiled where it can be, else in plain torch.
 
-Letters: R rows of F numbers; N blocks of height H.
+Letters: R rows of F numbers, P of them in a part; N blocks of height H.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sae_lens_switch_kernels import cpu_search
+from sae_lens_switch_kernels.indexing import ExpertGroups
+from sae_lens_switch_kernels.torch_tiles import narrow_tile, pre_activation_tiles, product_dtype
+
 _SEARCH_ELEMENTS = 1 << 21  # of rows that are searched at a time, to stay in cache
+
+
+def topk_encode(
+    x_BD: Tensor,
+    W_FD: Tensor,
+    k: int,
+    groups: ExpertGroups,
+    bias_F: Tensor | None,
+    scale_F: Tensor | None,
+    dtype: torch.dtype,
+    relu: bool = False,
+    by_magnitude: bool = False,
+    select: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest of (x W_e^T + bias) * scale per row: pre-activations without the scale, and indices over all F.
+
+    2BDM flops in ``dtype``: only the block of a row's own expert is computed, one tile of rows at a time. With ``relu``
+    pre-activations that are chosen, and negative, are 0. ``by_magnitude``: the k farthest from 0. ``select`` searches a
+    tile; default: ``select_topk``.
+    """
+    alone = bias_F is not None or scale_F is not None
+    if select is None and _can_search(x_BD, W_FD, k, groups, dtype):
+        values_BK, indices_BK = _topk_in_cache(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, alone, by_magnitude)
+    else:
+        tiled = x_BD, W_FD, k, groups, bias_F, scale_F, dtype, alone, by_magnitude
+        values_BK, indices_BK = _topk_of_tiles(*tiled, select)
+    if len(groups.offsets_E1) > 2:
+        indices_BK += groups.first_latents(len(x_BD), len(W_FD))
+    return values_BK.relu_() if relu else values_BK, indices_BK
+
+
+def _can_search(x_BD: Tensor, W_FD: Tensor, k: int, groups: ExpertGroups, dtype: torch.dtype) -> bool:
+    width = min(len(W_FD) // (len(groups.offsets_E1) - 1), narrow_tile(x_BD.device, dtype)[1])
+    return cpu_search.can_search(product_dtype(dtype), x_BD.device, k, width)
+
+
+def _topk_in_cache(
+    x_BD: Tensor,
+    W_FD: Tensor,
+    k: int,
+    groups: ExpertGroups,
+    bias_F: Tensor | None,
+    scale_F: Tensor | None,
+    dtype: torch.dtype,
+    alone: bool,
+    by_magnitude: bool,
+) -> tuple[Tensor, Tensor]:
+    """Narrow tiles, each searched while it is in cache. Indices within the expert."""
+    M = len(W_FD) // (len(groups.offsets_E1) - 1)
+    best = cpu_search.TopK(len(x_BD), k, product_dtype(dtype))
+    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, bias_F, narrow=True):
+        ranked_RP = tile.pre_RP
+        if scale_F is not None:
+            ranked_RP = ranked_RP * scale_F[tile.latents].to(ranked_RP.dtype)
+        if by_magnitude:
+            ranked_RP = ranked_RP.abs()
+        best.add(tile.pre_RP, tile.rows, tile.latents.start - tile.expert * M, ranked_RP)
+    return best.values_RK.to(W_FD.dtype), best.indices_RK
+
+
+def _topk_of_tiles(
+    x_BD: Tensor,
+    W_FD: Tensor,
+    k: int,
+    groups: ExpertGroups,
+    bias_F: Tensor | None,
+    scale_F: Tensor | None,
+    dtype: torch.dtype,
+    alone: bool,
+    by_magnitude: bool,
+    select: Callable[..., tuple[Tensor, Tensor]] | None,
+) -> tuple[Tensor, Tensor]:
+    """Tiles of whole rows where they are no wider than a tile. Indices within the expert."""
+    M = len(W_FD) // (len(groups.offsets_E1) - 1)
+    values_BK = W_FD.new_empty(len(x_BD), k)
+    indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
+    found = []
+    # Triton's selection adds the bias itself; here that would be one more pass over the tile.
+    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, bias_F if select is None else None):
+        n = min(k, tile.pre_RP.shape[1])
+        bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
+        if select is None:
+            values, indices = select_topk(tile.pre_RP, n, scale, by_magnitude)
+        else:
+            values, indices = select(tile.pre_RP, n, bias, scale, by_magnitude=by_magnitude)
+        first = tile.expert * M
+        found.append((values.to(W_FD.dtype), indices.add_(tile.latents.start - first)))
+        if tile.latents.stop == first + M:
+            scale = None if scale_F is None else scale_F[first : first + M]
+            values_BK[tile.rows], indices_BK[tile.rows] = (
+                found[0] if len(found) == 1 else _best(found, k, scale, by_magnitude)
+            )
+            found = []
+    return values_BK, indices_BK
+
+
+def _best(
+    found: list[tuple[Tensor, Tensor]], k: int, scale_F: Tensor | None, by_magnitude: bool
+) -> tuple[Tensor, Tensor]:
+    """The k best overall, which are among the k best of each part."""
+    values, indices = (torch.cat(t, dim=1) for t in zip(*found, strict=True))
+    ranked = values if scale_F is None else values * scale_F[indices]
+    best_RK = (ranked.abs() if by_magnitude else ranked).topk(k, dim=1, sorted=False).indices
+    return values.gather(1, best_RK), indices.gather(1, best_RK)
 
 
 def select_topk(
@@ -21,16 +131,24 @@ def select_topk(
     """
     # Of two dtypes torch would make a copy of the whole tile in the wider one first.
     scale_F = None if scale_F is None else scale_F.to(pre_RF.dtype)
-    rows = max(1, _SEARCH_ELEMENTS // pre_RF.shape[1])
+    R, F = pre_RF.shape
+    rows = max(1, _SEARCH_ELEMENTS // F)
     needs_scratch = scale_F is not None or by_magnitude
-    scratch = pre_RF.new_empty(min(rows, len(pre_RF)) if needs_scratch else 0, pre_RF.shape[1])
+    scratch = pre_RF.new_empty(min(rows, R) if needs_scratch else 0, F)
+    compiled = cpu_search.TopK(R, k, pre_RF.dtype) if cpu_search.can_search(pre_RF.dtype, pre_RF.device, k, F) else None
     found = []
-    for part in pre_RF.split(rows):
+    for start in range(0, R, rows):
+        part = pre_RF[start : start + rows]
         ranked = part if scale_F is None else torch.mul(part, scale_F, out=scratch[: len(part)])
         if by_magnitude:
             ranked = torch.abs(ranked, out=scratch[: len(part)])
-        indices = top_indices(ranked, k, _block_count(ranked.shape[1], k))
-        found.append((part.gather(1, indices), indices))
+        if compiled is not None:
+            compiled.add(part, slice(start, start + len(part)), 0, ranked)
+        else:
+            indices = top_indices(ranked, k, _block_count(F, k))
+            found.append((part.gather(1, indices), indices))
+    if compiled is not None:
+        return compiled.values_RK, compiled.indices_RK
     values_RK, indices_RK = found[0] if len(found) == 1 else (torch.cat(t) for t in zip(*found, strict=True))
     return values_RK, indices_RK
 

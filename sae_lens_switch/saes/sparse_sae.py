@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads
+from sae_lens_switch_kernels import EncoderPrecision, Reconstruction, RowGrads, to_huge_pages
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -126,6 +126,12 @@ class SparseTrainingSAE(SparseSAE, AuxKTrainingSAE, ABC):
     The trainer hands a ``SparseStepInput`` to ``training_forward_pass`` and gets a ``SparseStepOutput`` with the codes.
     Under SAELens's own trainer, or in any loop, the same SAE trains as well.
     """
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for p in self.parameters():
+            p.data = to_huge_pages(p.data)  # whatever trains it goes through all of it at every step
 
     # What the trainer asks
 

@@ -41,5 +41,5 @@ def test_the_reading_list_says_how_long_its_files_are():
 def test_the_rooms_it_draws_are_all_there_are():
     (tree,) = re.findall(r"^```text\n(.*?)^```", PAGES["docs/design.md"], re.MULTILINE | re.DOTALL)
     drawn = set(re.findall(r"^ {4}([\w/]+)/ ", tree, re.MULTILINE))
-    rooms = {p.name for p in (ROOT / "sae_lens_switch").iterdir() if (p / "__init__.py").exists()}
-    assert drawn - {"triton_backend"} == rooms
+    packages = [ROOT / "sae_lens_switch", ROOT / "kernels" / "sae_lens_switch_kernels"]
+    assert drawn == {p.name for package in packages for p in package.iterdir() if (p / "__init__.py").exists()}

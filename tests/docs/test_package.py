@@ -18,7 +18,7 @@ def run_python(code: str, cwd: Path, *paths: Path) -> str:
     return result.stdout.strip()
 
 
-_SHIPPED = {".py", ".typed", ".html", ".css", ".js", ".json"}
+_SHIPPED = {".py", ".typed", ".html", ".css", ".js", ".json", ".c", ".h"}
 
 
 @pytest.fixture(scope="module")

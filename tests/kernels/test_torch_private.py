@@ -37,6 +37,27 @@ def test_without_onednns_linear_products_take_another_route(fault, monkeypatch):
         torch_private.has_onednn_linear.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("stored", ["by latent", "by dimension"])
+def test_the_dot_products_of_an_embedding_bag_are_those_of_given_rows(dtype, index_dtype, stored):
+    generator = torch.Generator().manual_seed(0)
+    g, W = (torch.randn(n, 33, generator=generator, dtype=dtype) for n in (5, 700))
+    W = W if stored == "by latent" else W.T.contiguous().T
+    indices = torch.randint(0, 700, (41,), generator=generator).to(index_dtype)
+    rows = torch.randint(0, 5, (41,), generator=generator).to(index_dtype)  # in no order, and some not at all
+    found = torch_private.bag_dots(g, W, indices, rows)
+    exact = torch.stack([g[r].double() @ W[i].double() for r, i in zip(rows.tolist(), indices.tolist(), strict=True)])
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_the_error_is_written_once_and_is_autograds():
+    out, x, grad = (torch.randn(7, 33) for _ in range(3))
+    leaf = out.clone().requires_grad_()
+    torch.nn.functional.mse_loss(leaf, x, reduction="none").backward(grad)
+    assert torch.equal(torch_private.mse_backward(grad, out, x), leaf.grad)
+
+
 def test_the_assertion_on_a_device_raises_its_message_or_nothing():
     torch_private.assert_on_device(torch.tensor(True), "never said")
     torch_private.assert_on_device(torch.ones((), dtype=torch.bool, device="meta"), "nor here")
