@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from sae_lens_switch_kernels import products, sparse_autoencode, torch_backend, torch_tiles
+from sae_lens_switch_kernels import products, sparse_autoencode, torch_backend
 from torch.nn import functional
 
 from sae_lens_switch.training.optim.row_sparse_adam import scatter_rows_
@@ -86,21 +86,6 @@ def main() -> None:
             },
         )
     products._DENSE_UP_TO["cpu"] = before
-
-    experts = torch.randn(32, 4096, 256)
-    out = torch.empty(512, 4096)
-    for n in (17, 67, 128, 512):
-        few = torch.randn(n, 256)
-
-        def by_mm(few=few, n=n) -> None:
-            for W in experts:
-                torch.mm(few, W.T, out=out[:n])
-
-        def chosen(few=few, n=n) -> None:  # oneDNN, where torch has it
-            for W in experts:
-                torch_tiles.product(few, W, out[:n])
-
-        compare(f"{n} tokens an expert of 4,096 latents, D 256", {"torch.mm": by_mm, "chosen": chosen})
 
     rows, moved = torch.randperm(100_000)[:30_000].sort().values, torch.randn(30_000, 512)
     table = torch.zeros(100_000, 512)

@@ -71,6 +71,8 @@ def _efficient(rows: list[Row], curves: list[Row]) -> list[Row]:
         here = "not reached" if parts["tokens"] == "not reached" else here
         here = "not reached" if parts["tokens"] == "not reached" else here
         here = "not reached" if parts["tokens"] == "not reached" else here
+        here = "not reached" if parts["tokens"] == "not reached" else here
+        here = "not reached" if parts["tokens"] == "not reached" else here
         error = "final error" if r["read off"] == "whole runs" else "error before the learning rate falls"
         claim = f"matched FLOPs, k {r['k']}: {r['experts']} experts reach TopK's {error} in a fifth of the steps"
         reached = parts["tokens"].split()[0]

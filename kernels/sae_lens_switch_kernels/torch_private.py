@@ -3,8 +3,6 @@
 tests/kernels/test_torch_private.py fails where a version of torch changes one of them.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -52,21 +50,3 @@ def bag_dots(g_QD: Tensor, W_FD: Tensor, indices_S: Tensor, rows_S: Tensor) -> T
     if W_FD.stride(1) != 1:  # stored as [D, F]: to read a row of it is slower than to copy all
         W_FD = W_FD.contiguous()
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(g_QD, W_FD, indices_S, offsets, rows_S, 0, -1)
-
-
-def onednn_linear(x_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """``x @ W.T`` by oneDNN; call it only where ``has_onednn_linear``."""
-    # NOTE(private API): mkldnn._linear_pointwise, checked on torch 2.13. It is what torch.compile emits on a CPU, and
-    # the only way to oneDNN's float32 product: torch.mm takes MKL's, which copies the weights first.
-    return torch.ops.mkldnn._linear_pointwise(x_BD, W_FD, None, "none", [], "")
-
-
-@cache
-def has_onednn_linear(device: torch.device) -> bool:
-    """Whether this build of torch has the operator and it computes a matrix product."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        return torch.equal(onednn_linear(torch.ones(1, 2), torch.ones(3, 2)), torch.full((1, 3), 2.0))
-    except (AttributeError, RuntimeError, TypeError):
-        return False

@@ -9,24 +9,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sae_lens_switch_kernels.float8 import FLOAT8, Float8Rows, float8_operands, operands
 from sae_lens_switch_kernels.huge_pages import empty_huge
 from sae_lens_switch_kernels.indexing import ExpertGroups
-from sae_lens_switch_kernels.torch_private import has_onednn_linear, onednn_linear
 
 # Pre-activations are computed in tiles: enough rows for the matrix product to run at full speed, few enough latents
-# that a dictionary of any width takes the same memory. On a CPU the product runs over blocks of latents that stay in
-# cache with their weights, for the same reason.
+# that a dictionary of any width takes the same memory.
 TILE_ROWS = {"cpu": 512}
 _TILE_ROWS_ON_GPU = 4096
 _TILE_LATENTS = 1 << 15
 # Rows and latents of tiles that need not have all latents of a row, by the bytes of a number: few enough to be searched
-# in cache. oneDNN's products in 16 bits want many rows, and are slower where rows of the result are 4,096 bytes apart.
-_NARROW_TILES = {"cpu": {2: (2048, 3072), 4: (512, 2048)}}
-_PRODUCT_LATENTS, _PRODUCT_ELEMENTS = 1 << 10, 1 << 20
-_MANY_LATENTS, _ROWS_PER_KERNEL = 512, 16
+# in cache, enough rows that the product need not often read the weights anew. It is slower where rows of the result are
+# a power of two apart.
+_NARROW_TILES = {"cpu": {2: (2048, 3072), 4: (1024, 3072)}}
 
 
 class Tile(NamedTuple):
@@ -128,36 +124,14 @@ def group_offsets(groups: ExpertGroups, n_tokens: int) -> list[int]:
 
 
 def product(x_RD: Tensor | Float8Rows, W_PD: Tensor | Float8Rows, out_RP: Tensor, bias_P: Tensor | None = None) -> None:
-    """x W^T + bias. The bias is added where the product is still in cache, or copied anyway."""
+    """x W^T + bias. The bias is added where a narrow tile is still in cache, or copied anyway."""
     if isinstance(x_RD, Float8Rows) or isinstance(W_PD, Float8Rows):
         assert isinstance(x_RD, Float8Rows)
         assert isinstance(W_PD, Float8Rows)
-        _copy(x_RD.times(W_PD), out_RP, bias_P)
-        return
-    is_float32 = x_RD.dtype == torch.float32
-    if len(W_PD) >= _MANY_LATENTS and is_float32 and W_PD.is_contiguous() and has_onednn_linear(x_RD.device):
-        # MKL, behind torch.mm, copies the weights first, which does not pay for the few rows of a tile. oneDNN compiles
-        # one kernel per number of rows, so that number is rounded up. Of weights stored as [D, F], as in SAELens, it
-        # takes blocks thousands of times slower than MKL does.
-        padded_RD = functional.pad(x_RD, (0, 0, 0, -len(x_RD) % _ROWS_PER_KERNEL))
-        block = max(_PRODUCT_LATENTS, _PRODUCT_ELEMENTS // max(len(padded_RD), 1))
-        for low in range(0, len(W_PD), block):
-            part_RP = onednn_linear(padded_RD, W_PD[low : low + block])
-            part = slice(low, low + block)
-            _copy(part_RP[: len(x_RD)], out_RP[:, part], None if bias_P is None else bias_P[part])
-        return
-    # oneDNN's products in 16 bits find their own blocks, and so does MKL for weights stored as [D, F].
-    wants_blocks = x_RD.device.type == "cpu" and x_RD.dtype.itemsize > 2 and W_PD.is_contiguous()
-    block = _PRODUCT_LATENTS if wants_blocks else len(W_PD)
-    for low in range(0, len(W_PD), block):
-        part_RP = out_RP[:, low : low + block]
-        torch.mm(x_RD, W_PD[low : low + block].T, out=part_RP)
-        if bias_P is not None:
-            part_RP += bias_P[low : low + block]
-
-
-def _copy(from_RP: Tensor, to_RP: Tensor, bias_P: Tensor | None) -> None:
-    if bias_P is None:
-        to_RP.copy_(from_RP)
+        found_RP = x_RD.times(W_PD)
     else:
-        torch.add(from_RP, bias_P, out=to_RP)
+        found_RP = torch.mm(x_RD, W_PD.T, out=out_RP)
+    if bias_P is not None:
+        torch.add(found_RP, bias_P, out=out_RP)
+    elif found_RP is not out_RP:
+        out_RP.copy_(found_RP)

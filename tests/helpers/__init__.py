@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from datasets import Dataset
 from sae_lens import HookedSAETransformer, LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens_switch_kernels import huge_pages, torch_tiles
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -105,6 +107,13 @@ def largest_allocation(function: Callable[[], Any]) -> int:
     return max(_allocations(function))
 
 
+def is_that_of_tiles(n_bytes: int, width: int, n_tokens: int) -> bool:
+    """Whether it is that of a tile of float32, with all latents of many rows, and less than that of all tokens."""
+    rows, latents = torch_tiles.narrow_tile(torch.device("cpu"), torch.float32)
+    assert width <= latents
+    return 4 * torch_tiles.TILE_ROWS["cpu"] * width <= n_bytes <= 4 * rows * width < 4 * n_tokens * width
+
+
 def net_allocated(function: Callable[[], Any]) -> int:
     """Bytes that torch allocates while the function runs, less those that it frees, inside operators and graphs too."""
     return sum(_allocations(function))
@@ -114,7 +123,9 @@ def _allocations(function: Callable[[], Any]) -> list[int]:
     gc.collect()  # so that garbage of before, such as another test's tensors, is not freed while the function runs
     gc.disable()
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        # What lies in huge pages does not come from torch's allocator.
+        unseen = patch.object(huge_pages, "_is_large", lambda *_: False)
+        with unseen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             function()
     finally:
         gc.enable()

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers import D, E, K, M, largest_allocation, random_input, switch_sae
+from helpers import D, E, K, M, is_that_of_tiles, largest_allocation, random_input, switch_sae
 from helpers.inference_saes import ALL, D_OUT, SAES, TOPK_K, F, with_few_active
 from helpers.transcoders import every_kind, transcoder, with_and_without_skip
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens_switch_kernels import torch_tiles
 
 from sae_lens_switch import (
     SparseBatchTopKTrainingSAE,
@@ -197,8 +196,7 @@ def test_no_tensor_of_tokens_times_latents_is_made_outside_a_tile(name):
     sae, x = with_few_active(sae), random_input(B, 6, dtype=torch.float32)
     if "topk" not in name:  # a few hundred of a thousand latents of six inputs would be as large as a tile
         sae.get_parameter("b_gate" if name == "gated" else "b_enc").data.sub_(2 * sae.W_enc.norm(dim=0))
-    allowed = 4 * torch_tiles.TILE_ROWS["cpu"] * width
-    assert largest_allocation(lambda: decode_sparse(sae, encode_sparse(sae, x), x)) == allowed < 4 * B * width
+    assert is_that_of_tiles(largest_allocation(lambda: decode_sparse(sae, encode_sparse(sae, x), x)), width, B)
     assert largest_allocation(lambda: sae(x)) >= 4 * B * width, "the census can see a dense tensor"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import largest_allocation
+from helpers import is_that_of_tiles, largest_allocation
 from helpers.kernel_cases import assert_close
 from sae_lens_switch_kernels import (
     reference,
@@ -123,7 +123,7 @@ def test_there_is_no_tensor_of_tokens_times_latents_beyond_a_tile():
     x, W = normal(B, D).float().requires_grad_(), normal(F, D).float().requires_grad_()
     threshold = torch.full((F,), 9.0)
     for encode in (lambda: threshold_encode(x, W, threshold), lambda: topk_encode(x, W, 4, by_magnitude=True)):
-        assert largest_allocation(encode) == 4 * torch_tiles.TILE_ROWS["cpu"] * F
+        assert is_that_of_tiles(largest_allocation(encode), F, B)
     assert not threshold_encode(x, W, threshold)[0].requires_grad
 
 
@@ -146,29 +146,14 @@ def test_what_does_not_fit_together_is_named():
         threshold_encode(x, W, threshold, bias_F=threshold[:2])
 
 
-def test_a_tile_of_weights_stored_by_inputs_takes_a_product_made_for_them(monkeypatch):
-    """oneDNN's kernels have none, and what it runs instead takes seconds for what takes milliseconds."""
-    taken = []
-    monkeypatch.setattr(torch_tiles, "has_onednn_linear", lambda device: device.type == "cpu")
-    monkeypatch.setattr(torch_tiles, "onednn_linear", lambda x, W: taken.append(W.is_contiguous()) or x @ W.T)
-    x, W = normal(16, 6).float(), normal(1200, 6, seed=1).float()
-    for stored in (W, W.T.contiguous().T):
-        out = torch.empty(16, 1100)
-        torch_tiles.product(x, stored[:1100], out)
-        torch.testing.assert_close(out, x @ W[:1100].T)
-    assert taken == [True]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("own_product", [False, True], ids=["torch.mm", "oneDNN"])
-def test_a_tile_has_the_bias_of_its_own_latents(dtype, own_product, monkeypatch):
-    monkeypatch.setattr(torch_tiles, "has_onednn_linear", lambda device: own_product and device.type == "cpu")
-    monkeypatch.setattr(torch_tiles, "onednn_linear", lambda x, W: x @ W.T)
-    monkeypatch.setattr(torch_tiles, "_PRODUCT_ELEMENTS", 1 << 12)  # several blocks of latents
+def test_a_tile_is_the_product_with_the_bias_however_weights_are_stored(dtype):
     x, W, bias = normal(16, 6).to(dtype), normal(2600, 6, seed=1).to(dtype), normal(2600, seed=2).to(dtype)
     exact = x.double() @ W.double().T + bias.double()
+    tolerance = {"rtol": 2**-6, "atol": 2**-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for stored in (W, W.T.contiguous().T):
         out = torch.empty(16, 2600, dtype=dtype)
         torch_tiles.product(x, stored, out, bias)
-        tolerance = {"rtol": 2**-6, "atol": 2**-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(out.double(), exact, **tolerance)
+        torch_tiles.product(x, stored, out)
+        torch.testing.assert_close(out.double(), exact - bias.double(), **tolerance)

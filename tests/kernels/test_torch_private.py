@@ -11,32 +11,6 @@ from sae_lens_switch_kernels import torch_private
 CPU = torch.device("cpu")
 
 
-def test_onednns_linear_is_there_and_multiplies():
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
-    assert torch_private.has_onednn_linear(CPU), "mkldnn._linear_pointwise has changed: wide experts are slower now"
-    x, W = torch.randn(48, 33), torch.randn(700, 33)
-    exact = x.double() @ W.double().T
-    torch.testing.assert_close(torch_private.onednn_linear(x, W).double(), exact, rtol=1e-5, atol=1e-5)
-
-
-def test_onednns_linear_is_for_cpus():
-    assert not torch_private.has_onednn_linear(torch.device("meta"))
-
-
-@pytest.mark.parametrize("fault", [AttributeError, RuntimeError, TypeError])
-def test_without_onednns_linear_products_take_another_route(fault, monkeypatch):
-    def changed(*_):
-        raise fault("changed")
-
-    monkeypatch.setattr(torch_private, "onednn_linear", changed)
-    torch_private.has_onednn_linear.cache_clear()
-    try:
-        assert not torch_private.has_onednn_linear(CPU)
-    finally:
-        torch_private.has_onednn_linear.cache_clear()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("stored", ["by latent", "by dimension"])

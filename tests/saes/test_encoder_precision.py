@@ -76,7 +76,7 @@ def test_what_is_saved_for_inference_knows_nothing_of_it(architecture, tmp_path)
 
 @architectures
 def test_a_step_makes_no_tensor_of_batch_times_width(architecture):
-    B, width = 2048, 1024
+    B, width = 3000, 1024
     sae, x = sae_of(architecture, "bfloat16", d_sae=width), random_input(B, D, dtype=torch.float32)
     coefficients = dict.fromkeys(sae.get_coefficients(), 1.0)
     step_input = TrainStepInput(x, coefficients, dead_neuron_mask=None, n_training_steps=3, is_logging_step=False)
