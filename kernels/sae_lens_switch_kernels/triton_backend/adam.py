@@ -21,6 +21,7 @@ from sae_lens_switch_kernels.triton_backend.blocks import cdiv, next_power_of_2
 from sae_lens_switch_kernels.triton_backend.launch import Traffic, arch_of, launch, load_row
 
 _WIDEST_IN_REGISTERS = 4096
+_LOOPED = 1024  # numbers of a wider row at a time; with more, ptxas spills registers of all options together (sm_80)
 _TILE = 1024  # numbers per program where rows mean nothing
 _PER_LANE, _MAX_THREADS = 8, 512  # of each of four tensors
 
@@ -269,7 +270,7 @@ def _launch(
     **sizes: int,
 ) -> None:
     """One program per row."""
-    BLOCK_D = next_power_of_2(min(D, _WIDEST_IN_REGISTERS))
+    BLOCK_D = next_power_of_2(D) if D <= _WIDEST_IN_REGISTERS else _LOOPED
     launch(
         _adam_rows_kernel,
         (n_rows,),
