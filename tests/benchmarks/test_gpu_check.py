@@ -207,7 +207,7 @@ def test_hangs():
 """
 
 
-@pytest.fixture(params=[[], ["-n", "2"]], ids=["one process", "xdist"])
+@pytest.fixture(params=[pytest.param([], marks=pytest.mark.slow), ["-n", "2"]], ids=["one process", "xdist"])
 def start_tests(request, tmp_path, monkeypatch):
     """Starts some of these tests, by name, as the kernels' tests are."""
     if request.param:

@@ -11,7 +11,9 @@ from helpers import ROOT
 SMALL = ["--processes", "1", "2", "--tokens", "64", "--d-in", "16", "--d-sae", "64", "--n-experts", "4", "--k", "4"]
 
 
-@pytest.mark.parametrize("more", [[], ["--n-active-experts", "2"]], ids=["one expert", "two"])
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--n-active-experts", "2"], marks=pytest.mark.slow)], ids=["one expert", "two"]
+)
 def test_it_compares_the_plan_with_every_number_of_processes(more, tmp_path, monkeypatch):
     output = tmp_path / "processes.json"
     command = [sys.executable, "benchmarks/processes.py", *SMALL, *more, "--rounds", "2", "--output", str(output)]

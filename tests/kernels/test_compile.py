@@ -93,8 +93,8 @@ def assert_good_code(rows: list[dict], archs: set[str], widths: set[int]) -> Non
 
 
 def test_no_spills_no_atomics_wide_loads(tmp_path):
-    rows = compile_all(tmp_path / "report.json", "--quick")
-    assert_good_code(rows, {"sm_90", "gfx942"}, {768, 4096})
+    rows = compile_all(tmp_path / "report.json", "--quick", "--arch", "sm_90")
+    assert_good_code(rows, {"sm_90"}, {768, 4096})
     # In 16 bits every product on Hopper is made of its wide instruction, however few tokens an expert has.
     products = [row for row in rows if row["kernel"].startswith("grouped_") and row["arch"] == "sm_90"]
     assert all(row["wide_products"] for row in products if row["dtypes"] == ["bf16"])

@@ -191,7 +191,7 @@ def last_losses(optimizer: str, dtype: str, autocast: bool = False) -> float:
     return total
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("row_sparse_adam", marks=pytest.mark.slow)])
 def test_low_precision_ends_within_two_percent_of_float32(optimizer):
     expected = pytest.approx(last_losses(optimizer, "float32"), rel=0.02)
     assert last_losses(optimizer, "bfloat16") == expected
