@@ -68,12 +68,14 @@ def pre_activation_tiles(
     float8 = float8_operands(x_BD, W_FD) if dtype == FLOAT8 else None
     x, W = operands(x_BD, W_FD, dtype) if float8 is None else float8
     bias_F = None if bias_F is None else bias_F.to(product_dtype(dtype))
-    buffer = empty_huge(min(rows, len(x_BD)), min(M, widest), dtype=product_dtype(dtype), device=device)
+    n_numbers = min(rows, len(x_BD)) * min(M, widest)
+    buffer = empty_huge(n_numbers, dtype=product_dtype(dtype), device=device)
     for tile in row_tiles(group_offsets(groups, len(x_BD)), rows, alone or E == 1 or widest < M):
         low, high, expert = tile[0].start, tile[-1].end, tile[0].expert
-        for part in range(0, M, widest):
-            width = min(M - part, widest)
-            pre_RP = buffer[: high - low, :width]
+        fitting = min(_TILE_LATENTS, max(widest, n_numbers // (high - low)))  # of an expert with few tokens
+        for part in range(0, M, fitting):
+            width = min(M - part, fitting)
+            pre_RP = buffer[: (high - low) * width].view(high - low, width)
             for e, start, end in tile:
                 block = slice(e * M + part, e * M + part + width)
                 bias_P = None if bias_F is None else bias_F[block]
