@@ -20,6 +20,24 @@ _REST = 16  # at most so many numbers are read one by one
 _AT_ONCE = 8  # tensors that a launch takes
 
 
+@triton.jit
+def _squares_of(t, n, P, TILE: tl.constexpr, REST: tl.constexpr):
+    """Of this program's part of n numbers."""
+    n = tl.program_id(0).to(tl.int64) * 0 + n
+    span = tl.cdiv(tl.cdiv(n, P), TILE) * TILE
+    begin = tl.program_id(0) * span
+    end = tl.minimum(n, begin + span)
+    whole = end // REST * REST  # loads are wide up to here, whatever n is
+    squares = tl.zeros([TILE], tl.float32)
+    for first in range(begin, whole, TILE):
+        at = first + tl.arange(0, TILE)
+        number = load_row(t + at, at < whole).to(tl.float32)
+        squares += number * number
+    at = whole + tl.arange(0, REST)
+    number = tl.load(t + at, mask=(at >= begin) & (at < end), other=0.0).to(tl.float32)
+    return tl.sum(squares, 0) + tl.sum(number * number, 0)
+
+
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "P"])
 def _squares_kernel(
     t0,
@@ -43,41 +61,32 @@ def _squares_kernel(
     TILE: tl.constexpr,
     REST: tl.constexpr,
 ):
-    which = tl.program_id(1)
-    t, n = t0, tl.program_id(0).to(tl.int64) * 0 + n0
+    # Not one sum over a pointer that is chosen first: on AMD, Triton 3.6 cannot choose between a tensor of more than
+    # 2 GB and a smaller one.
+    which, total = tl.program_id(1), 0.0
+    if which == 0:
+        total = _squares_of(t0, n0, P, TILE, REST)
     if t1 is not None:  # noqa: SIM102, Triton decides the outer one as it compiles
         if which == 1:
-            t, n = t1, n * 0 + n1
+            total = _squares_of(t1, n1, P, TILE, REST)
     if t2 is not None:  # noqa: SIM102
         if which == 2:
-            t, n = t2, n * 0 + n2
+            total = _squares_of(t2, n2, P, TILE, REST)
     if t3 is not None:  # noqa: SIM102
         if which == 3:
-            t, n = t3, n * 0 + n3
+            total = _squares_of(t3, n3, P, TILE, REST)
     if t4 is not None:  # noqa: SIM102
         if which == 4:
-            t, n = t4, n * 0 + n4
+            total = _squares_of(t4, n4, P, TILE, REST)
     if t5 is not None:  # noqa: SIM102
         if which == 5:
-            t, n = t5, n * 0 + n5
+            total = _squares_of(t5, n5, P, TILE, REST)
     if t6 is not None:  # noqa: SIM102
         if which == 6:
-            t, n = t6, n * 0 + n6
+            total = _squares_of(t6, n6, P, TILE, REST)
     if t7 is not None:  # noqa: SIM102
         if which == 7:
-            t, n = t7, n * 0 + n7
-    span = tl.cdiv(tl.cdiv(n, P), TILE) * TILE
-    begin = tl.program_id(0) * span
-    end = tl.minimum(n, begin + span)
-    whole = end // REST * REST  # loads are wide up to here, whatever n is
-    squares = tl.zeros([TILE], tl.float32)
-    for first in range(begin, whole, TILE):
-        at = first + tl.arange(0, TILE)
-        number = load_row(t + at, at < whole).to(tl.float32)
-        squares += number * number
-    at = whole + tl.arange(0, REST)
-    number = tl.load(t + at, mask=(at >= begin) & (at < end), other=0.0).to(tl.float32)
-    total = tl.sum(squares, 0) + tl.sum(number * number, 0)
+            total = _squares_of(t7, n7, P, TILE, REST)
     tl.store(parts + which * P + tl.program_id(0), total)
 
 
