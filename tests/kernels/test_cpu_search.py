@@ -14,8 +14,9 @@ from sae_lens_switch_kernels import cpu_search, reference, sparse_autoencode, to
 from sae_lens_switch_kernels.cpu_search import compile as compiling
 from torch import Tensor
 
-HAS_COMPILER = sys.platform == "linux" and cpu_search._library() is not None
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler, or torch has no OpenMP to share")
+needs_compiler = pytest.mark.skipif(
+    compiling.compiled() is None, reason="no C compiler, or torch has no OpenMP to share"
+)
 
 
 def numbers(kind: str, R: int, F: int, dtype: torch.dtype) -> Tensor:
@@ -70,14 +71,14 @@ def searched(pre: Tensor, k: int, width: int = 0, ranked: Tensor | None = None) 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("F", "k"), [(512, 1), (513, 32), (601, 5), (4099, 7), (24576, 36), (40001, 300), (1088, 68)])
+@pytest.mark.parametrize(("F", "k"), [(512, 1), (513, 32), (601, 5), (4099, 7), (24576, 36), (40001, 2000), (1088, 68)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_finds_the_k_largest(kind, F, k, dtype):
     pre = numbers(kind, 5, F, dtype)
     expected = pre.topk(k, dim=1).values
     for width in (F, 512, 1203):
         if not cpu_search.can_search(dtype, pre.device, k, min(width, F)):
-            assert width == 512 < 4 * k  # the first part must hold several times k
+            assert width < 4 * k  # the first part must hold several times k
             continue
         found = searched(pre, k, width)
         values, indices = found.values_RK, found.indices_RK
@@ -198,6 +199,11 @@ def anew(monkeypatch, tmp_path) -> Path:
     cpu_search._library.cache_clear()
     yield tmp_path / "sae_lens_switch"
     cpu_search._library.cache_clear()
+
+
+@needs_compiler
+def test_where_it_compiles_it_agrees_with_torch():
+    assert cpu_search._library() is not None
 
 
 @needs_compiler
