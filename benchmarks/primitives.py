@@ -53,6 +53,19 @@ def main() -> None:
             },
         )
 
+    indices, starts = torch.randint(0, N_LATENTS, (B, K)), torch.arange(B + 1) * K
+    pattern = torch.sparse_csr_tensor(
+        starts, indices.flatten(), torch.zeros(B * K), (B, N_LATENTS), check_invariants=False
+    )
+    W = W_enc.detach()
+    compare(
+        "products of tokens and rows of weights at indices",
+        {
+            "CSR sampled_addmm": lambda: torch.sparse.sampled_addmm(pattern, x, W.T, beta=0),
+            "embedding_bag's gradient": lambda: torch_backend.matmul_at_indices(x, W, indices),
+        },
+    )
+
     def step(n_experts: int, k: int, dense_up_to: int) -> None:
         products._DENSE_UP_TO["cpu"] = dense_up_to
         expert = torch.arange(B) % n_experts

@@ -66,13 +66,6 @@ def _efficient(rows: list[Row], curves: list[Row]) -> list[Row]:
         parts = {name: r[f"part of TopK's {name}"] for name in ("tokens", "FLOPs", "seconds")}
         here = f"{parts['tokens']} of the steps, {parts['FLOPs']} of the FLOPs, {parts['seconds']} of the seconds"
         here = "not reached" if parts["tokens"] == "not reached" else here
-        here = "not reached" if parts["tokens"] == "not reached" else here
-        here = "not reached" if parts["tokens"] == "not reached" else here
-        here = "not reached" if parts["tokens"] == "not reached" else here
-        here = "not reached" if parts["tokens"] == "not reached" else here
-        here = "not reached" if parts["tokens"] == "not reached" else here
-        here = "not reached" if parts["tokens"] == "not reached" else here
-        here = "not reached" if parts["tokens"] == "not reached" else here
         error = "final error" if r["read off"] == "whole runs" else "error before the learning rate falls"
         claim = f"matched FLOPs, k {r['k']}: {r['experts']} experts reach TopK's {error} in a fifth of the steps"
         reached = parts["tokens"].split()[0]

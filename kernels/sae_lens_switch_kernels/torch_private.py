@@ -42,10 +42,10 @@ def has_bag_dots(W_FD: Tensor) -> bool:
 
 def bag_dots(g_QD: Tensor, W_FD: Tensor, indices_S: Tensor, rows_S: Tensor) -> Tensor:
     """<g[rows[s]], W[indices[s]]>; call it only where ``has_bag_dots``."""
-    # NOTE(private API): aten._embedding_bag_per_sample_weights_backward, checked on torch 2.13: what autograd calls
-    # for the weights of embedding_bag's samples, which are these products: a quarter faster than sampled_addmm, and
-    # there without MKL. The last arguments: the sum as the bag's mode, and no row of W that is padding. On a CPU the
-    # offsets are not read where the row of each sample is given.
+    # NOTE(private API): aten._embedding_bag_per_sample_weights_backward, checked on torch 2.13: what autograd calls for
+    # the weights of embedding_bag's samples, which are these products. Faster than sampled_addmm
+    # (benchmarks/primitives.py), and there without MKL. The last arguments: the sum as the bag's mode, and no row of W
+    # that is padding. On a CPU the offsets are not read where the row of each sample is given.
     offsets = rows_S.new_zeros(1)
     if W_FD.stride(1) != 1:  # stored as [D, F]: to read a row of it is slower than to copy all
         W_FD = W_FD.contiguous()

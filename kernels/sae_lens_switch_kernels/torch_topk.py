@@ -33,80 +33,40 @@ def topk_encode(
     pre-activations that are chosen, and negative, are 0. ``by_magnitude``: the k farthest from 0. ``select`` searches a
     tile; default: ``select_topk``.
     """
-    alone = bias_F is not None or scale_F is not None
-    if select is None and _can_search(x_BD, W_FD, k, groups, dtype):
-        values_BK, indices_BK = _topk_in_cache(x_BD, W_FD, k, groups, bias_F, scale_F, dtype, alone, by_magnitude)
+    M, alone = len(W_FD) // (len(groups.offsets_E1) - 1), bias_F is not None or scale_F is not None
+    width = min(M, narrow_tile(x_BD.device, dtype)[1])
+    is_compiled = select is None and cpu_search.can_search(product_dtype(dtype), x_BD.device, k, width)
+    # Triton's selection adds the bias itself; here that would be one more pass over the tile.
+    within = bias_F if select is None else None
+    tiles = pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, within, narrow=is_compiled)
+    if is_compiled:
+        best = cpu_search.TopK(len(x_BD), k, product_dtype(dtype))
+        for tile in tiles:  # each searched while it is in cache
+            ranked_RP = tile.pre_RP if scale_F is None else tile.pre_RP * scale_F[tile.latents].to(tile.pre_RP.dtype)
+            ranked_RP = ranked_RP.abs() if by_magnitude else ranked_RP
+            best.add(tile.pre_RP, tile.rows, tile.latents.start - tile.expert * M, ranked_RP)
+        values_BK, indices_BK = best.values_RK.to(W_FD.dtype), best.indices_RK
     else:
-        tiled = x_BD, W_FD, k, groups, bias_F, scale_F, dtype, alone, by_magnitude
-        values_BK, indices_BK = _topk_of_tiles(*tiled, select)
+        values_BK = W_FD.new_empty(len(x_BD), k)
+        indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
+        found = []
+        for tile in tiles:
+            n, first = min(k, tile.pre_RP.shape[1]), tile.expert * M
+            bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
+            if select is None:
+                values, indices = select_topk(tile.pre_RP, n, scale, by_magnitude)
+            else:
+                values, indices = select(tile.pre_RP, n, bias, scale, by_magnitude=by_magnitude)
+            found.append((values.to(W_FD.dtype), indices.add_(tile.latents.start - first)))
+            if tile.latents.stop == first + M:
+                scale = None if scale_F is None else scale_F[first : first + M]
+                values_BK[tile.rows], indices_BK[tile.rows] = (
+                    found[0] if len(found) == 1 else _best(found, k, scale, by_magnitude)
+                )
+                found = []
     if len(groups.offsets_E1) > 2:
         indices_BK += groups.first_latents(len(x_BD), len(W_FD))
     return values_BK.relu_() if relu else values_BK, indices_BK
-
-
-def _can_search(x_BD: Tensor, W_FD: Tensor, k: int, groups: ExpertGroups, dtype: torch.dtype) -> bool:
-    width = min(len(W_FD) // (len(groups.offsets_E1) - 1), narrow_tile(x_BD.device, dtype)[1])
-    return cpu_search.can_search(product_dtype(dtype), x_BD.device, k, width)
-
-
-def _topk_in_cache(
-    x_BD: Tensor,
-    W_FD: Tensor,
-    k: int,
-    groups: ExpertGroups,
-    bias_F: Tensor | None,
-    scale_F: Tensor | None,
-    dtype: torch.dtype,
-    alone: bool,
-    by_magnitude: bool,
-) -> tuple[Tensor, Tensor]:
-    """Narrow tiles, each searched while it is in cache. Indices within the expert."""
-    M = len(W_FD) // (len(groups.offsets_E1) - 1)
-    best = cpu_search.TopK(len(x_BD), k, product_dtype(dtype))
-    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, bias_F, narrow=True):
-        ranked_RP = tile.pre_RP
-        if scale_F is not None:
-            ranked_RP = ranked_RP * scale_F[tile.latents].to(ranked_RP.dtype)
-        if by_magnitude:
-            ranked_RP = ranked_RP.abs()
-        best.add(tile.pre_RP, tile.rows, tile.latents.start - tile.expert * M, ranked_RP)
-    return best.values_RK.to(W_FD.dtype), best.indices_RK
-
-
-def _topk_of_tiles(
-    x_BD: Tensor,
-    W_FD: Tensor,
-    k: int,
-    groups: ExpertGroups,
-    bias_F: Tensor | None,
-    scale_F: Tensor | None,
-    dtype: torch.dtype,
-    alone: bool,
-    by_magnitude: bool,
-    select: Callable[..., tuple[Tensor, Tensor]] | None,
-) -> tuple[Tensor, Tensor]:
-    """Tiles of whole rows where they are no wider than a tile. Indices within the expert."""
-    M = len(W_FD) // (len(groups.offsets_E1) - 1)
-    values_BK = W_FD.new_empty(len(x_BD), k)
-    indices_BK = torch.empty(len(x_BD), k, dtype=torch.long, device=x_BD.device)
-    found = []
-    # Triton's selection adds the bias itself; here that would be one more pass over the tile.
-    for tile in pre_activation_tiles(x_BD, W_FD, groups, dtype, alone, bias_F if select is None else None):
-        n = min(k, tile.pre_RP.shape[1])
-        bias, scale = (None if t is None else t[tile.latents] for t in (bias_F, scale_F))
-        if select is None:
-            values, indices = select_topk(tile.pre_RP, n, scale, by_magnitude)
-        else:
-            values, indices = select(tile.pre_RP, n, bias, scale, by_magnitude=by_magnitude)
-        first = tile.expert * M
-        found.append((values.to(W_FD.dtype), indices.add_(tile.latents.start - first)))
-        if tile.latents.stop == first + M:
-            scale = None if scale_F is None else scale_F[first : first + M]
-            values_BK[tile.rows], indices_BK[tile.rows] = (
-                found[0] if len(found) == 1 else _best(found, k, scale, by_magnitude)
-            )
-            found = []
-    return values_BK, indices_BK
 
 
 def _best(

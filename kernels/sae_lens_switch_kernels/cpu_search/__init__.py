@@ -1,7 +1,8 @@
 """The k largest of every row on a CPU, by C that is compiled at first use, as Triton compiles its launcher.
 
-torch.topk compares floats one by one and looks for NaN at each: six times the time. And a row can be searched part by
-part, each while it is in cache. Where there is no C compiler, torch_topk.py does the same with torch.topk.
+torch.topk compares floats one by one and looks for NaN at each: four times the time (benchmarks/primitives.py). And a
+row can be searched part by part, each while it is in cache. Where there is no C compiler, torch_topk.py does the same
+with torch.topk.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 /* The k largest of every row, exact, of which a part after the other is given while it is in cache.
  *
- * Compiled on the machine that runs it, by __init__.py. Vectors are GCC's, which Clang has as well. */
+ * Compiled on the machine that runs it, by compile.py. Vectors are GCC's, which Clang has as well. */
 
 #include <stdint.h>
 #include <stdlib.h>
